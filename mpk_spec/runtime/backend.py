@@ -1,0 +1,42 @@
+"""What every backend offers: the megakernel, the CPU reference and Hugging Face itself look the same to chat and compare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Iterator, Protocol, Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Backend(Protocol):
+    """A loaded model that turns token ids into token ids.
+
+    A backend keeps the KV cache of the ids it has seen. Given ids that start as the cached ones do, it computes only
+    the rest, so a chat turn costs its new tokens alone.
+    """
+
+    name: str  # "cuda", "cpu" or "torch"
+    description: str  # one line for people: "cpu, 30 layers, 163 tasks a layer, context 2048"
+    context: int  # positions that the KV cache holds
+    vocab_size: int
+
+    def stream(self, ids: Sequence[int], *, max_new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Yields greedy continuations of `ids`, one token at a time.
+
+        Ends after a token of `stop` (which is yielded), after `max_new_tokens`, or when the context is full.
+        Closing the iterator stops the work within one step and keeps the cache usable.
+        Raises UserError where `ids` alone does not fit the context.
+        """
+        ...
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Teacher-forced logits, float32 `[len(ids), vocab_size]`, from an empty cache."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets the cached ids."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the backend holds; it cannot be used afterwards."""
+        ...
