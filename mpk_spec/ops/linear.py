@@ -1,0 +1,72 @@
+"""Matrix products with weights, dense or by routed expert."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from mpk_spec.ops.base import Axis, Expr, Op, OpError, Ref, TensorType, WeightRef, register
+
+ROW_TILE = 16
+"""Rows of a weight that one tensor core instruction takes; tasks own whole row tiles."""
+
+
+@register
+class Linear(Op):
+    """`x @ weight.T (+ bias)`, summed in float32 in a fixed order of K.
+
+    `heads` folds the result into `[heads, features / heads]`. With `experts`, `weight` is `[experts, out, in]` and only
+    the slices of each token's chosen experts are used: the result has one row per (token, choice).
+    """
+
+    op: ClassVar[str] = "linear"
+    role: ClassVar = "linear"
+    task: ClassVar[str] = "linear"
+
+    input: Ref = Field(alias="linear")
+    weight: WeightRef
+    bias: WeightRef | None = None
+    heads: Expr = None
+    experts: Ref | None = None
+
+    def operands(self):
+        return (self.input,) if self.experts is None else (self.input, self.experts)
+
+    def infer(self, inputs, weights, values):
+        x, w = inputs[0], weights["weight"]
+        axes = w.axes[1:] if self.experts else w.axes
+        if len(axes) != 2:
+            want = "[experts, out, in]" if self.experts else "[out, in]"
+            raise OpError(f"a linear weight is {want}, got {list(w.shape)}", "weight")
+        rows, k = axes
+        if x.features != k.size:
+            raise OpError(f"the input has {x.features} features, the weight takes {k.size}", "weight")
+        split_input = frozenset().union(*(a.split for a in x.axes)) if x.axes else frozenset()
+        if bool(split_input) != bool(k.split):
+            raise OpError(
+                "the input is split over ranks and the weight's columns are not"
+                if split_input
+                else "the weight's columns are split over ranks and the input is not",
+                "weight",
+                "'shard' must split or replicate both",
+            )
+        if self.bias and weights["bias"].shape[-1:] != (rows.size,):
+            raise OpError(f"the bias has shape {list(weights['bias'].shape)}, the result {[rows.size]}", "bias")
+        out: tuple[Axis, ...] = (rows,)
+        heads = values.get("heads")
+        if heads:
+            if rows.size % heads:
+                raise OpError(f"{rows.size} features do not fold into {heads} heads", "heads")
+            out = (Axis(heads, rows.names, rows.split), Axis(rows.size // heads))
+        if self.experts is None:
+            return TensorType(out, partial=bool(k.split))
+        if inputs[1].kind != "route":
+            raise OpError(f"'{self.experts}' is no routing", "experts", "name the value of a 'top_k' operator")
+        return TensorType(out, partial=bool(k.split), routed=inputs[1].axes[-1].size)
+
+    def needs(self, span, output, inputs):
+        return tuple((0, t.features) for t in inputs)
+
+    def granule(self, output):
+        return ROW_TILE

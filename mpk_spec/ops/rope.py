@@ -1,0 +1,51 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the half-rotation form of transformers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from mpk_spec.ops.base import Expr, Op, OpError, Ref, TensorType, register
+
+
+@register
+class Rope(Op):
+    """Rotates each head by its token's position, in float32.
+
+    The cos and sin tables are made by transformers' own rope functions from `parameters` (the config's
+    `rope_parameters`), so every `rope_type` it knows works, partial rotation included. Types whose frequencies depend on
+    the length (`dynamic`, `longrope`) are evaluated at the plan's context length.
+    """
+
+    op: ClassVar[str] = "rope"
+    task: ClassVar[str] = "rope"
+    prologue_of: ClassVar = frozenset({"attention"})
+
+    input: Ref = Field(alias="rope")
+    parameters: Expr
+
+    def operands(self):
+        return (self.input,)
+
+    def infer(self, inputs, weights, values):
+        x = inputs[0]
+        if len(x.axes) != 2:
+            raise OpError(f"rope needs a value with heads, got {list(x.shape)}", "rope", "give its linear 'heads: ...'")
+        if x.axes[-1].size % 2:
+            raise OpError(f"rope needs an even head size, got {x.axes[-1].size}", "rope")
+        return TensorType(x.axes)
+
+    def granule(self, output):
+        return output.axes[-1].size
+
+    def compute(self, inputs, weights, scope):
+        import torch
+
+        cos, sin = (t[scope.positions].unsqueeze(1) for t in scope.extras["rope_table"])
+        head_dim = scope.extras["head_dim"]
+        x = inputs[0].unflatten(-1, (-1, head_dim))
+        rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((turned, rest), dim=-1).flatten(-2)

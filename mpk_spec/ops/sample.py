@@ -1,0 +1,101 @@
+"""From logits to the next token. Greedy: argmax in two stages."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from mpk_spec.ops.base import Axis, Op, OpError, Ref, TensorType, register
+
+
+@register
+class Sample(Op):
+    """The token with the highest logit, the lowest id among equals. The planner lowers it to the two ops below."""
+
+    op: ClassVar[str] = "sample"
+    role: ClassVar = "reduce"
+    task: ClassVar[str] = "argmax_reduce"
+
+    input: Ref = Field(alias="sample")
+
+    def operands(self):
+        return (self.input,)
+
+    def infer(self, inputs, weights, values):
+        if len(inputs[0].axes) != 1:
+            raise OpError(f"logits are [vocab], got {list(inputs[0].shape)}", "sample")
+        return TensorType((Axis(1),), dtype="i32")
+
+
+@register
+class ArgmaxPartial(Op):
+    """For each slice of `slice` logits its maximum and the id of that: `[tokens, slices, 2]` as float32 and int32 bits.
+
+    `first_id` of a rank is where its share of the vocabulary starts; ids at `valid` or above are padding.
+    """
+
+    op: ClassVar[str] = "argmax_partial"
+    role: ClassVar = "row"
+    task: ClassVar[str] = "argmax_partial"
+
+    input: Ref = Field(alias="argmax_partial")
+    slice: int
+    vocab: int
+    valid: int
+
+    def operands(self):
+        return (self.input,)
+
+    def infer(self, inputs, weights, values):
+        return TensorType((Axis(-(-self.vocab // self.slice)), Axis(2)), dtype="f32")
+
+    def granule(self, output):
+        return 2
+
+    def needs(self, span, output, inputs):
+        return ((span[0] // 2 * self.slice, min(span[1] // 2 * self.slice, self.vocab)),)
+
+    def compute(self, inputs, weights, scope):
+        import torch
+
+        slices = []
+        base = scope.span[0] // 2 * self.slice
+        rank = scope.extras["rank"]
+        for lo in range(0, inputs[0].shape[-1], self.slice):
+            part = inputs[0][:, lo : lo + self.slice].contiguous()
+            ids = torch.arange(part.shape[-1]) + base + lo + rank * self.vocab
+            part = part.masked_fill(ids >= self.valid, float("-inf"))
+            best = part.argmax(-1)  # the first of equals
+            slices.append(torch.stack((part.gather(-1, best[:, None])[:, 0], ids[best].int().view(torch.float32)), -1))
+        return torch.stack(slices, 1).flatten(1)
+
+
+@register
+class ArgmaxReduce(Op):
+    """The id of the highest of all slices (of all ranks); int32 `[tokens, 1]`."""
+
+    op: ClassVar[str] = "argmax_reduce"
+    role: ClassVar = "reduce"
+    task: ClassVar[str] = "argmax_reduce"
+
+    input: Ref = Field(alias="argmax_reduce")
+
+    def operands(self):
+        return (self.input,)
+
+    def infer(self, inputs, weights, values):
+        return TensorType((Axis(1),), dtype="i32")
+
+    def needs(self, span, output, inputs):
+        return ((0, inputs[0].features),)
+
+    def compute(self, inputs, weights, scope):
+        import torch
+
+        pairs = inputs[0]
+        if pairs.dim() == 3:  # [ranks, tokens, 2 * slices]: ranks are neighbours in the vocabulary
+            pairs = pairs.transpose(0, 1).flatten(1)
+        pairs = pairs.unflatten(-1, (-1, 2)).contiguous()
+        best = pairs[..., 0].argmax(-1)
+        return pairs[..., 1].contiguous().view(torch.int32).gather(-1, best[:, None])

@@ -1,0 +1,251 @@
+"""The plan: what the kernel executes, the reference executes, the profiler names and the verifier proves.
+
+Three levels. *Kernel*: `Group`, one fused operator over whole tensors. *Block*: `Task`, one piece of a group that one SM
+computes, with the spans it reads and writes. *Thread*: `Group.task`, the CUDA template, with its tile constants.
+
+A step is a sequence of `Stage`s; each instantiates a `Template` (a layer's groups, events and queues) for one layer, so
+that 80 equal layers are written down once and a layer that differs is its own template.
+
+Spans are one-dimensional: `[lo, hi)` in the *extent* of a tensor. For an activation the extent is the features of one
+token (`heads * head_dim` flattened; every task covers all tokens of the step). For the KV cache it is
+`kv_heads * kv_splits`, where split `s` holds the positions whose block of `kv_block` positions is `s` modulo `kv_splits`.
+For split results it is `splits * features`, for values routed through a claim pool `experts * features`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+PLAN_VERSION = 1
+StepKind = Literal["decode", "prefill", "mixed", "verify"]
+Placement = Literal["cuda", "nvshmem", "host"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """`[lo, hi)` of a tensor's extent."""
+
+    tensor: str
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait until `event` of the stage `stage` places back (0: this one, -1: the one before) has `count` signals.
+
+    The stage before a step's first is the last of the step before it.
+    """
+
+    event: str
+    count: int
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of a group.
+
+    `out` is the span of the group's output that it computes, `k` the part of the summed axis (split-K, KV split worker).
+    `load_bytes` flow through the shared-memory ring in `load_chunks` pieces, in the order of the queue.
+    """
+
+    index: int
+    out: tuple[int, int]
+    reads: tuple[Span, ...]
+    writes: tuple[Span, ...]
+    k: tuple[int, int] | None = None
+    waits: tuple[Wait, ...] = ()
+    signals: tuple[str, ...] = ()
+    load_bytes: int = 0
+    load_chunks: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator inside a group. `values` holds numbers, or `{"per_layer": [...]}` where they differ by layer."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    output: str
+    weights: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A fused operator. `nodes` are in order of computation; the last one's output is what tasks partition."""
+
+    name: str
+    task: str
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    tasks: tuple[Task, ...]
+    split_k: int = 1
+    kv_splits: int = 1
+    stages: int = 1
+    partition: Literal["even", "balanced"] = "even"
+    launch: Literal["static", "dynamic"] = "static"
+    smem_bytes: int = 0
+    published: tuple[str, ...] = ()
+    """Prologue values that later groups need too: task `t` writes its share of them."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The groups of one stage. `queues[sm]` lists (group, task) in the order the SM's workers run them, `loads[sm]` the
+    order in which its loader streams them. (group, -1) stands for "claim tasks of this dynamic group until none is left".
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    events: dict[str, int]
+    queues: tuple[tuple[tuple[int, int], ...], ...]
+    loads: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    template: int
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """All of one token step of one kind."""
+
+    kind: StepKind
+    tokens: int
+    templates: tuple[Template, ...]
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An activation. `shape` follows the tokens axis; `extent` is what spans count in.
+
+    `[slots]` copies of it lie at `offset` (bytes) of its placement's arena. `partial`: each rank holds an addend and
+    `inbox` says that the buffer has one slot per rank.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    extent: int
+    placement: Placement = "cuda"
+    inbox: bool = False
+    offset: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as one rank holds it. `source` may contain {i} (layer) and {e} (expert).
+
+    `shape` is the rank's; `full_shape` the checkpoint's (with the stacked expert axis first where there is one).
+    `split` is the axis a rank holds a part of (None: all of it), `parts` into how many, and each part is held by
+    `ranks_per_part` ranks. `pad` rows beyond the checkpoint's are zero.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
+    dtype: str = "bf16"
+    per_layer: bool = False
+    stack: str | None = None
+    split: int | None = None
+    parts: int = 1
+    ranks_per_part: int = 1
+    pad: int = 0
+    kind: str = "linear"
+    offset: float = 0.0
+    storage: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the weights of a fusion lie in memory: rows of its linears, interleaved in `groups` groups, cut into tiles."""
+
+    group: str
+    weights: tuple[str, ...]
+    layout: Literal["concat", "interleave"]
+    groups: int
+    tile_rows: int
+    tile_k: int
+
+
+@dataclass(frozen=True)
+class State:
+    """The KV cache: per layer and sequence, pages of `page` positions; one head's K and V of a page lie together."""
+
+    name: str
+    kv_heads: int
+    head_dim: int
+    layers: int
+    context: int
+    batch: int
+    dtype: str = "bf16"
+    page: int = 64
+    kv_block: int = 64
+    extent: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that one rank's kernel needs; all ranks run the same plan."""
+
+    name: str
+    spec: str
+    size: str
+    target: str
+    tp: int
+    batch: int
+    context: int
+    num_sms: int
+    config: dict[str, Any]
+    architecture: str
+    steps: dict[str, Step]
+    tensors: dict[str, Tensor]
+    weights: dict[str, Weight]
+    packings: tuple[Packing, ...]
+    states: dict[str, State]
+    arena_bytes: dict[str, int]
+    feeds: dict[str, str]
+    """Step inputs and the tensor of the step before that they come from: {"token_ids": "next_ids"}."""
+    notes: tuple[str, ...] = ()
+    """Choices and their reasons, for `plan --explain`."""
+    schedule: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The resolved schedule of every group, for `plan --pin`."""
+    ring_bytes: int = 0
+    chunk_bytes: int = 0
+    version: int = PLAN_VERSION
+
+    def to_json(self) -> str:
+        """Deterministic JSON: the same plan gives the same bytes."""
+        return _adapter().dump_json(self, indent=None).decode()
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Inverse of `to_json`. Raises pydantic.ValidationError; `load_plan` turns that into a UserError."""
+        return _adapter().validate_json(text)
+
+    @property
+    def key(self) -> str:
+        """A hash of the whole plan, the name of its cache entries."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+@cache
+def _adapter():
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)
