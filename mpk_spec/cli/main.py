@@ -1,4 +1,4 @@
-"""The program `mpk-spec`: a table of commands, loaded when asked for, and the one place where errors become exit codes."""
+"""The program `mpk-spec`: a table of commands, each loaded only when it is used."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load(name: str):
 app = typer.Typer(
     name="mpk-spec",
     cls=CommandTable,
-    help="An LLM described in YAML becomes one persistent CUDA kernel; on a machine without a GPU its plan runs on the CPU.",
+    help="An LLM described in YAML becomes one persistent CUDA kernel; without a GPU its plan runs on the CPU.",
     epilog="A bare name such as 'smollm2' means the spec of that name that comes with mpk-spec.",
     context_settings=CONTEXT_SETTINGS,
     no_args_is_help=True,

