@@ -11,9 +11,9 @@ Everything else that escapes is a bug (exit 3) and is reported with a log.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Iterable
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 1

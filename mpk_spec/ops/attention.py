@@ -99,6 +99,9 @@ class AttentionMerge(Op):
     def infer(self, inputs, weights, values):
         return TensorType((Axis(self.heads), Axis(self.head_dim)))
 
+    def needs(self, span, output, inputs):
+        return ((0, inputs[0].features),)
+
     def granule(self, output):
         return output.axes[-1].size
 

@@ -55,8 +55,12 @@ class SplitKReduce(Op):
     def infer(self, inputs, weights, values):
         return TensorType((Axis(self.features),), partial=inputs[0].partial)
 
+    def needs(self, span, output, inputs):
+        return ((0, inputs[0].features),)
+
     def compute(self, inputs, weights, scope):
-        total = inputs[0][:, 0]
+        parts = inputs[0].unflatten(-1, (self.splits, self.features))[..., slice(*scope.span)]
+        total = parts[:, 0]
         for split in range(1, self.splits):
-            total = total + inputs[0][:, split]
+            total = total + parts[:, split]
         return total

@@ -67,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator inside a group. `values` holds numbers, or `{"per_layer": [...]}` where they differ by layer."""
+    """One operator inside a group. `values` holds its evaluated expressions; layers that differ have other templates."""
 
     name: str
     op: str
@@ -227,6 +227,12 @@ class Plan:
     """The resolved schedule of every group, for `plan --pin`."""
     ring_bytes: int = 0
     chunk_bytes: int = 0
+    prefixes: tuple[str, ...] = ("",)
+    """Prefixes under which a checkpoint may publish its tensors."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of checkpoint tensors that are left unread on purpose."""
+    all_reduces: int = 0
+    """Sums over ranks in one step."""
     version: int = PLAN_VERSION
 
     def to_json(self) -> str:

@@ -1,0 +1,272 @@
+"""Operators -> groups. A group is a body (linears that share an input, or an attention), with a prologue that every
+task recomputes and an epilogue on the features that the task made; or row operators alone.
+
+A fusion that the spec names is legal or refused at its line. An `all_reduce` cuts a group in two: what follows it
+starts a group of its own, named after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from mpk_spec.errors import Problem, SpecError, did_you_mean
+from mpk_spec.planner.model import BoundOp, Model, Section
+from mpk_spec.schema import Spec
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Operators computed together, in order. `into` of the first layer's instance: see `fuse`."""
+
+    name: str
+    ops: tuple[BoundOp, ...]
+    pack_layout: str = "concat"
+    pack_groups: int = 1
+    published: tuple[str, ...] = ()
+
+    @property
+    def body(self) -> tuple[BoundOp, ...]:
+        """Its linears, or its attention; empty for row operators alone."""
+        return tuple(o for o in self.ops if o.op.role in ("linear", "attention"))
+
+    @property
+    def kind(self) -> str:
+        if self.body:
+            return self.body[0].op.role
+        return self.ops[-1].op.role
+
+    @property
+    def prologue(self) -> tuple[BoundOp, ...]:
+        first = next((n for n, o in enumerate(self.ops) if o in self.body), len(self.ops))
+        return self.ops[:first]
+
+    @property
+    def epilogue(self) -> tuple[BoundOp, ...]:
+        last = max((n for n, o in enumerate(self.ops) if o in self.body), default=len(self.ops) - 1)
+        return self.ops[last + 1 :]
+
+    @property
+    def inner(self) -> frozenset[str]:
+        return frozenset(o.output for o in self.ops)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Values that come from other groups, in order of first use."""
+        made: set[str] = set()
+        found: dict[str, None] = {}
+        for op in self.ops:
+            found |= {i: None for i in op.inputs if i not in made}
+            made.add(op.output)
+        return tuple(found)
+
+
+@dataclass
+class FusedSection:
+    """A section's groups in program order; `first` differs in layer 0 where something is fused into it."""
+
+    section: Section
+    groups: tuple[Fused, ...]
+    first: tuple[Fused, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def fuse(spec: Spec, model: Model) -> list[FusedSection]:
+    """Applies the spec's fusions. Raises SpecError for each that is illegal."""
+    problems: list[Problem] = []
+    readers = _readers(model)
+    done = [_fuse_section(spec, model, section, readers, problems) for section in model.sections]
+    if problems:
+        raise SpecError(problems)
+    done = _fuse_into(spec, done, problems)
+    if problems:
+        raise SpecError(problems)
+    return done
+
+
+def _readers(model: Model) -> dict[str, set[str]]:
+    """Which operators read each value; a carried value is also read by the next layer and the head."""
+    readers: dict[str, set[str]] = {}
+    for section in model.sections:
+        for op in section.ops:
+            for value in op.inputs:
+                readers.setdefault(value, set()).add(op.name)
+    return readers
+
+
+def _fuse_section(spec: Spec, model: Model, section: Section, readers, problems: list[Problem]) -> FusedSection:
+    by_name = {op.name: op for op in section.ops}
+    taken: set[str] = set()
+    groups: list[Fused] = []
+    notes: list[str] = []
+    for name, decl in spec.fusions.items():
+        members = [by_name[m] for m in decl.of if m in by_name]
+        if not members or decl.into:
+            continue
+        between = [o for o in section.ops if o.op.op == "all_reduce" and _links(o, members)]
+        parts = _cut_at_collectives(name, _ordered(section, [*members, *between]))
+        if len(parts) > 1:
+            notes.append(f"fusion {name}: cut at {', '.join(o.name for o in between)}: ranks add their parts there")
+        for part_name, ops in parts:
+            wrong = _illegal(model, ops, readers)
+            if wrong:
+                problems.append(
+                    spec.problem(("fusions", name, "of"), f"fusion '{name}' is illegal: {wrong[0]}", wrong[1])
+                )
+                break
+            packing = _packing(spec, model, name, decl) if part_name == name else ("concat", 1)
+            groups.append(Fused(part_name, tuple(ops), *packing, published=_published(ops, readers, model)))
+            notes.append(f"fusion {part_name}: applied, {' + '.join(o.op.op for o in ops)}")
+        taken |= {o.name for o in [*members, *between]}
+    groups += [Fused(op.name, (op,)) for op in section.ops if op.name not in taken]
+    ordered = _program_order(section, groups)
+    if ordered is None:
+        names = ", ".join(g.name for g in groups if len(g.ops) > 1)
+        problems.append(Problem(f"the fusions of section '{section.name}' wait for one another: {names}"))
+        ordered = groups
+    return FusedSection(section, tuple(ordered), notes=notes)
+
+
+def _links(collective: BoundOp, members: Sequence[BoundOp]) -> bool:
+    made = {o.output for o in members}
+    return collective.inputs[0] in made and any(collective.output in o.inputs for o in members)
+
+
+def _ordered(section: Section, ops: Sequence[BoundOp]) -> list[BoundOp]:
+    names = {o.name for o in ops}
+    return [o for o in section.ops if o.name in names]
+
+
+def _cut_at_collectives(name: str, ops: list[BoundOp]) -> list[tuple[str, list[BoundOp]]]:
+    """A collective starts a new group, unless nothing but rows of the same group comes before it."""
+    parts: list[tuple[str, list[BoundOp]]] = [(name, [])]
+    for op in ops:
+        if op.op.op == "all_reduce" and parts[-1][1]:
+            parts.append((op.name, []))
+        parts[-1][1].append(op)
+    return parts
+
+
+def _packing(spec: Spec, model: Model, name: str, decl) -> tuple[str, int]:
+    if decl.pack is None:
+        return "concat", 1
+    groups = 1
+    if decl.pack.groups is not None:
+        names = {n: model.dims[n] for n in decl.pack.groups.names if n in model.dims}
+        groups = decl.pack.groups.evaluate({"config": model.config, **names})
+    return decl.pack.layout, groups
+
+
+def _published(ops: Sequence[BoundOp], readers, model: Model) -> tuple[str, ...]:
+    """Prologue values that operators outside the group read."""
+    fused = Fused("", tuple(ops))
+    names = {o.name for o in ops}
+    if not fused.body:
+        return ()
+    return tuple(o.output for o in fused.prologue if o.op.role != "append" and readers.get(o.output, set()) - names)
+
+
+def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | None] | None:
+    """Why these operators cannot be one group (and what would work), or None."""
+    if not ops:
+        return None
+    fused, names = Fused("", tuple(ops)), {o.name for o in ops}
+    roles = {o.op.role for o in fused.body}
+    if len(roles) > 1:
+        return "a group has one kind of body, this one has a linear and an attention", "fuse them apart"
+    for before, op in zip(ops, ops[1:], strict=False):
+        linked = set(op.inputs) & {o.output for o in ops} or set(op.inputs) & set(before.inputs)
+        if not linked and op.op.role != "attention" and not any(op.output in o.inputs for o in ops):
+            return f"'{op.name}' has nothing to do with the rest of it", None
+    if fused.body and fused.kind == "linear":
+        feeds = {o.inputs[0] for o in fused.body}
+        if len(feeds) > 1:
+            return (
+                f"its linears read different values ({', '.join(sorted(feeds))})",
+                "linears fuse when they share their input",
+            )
+    for op in fused.prologue if fused.body else ops[:-1]:
+        kind = fused.kind if fused.body else "row"
+        if kind not in op.op.prologue_of and not (kind == "row" and op.op.epilogue_of):
+            body = f"'{fused.body[0].name}'" if fused.body else "the rest"
+            return f"'{op.name}' ({op.op.op}) cannot be recomputed before {body} ({kind})", None
+    for op in fused.epilogue if fused.body else ():
+        if fused.kind not in op.op.epilogue_of:
+            return (
+                f"'{op.name}' ({op.op.op}) cannot follow '{fused.body[-1].name}' ({fused.kind}) in one task",
+                "it needs more of the row than one task makes" if op.op.op == "rmsnorm" else None,
+            )
+    if fused.epilogue:
+        for op in [*fused.body, *fused.epilogue[:-1]]:
+            outside = readers.get(op.output, set()) - names
+            if outside:
+                return (
+                    f"'{op.output}' is also read by '{sorted(outside)[0]}'",
+                    "only the last value of a group leaves it",
+                )
+    return None
+
+
+def _program_order(section: Section, groups: Sequence[Fused]) -> list[Fused] | None:
+    """Groups after those whose values they read; ties as the operators stand in the spec. None for a cycle."""
+    position = {op.name: n for n, op in enumerate(section.ops)}
+    maker = {op.output: g.name for g in groups for op in g.ops}
+    carried = {
+        o.output
+        for o in section.ops
+        if any(o.output in p.inputs for p in section.ops if position[p.name] <= position[o.name])
+    }
+    waiting = sorted(groups, key=lambda g: max(position[o.name] for o in g.ops))
+    done: list[Fused] = []
+    placed: set[str] = set()
+    while waiting:
+        for group in waiting:
+            needed = {maker[i] for i in group.inputs if i in maker and i not in carried} - {group.name}
+            if needed <= placed:
+                break
+        else:
+            return None
+        waiting.remove(group)
+        done.append(group)
+        placed.add(group.name)
+    return done
+
+
+def _fuse_into(spec: Spec, sections: list[FusedSection], problems: list[Problem]) -> list[FusedSection]:
+    """`{of: [x], into: qkv}`: the operators of an earlier section become prologue of the first layer's `qkv`."""
+    for name, decl in spec.fusions.items():
+        if not decl.into:
+            continue
+        source = next((s for s in sections if any(o.name in decl.of for g in s.groups for o in g.ops)), None)
+        target = next((s for s in sections if any(g.name == decl.into for g in s.groups)), None)
+        if source is None or target is None:
+            known = [g.name for s in sections for g in s.groups]
+            problems.append(
+                spec.problem(
+                    ("fusions", name, "into"),
+                    f"there is no group '{decl.into}'",
+                    did_you_mean(decl.into, known, "groups"),
+                )
+            )
+            continue
+        moved = tuple(o for g in source.groups for o in g.ops if o.name in decl.of)
+        host = next(g for g in target.groups if g.name == decl.into)
+        allowed = all(host.kind in o.op.prologue_of for o in moved)
+        if not allowed or target.section.layers is None or moved[-1].output not in host.inputs:
+            problems.append(
+                spec.problem(
+                    ("fusions", name, "into"),
+                    f"'{moved[-1].name}' cannot be computed inside '{decl.into}'",
+                    "it must be what that group of the first layer reads",
+                )
+            )
+            continue
+        # other groups of the first layer (the residual) read the value too, so that it is published by shares
+        fused = replace(host, ops=(*moved, *host.ops), published=(*host.published, moved[-1].output))
+        first = tuple(fused if g is host else g for g in target.groups)
+        left = tuple(g for g in source.groups if not any(o in moved for o in g.ops))
+        sections[sections.index(source)] = replace(source, groups=left)
+        sections[sections.index(target)] = replace(
+            target, first=first, notes=[*target.notes, f"fusion {name}: applied in layer 0"]
+        )
+    return [s for s in sections if s.groups]

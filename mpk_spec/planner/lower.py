@@ -1,0 +1,115 @@
+"""Groups + schedule -> groups that tasks can be cut from: splits get their merges and reductions, sampling its two stages.
+
+A merge of attention splits is recomputed by the linear that reads it (one hop less); where something else reads the
+attention it is a group of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mpk_spec.ops import all_ops
+from mpk_spec.ops.base import Axis, TensorType
+from mpk_spec.planner.fuse import Fused
+from mpk_spec.planner.model import BoundOp, Model
+from mpk_spec.planner.schedule import Scheduler, Settings
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A group with its settings. `partial_of` names the linear whose K splits it stores."""
+
+    group: Fused
+    settings: Settings
+
+
+def lower(groups: tuple[Fused, ...], model: Model, scheduler: Scheduler) -> list[Lowered]:
+    """In program order. New values get their types in `model.types`."""
+    done: list[Lowered] = []
+    for group in groups:
+        for part in _stages_of_sample(group, model, scheduler):
+            settings = scheduler.resolve(part)
+            if settings.split_k > 1:
+                done += _split_linear(part, settings, model, scheduler)
+            elif settings.kv_splits > 1:
+                part, merge = _split_attention(part, settings, model)
+                done += [Lowered(part, settings), Lowered(Fused(merge.name, (merge,)), settings)]
+            else:
+                done.append(Lowered(part, settings))
+    return _place_merges(done, scheduler)
+
+
+def _stages_of_sample(group: Fused, model: Model, scheduler: Scheduler) -> list[Fused]:
+    """`sample` -> argmax of slices, then of the slices' results (of all ranks)."""
+    op = group.ops[-1]
+    if op.op.op != "sample":
+        return [group]
+    logits = op.inputs[0]
+    kind = model.types[logits]
+    slices = min(scheduler.target.num_sms, -(-kind.features // 16))
+    per_slice = -(-kind.features // slices)
+    partial = all_ops()["argmax_partial"](
+        argmax_partial=logits, slice=per_slice, vocab=kind.features, valid=_vocab(logits, model)
+    )
+    name = f"{op.name}.partial"
+    model.types[name] = replace(partial.infer([kind], {}, {}), partial=bool(kind.axes[0].split))
+    reduce = all_ops()["argmax_reduce"](argmax_reduce=name)
+    values = {"slice": per_slice, "vocab": kind.features, "valid": partial.valid}
+    return [
+        Fused(name, (BoundOp(name, partial, (logits,), name, {}, values, path=op.path),)),
+        Fused(group.name, (*group.ops[:-1], BoundOp(op.name, reduce, (name,), op.output, {}, {}, path=op.path))),
+    ]
+
+
+def _vocab(logits: str, model: Model) -> int:
+    """Rows of the weight that made the logits, before any padding."""
+    maker = next((o for s in model.sections for o in s.ops if o.output == logits), None)
+    if maker is None or "weight" not in maker.weights:
+        return model.types[logits].features
+    return model.weights[maker.weights["weight"]].full_shape[0]
+
+
+def _split_linear(group: Fused, settings: Settings, model: Model, scheduler: Scheduler) -> list[Lowered]:
+    """`NAME` stores `splits` partial sums, `NAME.reduce` adds them up and does the epilogue."""
+    linear = group.body[0]
+    kind = model.types[linear.output]
+    stored = f"{linear.output}.splits"
+    model.types[stored] = TensorType((Axis(settings.split_k), Axis(kind.features)), dtype="f32", partial=kind.partial)
+    op = all_ops()["split_k_reduce"](split_k_reduce=stored, splits=settings.split_k, features=kind.features)
+    values = {"splits": settings.split_k, "features": kind.features}
+    reduce = BoundOp(f"{linear.name}.reduce", op, (stored,), linear.output, {}, values, path=linear.path)
+    first = replace(group, ops=(*group.prologue, replace(linear, output=stored)))
+    second = Fused(f"{group.name}.reduce", (reduce, *group.epilogue))
+    return [Lowered(first, settings), Lowered(second, scheduler.resolve(second))]
+
+
+def _split_attention(group: Fused, settings: Settings, model: Model) -> tuple[Fused, BoundOp]:
+    attention = group.body[0]
+    heads, head_dim = model.types[attention.output].shape
+    stored = f"{attention.output}.splits"
+    model.types[stored] = TensorType((Axis(settings.kv_splits), Axis(heads), Axis(head_dim + 2)), dtype="f32")
+    values = {"kv_splits": settings.kv_splits, "heads": heads, "head_dim": head_dim}
+    op = all_ops()["attention_merge"](attention_merge=stored, **values)
+    merge = BoundOp(f"{attention.name}.merge", op, (stored,), attention.output, {}, values, path=attention.path)
+    ops = tuple(replace(o, output=stored) if o is attention else o for o in group.ops)
+    return replace(group, ops=ops), merge
+
+
+def _place_merges(groups: list[Lowered], scheduler: Scheduler) -> list[Lowered]:
+    """Moves each merge into the one linear group that reads it, or gives it settings of its own."""
+    done = list(groups)
+    for item in groups:
+        merge = item.group.ops[0]
+        if merge.op.op != "attention_merge":
+            continue
+        readers = [g for g in done if merge.output in g.group.inputs]
+        alone = (
+            len(readers) == 1 and readers[0].group.kind == "linear" and readers[0].group.ops[0] in readers[0].group.body
+        )
+        if alone:
+            host = readers[0]
+            done[done.index(host)] = Lowered(replace(host.group, ops=(merge, *host.group.ops)), host.settings)
+            done.remove(item)
+        else:
+            done[done.index(item)] = Lowered(item.group, scheduler.resolve(item.group))
+    return done

@@ -1,0 +1,91 @@
+"""Weights as one rank holds them: shapes, shares, ties, stacks over experts."""
+
+from __future__ import annotations
+
+from math import prod
+
+from mpk_spec.ops import REGISTRY
+from mpk_spec.ops.base import Axis, TensorType
+from mpk_spec.planner.environment import Environment
+from mpk_spec.planner.plan import Weight
+from mpk_spec.schema import Spec
+
+
+def bind_weights(spec: Spec, env: Environment) -> tuple[dict[str, Weight], dict[str, TensorType]]:
+    """The weights that exist for this config, with their types on one rank."""
+    weights: dict[str, Weight] = {}
+    types: dict[str, TensorType] = {}
+    gains = _gains(spec)
+    for name, decl in spec.weights.items():
+        path = ("weights", "layer", name) if decl.layer else ("weights", name)
+        if decl.when is not None and not env.evaluate(decl.when, (*path, "when"), env.names(decl.when, None)):
+            continue
+        bound = _bind_one(spec, env, name, decl, path, gains)
+        if bound is None:
+            continue
+        weights[name], types[name] = bound
+    return weights, types
+
+
+def _bind_one(spec, env, name, decl, path, gains):
+    whole, local, axes = [], [], []
+    split_axis, parts, pad = None, 1, 0
+    rules = {} if decl.shard == "replicate" else env.split_dims()
+    for n, expression in enumerate(decl.shape):
+        at = (*path, "shape", n)
+        size = env.evaluate(expression, at, env.names(expression, None))
+        split = [d for d in expression.names if d in rules and env.parts(d) > 1]
+        share = env.evaluate(expression, at, env.names(expression, None, local=True)) if split else size
+        if size is None or share is None:
+            return None
+        if len(split) > 1 or (split and split_axis is not None):
+            env.problems.append(
+                spec.problem(at, f"'{name}' would be split along two dims at once: {', '.join(sorted(split))}")
+            )
+            return None
+        if split:
+            split_axis, parts = n, env.parts(split[0])
+            pad = share * parts - size
+            if pad and rules[split[0]] != "split_padded":
+                env.problems.append(
+                    spec.problem(
+                        at, f"'{expression.text}' does not divide as '{split[0]}' does: {size} over {parts} ranks"
+                    )
+                )
+                return None
+        whole.append(size)
+        local.append(share)
+        summed = frozenset(split)
+        axes.append(Axis(share, frozenset(expression.names & env.dims.keys()), summed))
+    source, dtype = decl.from_, decl.dtype or spec.tensor_default.dtype
+    if decl.tie is not None and env.evaluate(decl.tie.when, (*path, "tie", "when"), env.names(decl.tie.when, None)):
+        source = spec.weights[decl.tie.to].from_
+    kind, offset = gains.get(name, ("linear", 0.0))
+    weight = Weight(
+        name=name, source=source, shape=tuple(local), full_shape=tuple(whole), dtype=dtype, per_layer=decl.layer,
+        stack=next(iter(decl.stack), None) if decl.stack else None, split=split_axis, parts=parts,
+        ranks_per_part=env.tp // parts, pad=pad, kind=kind, offset=offset, storage=dict(decl.storage or {}),
+    )  # fmt: skip
+    return weight, TensorType(tuple(axes))
+
+
+def _gains(spec: Spec) -> dict[str, tuple[str, float]]:
+    """What random weights need to know: gains (of heads or rows), biases, embeddings; read off the operators."""
+    found: dict[str, tuple[str, float]] = {}
+    for block in [*spec.blocks.values(), spec.layers]:
+        attended = {o for op in block.values() if getattr(op, "op", "") == "rope" for o in op.operands()}
+        for key, op in block.items():
+            name = getattr(op, "op", None)
+            if name == REGISTRY["rmsnorm"].op:
+                found[op.weight] = ("qk_gain" if key in attended else "gain", float(bool(op.weight_offset)))
+            elif name == "embedding":
+                found[op.weight] = ("embedding", 0.0)
+            elif name == "linear" and op.bias:
+                found[op.bias] = ("bias", 0.0)
+    return found
+
+
+def count_parameters(weights: dict[str, Weight], layers: int) -> int:
+    """Parameters of the whole model, tied ones once."""
+    by_source = {w.source: w for w in weights.values()}
+    return sum(prod(w.full_shape) * (layers if w.per_layer else 1) for w in by_source.values())
