@@ -1,0 +1,66 @@
+"""The same checkpoint as a transformers model and tokenizer: the truth that ours is compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpk_spec.errors import UserError
+from mpk_spec.weights.config import make_config, text_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mpk_spec.weights.checkpoint import Checkpoint
+
+
+def load_hf_model(
+    checkpoint: Checkpoint, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The transformers model of `checkpoint.architecture`, in eval mode, with the checkpoint's weights.
+
+    UserError names the weights that the checkpoint lacks or holds in another shape; none is ever left at random.
+    """
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, checkpoint.architecture)
+    state = {name: checkpoint.read(name) for name in checkpoint.names()}
+    model, info = model_class.from_pretrained(
+        None,
+        config=make_config(checkpoint.architecture, checkpoint.config),
+        state_dict=state,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+    )
+    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lost:
+        shown = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
+        raise UserError(f"{checkpoint.source} lacks {len(lost)} weights of {checkpoint.architecture}: {shown}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, chat template included. UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    if checkpoint.directory is None:
+        raise UserError(f"{checkpoint.source} has no tokenizer", "text needs a checkpoint folder, hub id or GGUF file")
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{checkpoint.directory} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """Every token id that ends an answer: of the generation config, the config and the tokenizer."""
+    found = [checkpoint.config.get("eos_token_id"), text_config(checkpoint.config).get("eos_token_id")]
+    if checkpoint.directory is not None:
+        path = Path(checkpoint.directory) / "generation_config.json"
+        if path.is_file():
+            found.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        found.append(load_tokenizer(checkpoint).eos_token_id)
+    ids = [i for one in found for i in (one if isinstance(one, list) else [one])]
+    return frozenset(i for i in ids if i is not None)
