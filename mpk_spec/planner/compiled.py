@@ -1,0 +1,176 @@
+"""A stage of a plan made ready for the simulation: tasks in an order that can run, with their costs worked out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mpk_spec.errors import UserError
+from mpk_spec.planner.cost import CostModel, TaskCost, is_attention, task_cost
+from mpk_spec.planner.plan import Plan, Step, Task, Template
+
+
+@dataclass
+class ReadyTask:
+    """A task with its costs. `waits`: (event, count, stages back, whether peers signal it too)."""
+
+    group: int
+    index: int
+    cost: TaskCost
+    waits: tuple[tuple[str, int, int, bool], ...]
+    signals: tuple[str, ...]
+    idle: bool = False  # an expert's task that nobody chose in this step
+
+
+@dataclass
+class Pool:
+    """A claim pool: its tasks in claim order, and the SMs that claim."""
+
+    group: int
+    tasks: list[ReadyTask]
+    sms: list[int]
+
+
+@dataclass
+class ReadyStage:
+    """`order` holds (SM, task) and pools, each after everything that it waits for."""
+
+    template: Template
+    order: list[tuple[int, ReadyTask] | Pool] = field(default_factory=list)
+    partial: frozenset[str] = frozenset()
+    """Events that some task waits for with fewer signals than there are."""
+
+
+def window_of(template: Template, layer: int | None) -> int | None:
+    """The attention window of a layer, None where all positions are seen."""
+    for group in template.groups:
+        for node in group.nodes:
+            if node.op == "attention":
+                value = node.values.get("window")
+                if isinstance(value, dict):
+                    value = value["per_layer"][layer or 0]
+                return value
+    return None
+
+
+def compile_stage(plan: Plan, step: Step, template: Template, window: int | None, context: int, cost: CostModel):
+    """The `ReadyStage` of a template. Raises UserError for queues that cannot run to their end."""
+    peers = _events_of_peers(template)
+    tasks = [
+        [_ready(plan, step, template, g, task, peers, cost, window, context) for task in group.tasks]
+        for g, group in enumerate(template.groups)
+    ]
+    _check_loads(template)
+    ready = ReadyStage(template, partial=_partial(template))
+    _order(template, tasks, ready)
+    return ready
+
+
+def _ready(plan, step, template, g, task: Task, peers: set[str], cost, window, context) -> ReadyTask:
+    group = template.groups[g]
+    found = task_cost(plan, step, group, task, cost, window, context)
+    idle = group.launch == "dynamic" and task.load_bytes > 0 and found.stream_bytes == 0 and not is_attention(group)
+    waits = tuple((w.event, w.count, w.stage, w.event in peers) for w in task.waits)
+    return ReadyTask(g, task.index, found, waits, task.signals, idle)
+
+
+def _events_of_peers(template: Template) -> set[str]:
+    """Events with more signals than this rank's tasks give: the peers' tasks give the others."""
+    own: dict[str, int] = {}
+    for group in template.groups:
+        for task in group.tasks:
+            for event in task.signals:
+                own[event] = own.get(event, 0) + 1
+    return {event for event, count in template.events.items() if count > own.get(event, 0)}
+
+
+def _partial(template: Template) -> frozenset[str]:
+    waits = [w for group in template.groups for task in group.tasks for w in task.waits if w.stage == 0]
+    return frozenset(w.event for w in waits if w.count < template.events.get(w.event, 0))
+
+
+def _check_loads(template: Template) -> None:
+    """The ring is first in, first out, so a loader's order must be its workers'."""
+    for sm, (queue, loads) in enumerate(zip(template.queues, template.loads, strict=True)):
+        streamed = set(loads)
+        if [entry for entry in queue if entry in streamed] != list(loads):
+            raise UserError(f"stage '{template.name}': SM {sm} streams its tasks in another order than it runs them")
+
+
+def _order(template: Template, tasks: list[list[ReadyTask]], ready: ReadyStage) -> None:
+    """Fills `ready.order`: runs every queue until it waits, and again when the event it waits for has its signals."""
+    seen: dict[str, int] = {}
+    needed = _own_needs(template)
+    at = [0] * len(template.queues)
+    arrived: dict[int, list[int]] = {}
+    claimers = {g: sum((g, -1) in q for q in template.queues) for g, group in enumerate(template.groups)
+                if group.launch == "dynamic"}  # fmt: skip
+    parked: dict[str, list[int]] = {}
+    work = list(range(len(template.queues)))[::-1]
+
+    def missing(waits) -> str | None:
+        return next((e for e, _, back, _ in waits if back == 0 and seen.get(e, 0) < needed.get(e, 0)), None)
+
+    def signal(task: ReadyTask) -> None:
+        for event in task.signals:
+            seen[event] = seen.get(event, 0) + 1
+            if seen[event] >= needed.get(event, 0):
+                work.extend(reversed(parked.pop(event, [])))
+
+    def run_pool(g: int, sm: int) -> bool:
+        """True when the pool has run, and `sm` may go on; its other SMs are put to work again."""
+        event = next((e for t in tasks[g] if (e := missing(t.waits))), None)
+        if event is not None:
+            parked.setdefault(event, []).append(sm)
+            return False
+        ready.order.append(Pool(g, tasks[g], sorted(arrived[g])))
+        for task in tasks[g]:
+            signal(task)
+        for other in arrived[g]:
+            at[other] += 1
+        work.extend(other for other in sorted(arrived[g], reverse=True) if other != sm)
+        return True
+
+    while work:
+        sm = work.pop()
+        queue = template.queues[sm]
+        while at[sm] < len(queue):
+            g, index = queue[at[sm]]
+            if index < 0:
+                if sm not in arrived.setdefault(g, []):
+                    arrived[g].append(sm)
+                if len(arrived[g]) < claimers[g] or not run_pool(g, sm):
+                    break
+                continue
+            task = tasks[g][index]
+            event = missing(task.waits)
+            if event is not None:
+                parked.setdefault(event, []).append(sm)
+                break
+            ready.order.append((sm, task))
+            at[sm] += 1
+            signal(task)
+    stuck = next((sm for sm, n in enumerate(at) if n < len(template.queues[sm])), None)
+    if stuck is not None:
+        g, index = template.queues[stuck][at[stuck]]
+        name = template.groups[g].name
+        raise UserError(f"stage '{template.name}': SM {stuck} waits for ever before '{name}' task {max(index, 0)}")
+
+
+def _own_needs(template: Template) -> dict[str, int]:
+    """Signals of this rank that must have come before anyone waiting in this stage may run."""
+    own: dict[str, int] = {}
+    for group in template.groups:
+        for task in group.tasks:
+            for event in task.signals:
+                own[event] = own.get(event, 0) + 1
+    needs = dict(own)
+    asked: dict[str, int] = {}
+    for group in template.groups:
+        for task in group.tasks:
+            for wait in task.waits:
+                if wait.stage == 0:
+                    asked[wait.event] = max(asked.get(wait.event, 0), wait.count)
+    for event, count in asked.items():
+        # an event that nobody signals keeps its count: whoever waits for it is stuck, and that is said
+        needs[event] = min(count, own[event]) if event in own else count
+    return needs
