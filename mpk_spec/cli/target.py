@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
 
-SOURCE_SCHEMES = ("hub:", "pypi:", "random:")
+SOURCE_SCHEMES = ("hub:", "pypi:", "dir:")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 STAND_INS = ("tiny", "common")  # sizes that are no model a person would talk with
 
 
@@ -53,8 +55,11 @@ def open_target(
 
 
 def is_checkpoint(name: str) -> bool:
+    """Whether `name` means weights rather than a spec. An OWNER/NAME that is no file here is a hub id."""
     path = Path(name).expanduser()
-    return name.startswith(SOURCE_SCHEMES) or name.endswith(".gguf") or path.is_dir()
+    if name.startswith(SOURCE_SCHEMES) or name.endswith(".gguf") or path.is_dir():
+        return True
+    return bool(HUB_ID.fullmatch(name)) and path.suffix not in (".yaml", ".yml") and not path.exists()
 
 
 def default_size(spec: Spec) -> str:
@@ -139,7 +144,9 @@ def spec_for(checkpoint: Checkpoint) -> Spec:
 
 def matching_size(spec: Spec, checkpoint: Checkpoint) -> str | None:
     """The size whose every config key the checkpoint has with the same value, or None."""
-    config = checkpoint.config
+    from mpk_spec.weights import text_config
+
+    config = text_config(checkpoint.config)
     for name, size in spec.sizes.items():
         if name not in STAND_INS and all(config.get(key) == value for key, value in size.config.items()):
             return name

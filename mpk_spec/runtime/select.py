@@ -1,0 +1,86 @@
+"""One place that knows which backends there are and opens the one that was asked for."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from mpk_spec.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from mpk_spec.runtime.backend import Backend
+    from mpk_spec.schema import Spec
+    from mpk_spec.weights import Checkpoint
+
+BACKENDS = ("auto", "cuda", "cpu", "torch")
+DEFAULT_CONTEXT = 4096  # positions; a conversation rarely needs more, and a KV cache costs memory for each
+
+
+def open_backend(
+    spec: Spec,
+    size: str | None,
+    checkpoint: Checkpoint,
+    backend: str = "auto",
+    context: int | None = None,
+    progress=None,
+) -> Backend:
+    """The model of `checkpoint`, ready to run as `spec` says.
+
+    `backend`: one of `BACKENDS`; what "auto" chose is said in one line on standard error.
+    `context`: positions of the KV cache; None takes `DEFAULT_CONTEXT`, or what the model was made for if that is less.
+    Raises UserError for a backend that this machine or version lacks and for a context past the model's positions.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"there is no backend '{backend}'", hint=did_you_mean(backend, BACKENDS, "backends"))
+    context = choose_context(context, checkpoint.config)
+    if backend == "auto":
+        backend = "cpu"
+        print("backend: cpu, chosen since this version has no CUDA kernel yet (--backend chooses)", file=sys.stderr)
+    return OPENERS[backend](spec, size, checkpoint, context, progress)
+
+
+def choose_context(wanted: int | None, config: dict) -> int:
+    """Positions to hold, from what was asked for and what the model was made for."""
+    from mpk_spec.weights import text_config
+
+    most = text_config(config).get("max_position_embeddings")
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+    if most is not None and wanted > most:
+        raise UserError(f"a context of {wanted} is more than the {most} positions that this model was made for")
+    return wanted
+
+
+def _open_cuda(spec, size, checkpoint, context, progress) -> Backend:
+    raise UserError(
+        "the CUDA kernel is not available in this version of mpk-spec",
+        hint="--backend cpu runs the same plan on the CPU, --backend torch runs Hugging Face's own model",
+    )
+
+
+def _open_cpu(spec, size, checkpoint, context, progress) -> Backend:
+    from mpk_spec.planner import plan
+    from mpk_spec.runtime.engine import Engine
+
+    made = plan(
+        spec,
+        size=size,
+        config=checkpoint.config,
+        architecture=checkpoint.architecture,
+        target="cpu",
+        context=context,
+    )
+    return Engine(made, checkpoint)
+
+
+def _open_torch(spec, size, checkpoint, context, progress) -> Backend:
+    import torch
+
+    from mpk_spec.runtime.torch_backend import TorchBackend
+    from mpk_spec.weights import load_hf_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchBackend(load_hf_model(checkpoint, dtype="bfloat16", device=device), context)
+
+
+OPENERS = {"cuda": _open_cuda, "cpu": _open_cpu, "torch": _open_torch}
