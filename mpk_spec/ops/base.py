@@ -10,7 +10,9 @@ Features: an activation is `[tokens, *shape]`; its features are `shape` flattene
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -159,11 +161,24 @@ def register(cls: type[Op]) -> type[Op]:
     return cls
 
 
+_rounding: ContextVar[bool] = ContextVar("rounding", default=True)
+
+
+@contextmanager
+def without_rounding() -> Iterator[None]:
+    """Inside it every rounding point is skipped, so that a model's meaning can be compared in float32."""
+    token = _rounding.set(False)
+    try:
+        yield
+    finally:
+        _rounding.reset(token)
+
+
 def round_to(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """Rounds float32 values to `dtype` and returns them as float32."""
     import torch
 
-    if dtype == "f32":
+    if dtype == "f32" or not _rounding.get():
         return x
     return x.to({"bf16": torch.bfloat16, "f16": torch.float16}[dtype]).to(torch.float32)
 

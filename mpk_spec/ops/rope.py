@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from mpk_spec.errors import UserError, did_you_mean
 from mpk_spec.ops.base import Expr, Op, OpError, Ref, TensorType, register
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register
@@ -49,3 +53,33 @@ class Rope(Op):
         first, second = rotated.chunk(2, dim=-1)
         turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
         return torch.cat((turned, rest), dim=-1).flatten(-2)
+
+
+def rope_table(parameters: dict, head_dim: int, config: dict, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 `[context, rotated dims]`, from transformers' `ROPE_INIT_FUNCTIONS`.
+
+    `config`: the model's text config; its lengths and sizes are what some rope types ask for. Raises UserError for a
+    rope type that the installed transformers does not know.
+    """
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":  # a linear scaling by 1, which unlike the models' own default knows partial rotation
+        kind, parameters = "linear", {**parameters, "rope_type": "linear", "factor": 1.0}
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise UserError(
+            f"transformers has no rope type '{kind}'", did_you_mean(kind, ROPE_INIT_FUNCTIONS, "rope types")
+        )
+    carrier = LlamaConfig(
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        head_dim=head_dim,
+        max_position_embeddings=config["max_position_embeddings"],
+        rope_parameters=parameters,
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](carrier, torch.device("cpu"), seq_len=context)
+    angles = torch.arange(context).float()[:, None] * frequencies.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * factor, angles.sin() * factor

@@ -15,7 +15,7 @@ from mpk_spec.planner.environment import Environment
 from mpk_spec.planner.model import BoundOp, Model, Section
 from mpk_spec.planner.plan import State
 from mpk_spec.planner.weights import bind_weights
-from mpk_spec.schema import Expression, Spec
+from mpk_spec.schema import Spec, expression_of
 
 STEP_INPUTS = {"token_ids": TensorType((Axis(1),), dtype="i32")}
 KEEPS_PARTIAL = frozenset({"combine", "all_reduce", "split_k_reduce"})
@@ -43,7 +43,7 @@ def bind(spec: Spec, config: dict[str, Any], *, tp: int, batch: int, context: in
     env.check()
     return Model(
         sections=sections, types=binder.types, weights={n: w for n, w in weights.items() if n in binder.used},
-        states=states, dims=env.local, carries=frozenset(binder.carries), config=env.config, tp=tp,
+        states=states, dims=env.local, carries=frozenset(binder.carries), cache_state=binder.cache_state, config=env.config, tp=tp,
         all_reduces=sum((s.layers or 1) * sum(o.op.op == "all_reduce" for o in s.ops) for s in sections) if tp > 1 else 0,
     )  # fmt: skip
 
@@ -71,6 +71,7 @@ class _Binder:
         self.types: dict[str, TensorType] = dict(STEP_INPUTS)
         self.used: set[str] = set()
         self.carries: list[str] = []
+        self.cache_state: dict[str, str] = {}
 
     def sections(self) -> tuple[Section, ...]:
         """Operators before, in and after each repeat."""
@@ -135,6 +136,8 @@ class _Binder:
             at = (*path, error.field) if error.field else path
             self.env.problems.append(self.spec.problem(at, error.message, error.hint))
             raise SpecError(self.env.problems) from None
+        if op.op == "kv_append":
+            self.cache_state[output] = op.state
         bound = BoundOp(name, op, tuple(operands), output, roles, values, frozenset(per_layer), path)
         self.types[output] = self._declared(name, path, result, output)
         ops.append(bound)
@@ -156,7 +159,7 @@ class _Binder:
         values: dict[str, Any] = {}
         per_layer: set[str] = set()
         for field in _fields(op, "expr"):
-            expression = Expression.of(getattr(op, field))
+            expression = expression_of(getattr(op, field))
             at = (*path, field)
             if layers and self.env.mentions_layer(expression):
                 each = [

@@ -74,7 +74,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         raise SpecError(problems)
     drafts = [_draft(kind, request, model, lowered[kind]) for kind in request.steps]
     tensors, arenas = _place(spec, model, lowered, drafts, request)
-    splits = _kv_splits(lowered)
+    splits = _kv_splits(lowered, model)
     states = {n: replace(s, extent=s.kv_heads * splits.get(n, 1)) for n, s in model.states.items()}
     first = lowered[request.steps[0]]
     return Plan(
@@ -83,7 +83,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         architecture=architecture, steps={d.kind: _step(d, request) for d in drafts}, tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=dict(FEEDS),
         notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * CHUNK_BYTES,
-        chunk_bytes=CHUNK_BYTES, prefixes=tuple(spec.model.prefixes), ignore=tuple(spec.model.ignore),
+        chunk_bytes=CHUNK_BYTES, prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def _strangers(spec: Spec, scheduler: Scheduler, known: set[str]) -> list:
     return found
 
 
-def _kv_splits(lowered: dict[str, list[_Section]]) -> dict[str, int]:
+def _kv_splits(lowered: dict[str, list[_Section]], model: Model) -> dict[str, int]:
     """How each state is divided for its attention."""
     found: dict[str, int] = {}
     for sections in lowered.values():
@@ -134,13 +134,13 @@ def _kv_splits(lowered: dict[str, list[_Section]]) -> dict[str, int]:
         for section in sections:
             for item in section.items:
                 if item.group.kind == "attention":
-                    found[appends[item.group.body[0].inputs[1]]] = item.settings.kv_splits
+                    found[model.cache_state[item.group.body[0].inputs[1]]] = item.settings.kv_splits
     return found
 
 
 def _draft(kind: str, request: Request, model: Model, sections: list[_Section]) -> _Drafted:
     tokens = request.tokens(kind)
-    splits = _kv_splits({kind: sections})
+    splits = _kv_splits({kind: sections}, model)
     inboxes = frozenset(v for s in sections for i in [*s.items, *s.first] for v in _inboxes(i.group, model))
     made: dict[str, tuple[str, StageOrder]] = {}
     stages = []
@@ -150,7 +150,7 @@ def _draft(kind: str, request: Request, model: Model, sections: list[_Section]) 
             items = section.first if layer == 0 else section.items
             key = f"{base.name}/{layer == 0 and section.first is not section.items}/{_layer_key(items, layer)}"
             if key not in made:
-                groups = [tile(item, model, layer, tokens, splits) for item in items]
+                groups = [tile(item.group, item.settings, model, layer, tokens, splits) for item in items]
                 name = base.name if layer is None else f"{base.name}.{layer}"
                 made[key] = (name, connect(groups, request.tp, inboxes if request.tp > 1 else frozenset()))
             stages.append((layer, *made[key]))
@@ -172,35 +172,30 @@ def _inboxes(group: Fused, model: Model) -> list[str]:
 
 def _place(spec: Spec, model: Model, lowered, drafts: list[_Drafted], request: Request):
     """Tensors of all steps, with the room that the largest step needs."""
-    stored: dict[str, tuple[TensorType, Lowered]] = {}
+    stored: dict[str, TensorType] = {}
     inboxes: set[str] = set()
     for sections in lowered.values():
         for section in sections:
             for item in [*section.items, *section.first]:
-                stored |= {v: (model.types[v], item) for v in outputs(item.group, model)}
+                stored |= {v: model.types[v] for v in outputs(item.group, model)}
                 inboxes |= set(_inboxes(item.group, model)) if request.tp > 1 else set()
-    tensors = {name: _tensor(spec, name, kind, item, name in inboxes, request) for name, (kind, item) in stored.items()}
+    tensors = {name: _tensor(spec, model, name, kind, name in inboxes, request) for name, kind in stored.items()}
     read_elsewhere = _crossing(drafts)
-    kept = (
-        model.carries
-        | set(FEEDS.values())
-        | read_elsewhere
-        | {n for n, t in stored.items() if t[0].kind == "tensor" and n == "logits"}
-    )
+    kept = model.carries | set(FEEDS.values()) | read_elsewhere | (stored.keys() & {"logits"})
     tokens = max(d.tokens for d in drafts)
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
     return place(tensors, orders.values(), frozenset(kept), tokens, request.tp)
 
 
-def _tensor(spec: Spec, name: str, kind: TensorType, item: Lowered, inbox: bool, request: Request) -> Tensor:
+def _tensor(spec: Spec, model: Model, name: str, kind: TensorType, inbox: bool, request: Request) -> Tensor:
     decl = spec.tensors.get(name)
     wanted = (decl.placement if decl and decl.placement else spec.tensor_default.placement) or "auto"
     placement = "nvshmem" if inbox else "cuda"
     if wanted == "host" or (wanted == "nvshmem" and request.tp > 1):
         placement = wanted
-    slots = item.settings.grid[1] // item.settings.split_k if item.group.kind == "linear" and kind.routed else 1
     shape = (kind.routed, *kind.shape) if kind.routed else kind.shape
-    return Tensor(name, shape, "f32" if inbox else kind.dtype, kind.features * max(1, slots), placement, inbox)
+    extent = kind.features * model.slots.get(name, 1)
+    return Tensor(name, shape, "f32" if inbox else kind.dtype, extent, placement, inbox, bool(kind.routed))
 
 
 def _crossing(drafts: list[_Drafted]) -> set[str]:
@@ -249,6 +244,11 @@ def _packings(sections: list[_Section], model: Model) -> tuple[Packing, ...]:
                 )
                 assert linear_rows(group, model) > 0
     return tuple(found.values())
+
+
+def _tied_away(spec: Spec, model: Model) -> list[str]:
+    """Names of tied weights: a checkpoint may still hold the copy that is not read."""
+    return [spec.weights[n].from_ for n, w in model.weights.items() if w.source != spec.weights[n].from_]
 
 
 def _resolved(sections: list[_Section]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from mpk_spec.ops.base import Axis, TensorType
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.schedule import Scheduler, Settings
+from mpk_spec.planner.tile import outputs
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ def lower(groups: tuple[Fused, ...], model: Model, scheduler: Scheduler) -> list
     for group in groups:
         for part in _stages_of_sample(group, model, scheduler):
             settings = scheduler.resolve(part)
+            slots = settings.grid[1] // settings.split_k if part.kind == "linear" else 1
+            if slots > 1:
+                model.slots |= {v: slots for v in outputs(part, model)}
             if settings.split_k > 1:
                 done += _split_linear(part, settings, model, scheduler)
             elif settings.kv_splits > 1:

@@ -53,4 +53,8 @@ class Model:
     config: dict[str, Any]
     tp: int
     all_reduces: int = 0
+    cache_state: dict[str, str] = field(default_factory=dict)
+    """Which state a cache value stands for."""
+    slots: dict[str, int] = field(default_factory=dict)
+    """Values whose experts are claimed at run time: how many of them may be active."""
     notes: list[str] = field(default_factory=list)

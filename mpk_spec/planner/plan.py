@@ -75,6 +75,10 @@ class Node:
     output: str
     weights: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    width: int = 0
+    """Features of its output (of one routed row, where it has one row per chosen expert)."""
+    granule: int = 1
+    """How many neighbouring features of its output are computed together (a head, a whole row)."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class Tensor:
     extent: int
     placement: Placement = "cuda"
     inbox: bool = False
+    routed: bool = False
+    """One row per (token, chosen expert): `shape[0]` is the number of choices."""
     offset: int = 0
     bytes: int = 0
 

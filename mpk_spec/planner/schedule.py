@@ -67,7 +67,7 @@ class Scheduler:
         for number, rule in enumerate(self.spec.schedule):
             if self._applies(rule.when):
                 for group, settings in rule.set.items():
-                    for key, value in settings.items():
+                    for key, value in settings.model_dump(exclude_unset=True, exclude_none=True).items():
                         self.asked.setdefault(group, {})[key] = (value, ("schedule", number, "set", group, key))
 
     def _applies(self, when: dict[str, Any]) -> bool:
@@ -186,13 +186,11 @@ class Scheduler:
     def _rows(self, group: Fused, pins, common) -> Settings:
         self._no_pin(pins, "split_k", group, "a linear")
         units = row_units(group, self.model)
-        whole = (
-            group.ops[-1].op.role in ("reduce", "gather")
-            and group.ops[-1].op.op != "embedding"
-            or group.ops[-1].op.op == "top_k"
-        )
-        out = self.model.types[group.ops[-1].output]
-        want = 1 if whole else max(1, min(self.target.num_sms, units, -(-out.features // ROW_FEATURES)))
+        last = group.ops[-1]
+        features = self.model.types[last.output].features
+        want = max(1, min(self.target.num_sms, units, -(-features // ROW_FEATURES)))
+        if last.op.op == "argmax_partial":
+            want = units
         x = self._grid(pins, want, units, "parts")
         return Settings((x, 1, 1), partition=self._partition(pins, units, x, "parts"), **common)
 

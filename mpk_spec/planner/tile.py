@@ -11,7 +11,6 @@ from math import prod
 from mpk_spec.ops.base import FeatureSpan
 from mpk_spec.ops.linear import ROW_TILE
 from mpk_spec.planner.fuse import Fused
-from mpk_spec.planner.lower import Lowered
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.plan import Group, Node, Span, Task
 from mpk_spec.planner.schedule import CHUNK_BYTES, Settings, linear_granule, linear_rows, row_units
@@ -21,12 +20,13 @@ ACTIVATION_SMEM = 48 * 1024  # activations of more tokens are streamed in K tile
 FIXED_SMEM = 4 * 1024  # barriers, per-warp partial sums, the scheduler's mailbox
 
 
-def tile(item: Lowered, model: Model, layer: int | None, tokens: int, kv_splits: dict[str, int]) -> Group:
+def tile(
+    group: Fused, settings: Settings, model: Model, layer: int | None, tokens: int, kv_splits: dict[str, int]
+) -> Group:
     """The group of one stage, without events. `kv_splits` by state."""
-    group, settings = item.group, item.settings
     cutter = {"linear": _linear, "attention": _attention}.get(group.kind, _rows)
     tasks = tuple(cutter(group, settings, model, tokens, kv_splits))
-    nodes = tuple(_node(op, layer) for op in group.ops)
+    nodes = tuple(_node(op, model, layer) for op in group.ops)
     return Group(
         name=group.name, task=group.body[0].op.task if group.body else group.ops[-1].op.task, nodes=nodes,
         inputs=tuple(i for i in group.inputs if model.types[i].kind != "cache"), outputs=outputs(group, model),
@@ -36,9 +36,18 @@ def tile(item: Lowered, model: Model, layer: int | None, tokens: int, kv_splits:
     )  # fmt: skip
 
 
-def _node(op: BoundOp, layer: int | None) -> Node:
-    fields = {f: getattr(op.op, f) for f in ("fn", "score") if hasattr(op.op, f)}
-    return Node(op.name, op.op.op, op.inputs, op.output, dict(op.weights), {**op.at(layer), **fields})
+def _node(op: BoundOp, model: Model, layer: int | None) -> Node:
+    kind = model.types[op.output]
+    fields = {f: getattr(op.op, f) for f in ("fn", "score", "state") if hasattr(op.op, f)}
+    if op.op.op in ("rope", "attention"):
+        fields["head_dim"] = model.types[op.inputs[0]].axes[-1].size
+    if op.op.op == "attention":
+        fields["heads"] = model.types[op.inputs[0]].axes[0].size
+        fields["state"] = model.cache_state[op.inputs[1]]
+    return Node(
+        op.name, op.op.op, op.inputs, op.output, dict(op.weights), {**op.at(layer), **fields}, kind.features,
+        op.op.granule(kind),
+    )  # fmt: skip
 
 
 def outputs(group: Fused, model: Model) -> tuple[str, ...]:
@@ -80,8 +89,10 @@ def aligned(op: BoundOp, model: Model, span: FeatureSpan) -> FeatureSpan:
     return span[0] // step * step, min(-(-span[1] // step) * step, kind.features)
 
 
-def spans(found: dict[str, FeatureSpan]) -> tuple[Span, ...]:
-    return tuple(Span(name, *span) for name, span in found.items())
+def spans(found: dict[str, FeatureSpan], model: Model) -> tuple[Span, ...]:
+    """As the plan counts: of a value whose experts are claimed, all slots."""
+    whole = {n: (0, model.types[n].features * model.slots[n]) for n in found if n in model.slots}
+    return tuple(Span(name, *whole.get(name, span)) for name, span in found.items())
 
 
 def _published(group: Fused, model: Model, index: int, count: int) -> list[Span]:
@@ -101,9 +112,9 @@ def _rows(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits
         if last.op.role == "append":
             splits = kv_splits[last.op.state]
             heads = [s // kind.axes[1].size * splits for s in span]
-            yield Task(index, span, spans(found), (Span(last.op.state, *heads),))
+            yield Task(index, span, spans(found, model), (Span(last.op.state, *heads),))
         else:
-            yield Task(index, span, spans(found), (Span(last.output, *span),))
+            yield Task(index, span, spans(found, model), (Span(last.output, *span),))
 
 
 def _linear(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits: dict[str, int]):
@@ -123,7 +134,9 @@ def _linear(group: Fused, settings: Settings, model: Model, tokens: int, kv_spli
                 wrote += _published(group, model, index, prod(settings.grid))
                 choice = (slot, slot + 1) if slots > 1 else None
                 summed = (k_lo * 512, min(k_hi * 512, k)) if settings.split_k > 1 else choice
-                yield _streams(group, model, tokens, slots, Task(index, span, spans(found), tuple(wrote), k=summed), k)
+                yield _streams(
+                    group, model, tokens, slots, Task(index, span, spans(found, model), tuple(wrote), k=summed), k
+                )
                 index += 1
 
 
@@ -211,7 +224,7 @@ def _attention(group: Fused, settings: Settings, model: Model, tokens: int, kv_s
     (heads, head_dim), kv_heads = q_type.shape, cache_type.axes[0].size
     per_kv, splits = heads // kv_heads, settings.kv_splits
     append = next((o for o in group.ops if o.op.role == "append"), None)
-    state = next(iter(kv_splits)) if append is None else append.op.state
+    state = model.cache_state[attention.inputs[1]]
     for kv_head in range(kv_heads):
         q_span = (kv_head * per_kv * head_dim, (kv_head + 1) * per_kv * head_dim)
         for split in range(splits):
@@ -223,7 +236,7 @@ def _attention(group: Fused, settings: Settings, model: Model, tokens: int, kv_s
                 for value in append.inputs:
                     trace(group, model, value, (kv_head * head_dim, (kv_head + 1) * head_dim), found)
                 wrote.append(cached)
-            yield Task(kv_head * splits + split, q_span, (*spans(found), cached), tuple(wrote), k=(split, split + 1),
+            yield Task(kv_head * splits + split, q_span, (*spans(found, model), cached), tuple(wrote), k=(split, split + 1),
                        flops=0)  # fmt: skip
 
 

@@ -1,0 +1,162 @@
+"""Executes steps of a plan: all tasks of a group at once, or task by task in any order that waits and queues allow."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mpk_spec.ops.rope import rope_table
+from mpk_spec.planner.plan import Group, Plan, Span, Step, Task
+from mpk_spec.reference.evaluate import GroupRun
+from mpk_spec.reference.state import Cache, Rank, load_ranks, poisoned
+
+
+@dataclass
+class StepInput:
+    """The step descriptor: for each token its id, its position and the sequence (slot) it belongs to; int64 `[tokens]`."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    decode: bool
+
+    @cached_property
+    def by_slot(self) -> list[tuple[int, torch.Tensor]]:
+        """(slot, its tokens' rows)."""
+        return [(int(s), (self.slots == s).nonzero()[:, 0]) for s in self.slots.unique()]
+
+    def positions_of(self, rows: torch.Tensor | None) -> torch.Tensor:
+        return self.positions if rows is None else self.positions[rows]
+
+
+class Executor:
+    """A plan with weights and caches, on the CPU. Every rank lives in this process."""
+
+    def __init__(self, plan: Plan, checkpoint, progress=None):
+        self.plan = plan
+        self.ranks = load_ranks(plan, checkpoint, progress)
+        tables = self._rope_tables()
+        for rank in self.ranks:
+            rank.rope = tables
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the caches; positions never written are NaN."""
+        for rank in self.ranks:
+            for state in self.plan.states.values():
+                shape = (state.layers, state.batch, state.kv_heads, state.context, state.head_dim)
+                rank.caches[state.name] = Cache(
+                    torch.full(shape, float("nan")), torch.full(shape, float("nan")), state.dtype
+                )
+
+    def _rope_tables(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for step in self.plan.steps.values():
+            for node in (n for t in step.templates for g in t.groups for n in g.nodes if n.op == "rope"):
+                key = repr(node.values["parameters"])
+                if key not in found:
+                    found[key] = rope_table(
+                        node.values["parameters"], node.values["head_dim"], self.plan.config, self.plan.context
+                    )
+        return found
+
+    def run(
+        self, kind: str, step_input: StepInput, *, rows: torch.Tensor | None = None, shuffle: int | None = None
+    ) -> None:
+        """One step. `rows`: tokens that the head is wanted for. `shuffle`: a seed for a random legal order of tasks."""
+        step = self.plan.steps[kind]
+        for rank in self.ranks:
+            rank.allocate(len(step_input.ids))
+            rank.buffers["token_ids"] = step_input.ids[:, None]
+            rank.rows = None
+        if shuffle is not None:
+            _Shuffled(self, step, step_input, random.Random(shuffle)).run()
+            return
+        for stage in step.stages:
+            if stage.layer is None and stage is not step.stages[0]:
+                for rank in self.ranks:
+                    rank.rows = rows
+            for group in step.templates[stage.template].groups:
+                for rank in self.ranks:
+                    GroupRun(rank, group, stage.layer, step_input).run()
+
+    def value(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor after the step, all ranks' shares of the vocabulary joined: float32 `[tokens, features]`."""
+        parts = [r.buffers[name] for r in self.ranks]
+        split = self.plan.tp > 1 and name == "logits"
+        joined = torch.cat(parts, -1) if split else parts[0]
+        return joined if rows is None else joined[rows]
+
+
+class _Shuffled:
+    """Runs one step task by task: at each turn a random SM of a random rank whose next task may start."""
+
+    def __init__(self, executor: Executor, step: Step, step_input: StepInput, choose: random.Random):
+        self.executor, self.step, self.input, self.choose = executor, step, step_input, choose
+        ranks, sms = range(len(executor.ranks)), range(executor.plan.num_sms)
+        self.queues = {(r, sm): self._entries(sm) for r in ranks for sm in sms}
+        self.counts: dict[tuple[int, int, str], int] = {}
+        self.pools: dict[tuple[int, int, int], list[int]] = {}
+
+    def _entries(self, sm: int) -> list[tuple[int, int, int]]:
+        """(stage, group, task) in reverse, so that the next one is popped off the end."""
+        found = [
+            (s, g, t)
+            for s, stage in enumerate(self.step.stages)
+            for g, t in self.step.templates[stage.template].queues[sm]
+        ]
+        return found[::-1]
+
+    def run(self) -> None:
+        idle: set[tuple[int, int]] = set()
+        while any(self.queues.values()):
+            ready = [k for k, q in self.queues.items() if q and k not in idle]
+            if not ready:
+                raise RuntimeError(f"deadlock: {sum(map(len, self.queues.values()))} tasks wait for one another")
+            where = self.choose.choice(ready)
+            if self._advance(where):
+                idle.clear()
+            else:
+                idle.add(where)
+
+    def _advance(self, where: tuple[int, int]) -> bool:
+        rank, _ = where
+        stage, number, task_index = self.queues[where][-1]
+        group = self.step.templates[self.step.stages[stage].template].groups[number]
+        if task_index < 0:
+            pool = self.pools.setdefault((rank, stage, number), list(range(len(group.tasks))))
+            if not pool:
+                self.queues[where].pop()
+                return True
+            if not self._may_start(rank, stage, group.tasks[pool[0]]):
+                return False
+            self._do(rank, stage, group, group.tasks[pool.pop(0)])
+            return True
+        task = group.tasks[task_index]
+        if not self._may_start(rank, stage, task):
+            return False
+        self.queues[where].pop()
+        self._do(rank, stage, group, task)
+        return True
+
+    def _may_start(self, rank: int, stage: int, task: Task) -> bool:
+        """Stages before the first belong to the step before, which is over."""
+        return all(
+            stage + w.stage < 0 or self.counts.get((rank, stage + w.stage, w.event), 0) >= w.count for w in task.waits
+        )
+
+    def _do(self, rank: int, stage: int, group: Group, task: Task) -> None:
+        GroupRun(self.executor.ranks[rank], group, self.step.stages[stage].layer, self.input, task).run()
+        crossing = any(
+            self.executor.plan.tensors[s.tensor].inbox for s in task.writes if s.tensor in self.executor.plan.tensors
+        )
+        for peer in range(len(self.executor.ranks)) if crossing else (rank,):
+            for event in task.signals:
+                key = (peer, stage, event)
+                self.counts[key] = self.counts.get(key, 0) + 1
+
+
+__all__ = ["Executor", "Span", "StepInput", "poisoned"]

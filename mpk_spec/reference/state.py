@@ -1,0 +1,173 @@
+"""What one rank holds: its share of the weights, the activation buffers, the KV cache. All values are float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from mpk_spec.errors import UserError
+from mpk_spec.ops.base import round_to
+from mpk_spec.planner.plan import Plan, Span, Weight
+
+POISON = float("nan")
+FULL_COPY_LIMIT = 6 << 30  # weights up to this size (as float32) are widened once, larger ones at each use
+
+
+@dataclass
+class Cache:
+    """Keys and values of one state, float32 `[layers, sequences, kv_heads, context, head_dim]`, rounded to its dtype."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    dtype: str
+
+
+@dataclass
+class Rank:
+    """One rank of a plan. `rows` selects the tokens of the step that are still wanted (None: all)."""
+
+    plan: Plan
+    index: int
+    weights: dict[tuple[str, int | None], torch.Tensor]
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    caches: dict[str, Cache] = field(default_factory=dict)
+    peers: list[Rank] = field(default_factory=list)
+    rope: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rows: torch.Tensor | None = None
+
+    def weight(self, name: str, layer: int | None) -> torch.Tensor:
+        return self.weights[name, layer if self.plan.weights[name].per_layer else None]
+
+    def allocate(self, tokens: int) -> None:
+        """Fresh buffers for a step of `tokens`, every one of them poisoned."""
+        self.buffers = {n: poisoned(self.plan, n, tokens) for n in self.plan.tensors}
+
+    def read(self, span: Span) -> torch.Tensor:
+        """`[tokens, features]` of a tensor, `[ranks, tokens, features]` of an inbox, `[tokens, k, features]` if routed."""
+        buffer = self.buffers[span.tensor]
+        tokens_axis = 1 if span.tensor in self.plan.tensors and self.plan.tensors[span.tensor].inbox else 0
+        if self.rows is not None:
+            buffer = buffer.index_select(tokens_axis, self.rows)
+        return buffer[..., span.lo : span.hi]
+
+    def write(self, span: Span, value: torch.Tensor) -> None:
+        """Stores `value`, rounded to the tensor's dtype; an inbox gets it on every rank."""
+        tensor = self.plan.tensors[span.tensor]
+        value = value if value.dtype == torch.int32 else round_to(value, tensor.dtype)
+        holders = self.peers if tensor.inbox else [self]
+        for holder in holders:
+            buffer = holder.buffers[span.tensor]
+            buffer = buffer[self.index] if tensor.inbox else buffer
+            if self.rows is None:
+                buffer[..., span.lo : span.hi] = value
+            else:
+                buffer[self.rows, ..., span.lo : span.hi] = value
+
+
+def poisoned(plan: Plan, name: str, tokens: int) -> torch.Tensor:
+    """A buffer in which whatever nobody wrote is NaN (or -1 for ids)."""
+    tensor = plan.tensors[name]
+    shape = (tokens, tensor.shape[0], prod(tensor.shape[1:])) if tensor.routed else (tokens, prod(tensor.shape))
+    shape = (plan.tp, *shape) if tensor.inbox else shape
+    return torch.full(shape, -1, dtype=torch.int32) if tensor.dtype == "i32" else torch.full(shape, POISON)
+
+
+def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:
+    """All ranks of the plan with their shares of the checkpoint. Raises UserError for what does not fit."""
+    names = set(checkpoint.names())
+    prefix = find_prefix(plan, names, checkpoint)
+    ranks = [Rank(plan, r, {}) for r in range(plan.tp)]
+    for rank in ranks:
+        rank.peers = ranks
+    layers = max((s.layers for s in plan.states.values()), default=0)
+    total = sum(layers if w.per_layer else 1 for w in plan.weights.values())
+    done, shared = 0, {}
+    widen = 4 * sum(prod(w.shape) * (layers if w.per_layer else 1) for w in plan.weights.values()) <= FULL_COPY_LIMIT
+    for weight in plan.weights.values():
+        for layer in range(layers) if weight.per_layer else [None]:
+            for rank in ranks:
+                key = (weight.source, layer, share_of(weight, rank.index), weight.pad)
+                if key not in shared:
+                    part = read_share(checkpoint, prefix, weight, layer, rank.index)
+                    shared[key] = part.float() if widen else part
+                rank.weights[weight.name, layer] = shared[key]
+            done += 1
+            if progress is not None:
+                progress("loading weights", done, total)
+    return ranks
+
+
+def find_prefix(plan: Plan, names: set[str], checkpoint: Any) -> str:
+    """The first of the plan's prefixes under which the checkpoint has the weights; UserError naming what is missing."""
+    wanted = [w for w in plan.weights.values()]
+    for prefix in plan.prefixes:
+        if all(source_names(w, 0 if w.per_layer else None, prefix)[0] in names for w in wanted):
+            return prefix
+    first = next(w for w in wanted if source_names(w, 0 if w.per_layer else None, plan.prefixes[0])[0] not in names)
+    missing = source_names(first, 0 if first.per_layer else None, plan.prefixes[0])[0]
+    raise UserError(
+        f"{checkpoint.source}: there is no tensor '{missing}', which weight '{first.name}' of spec '{plan.spec}' is read from",
+        f"the checkpoint has {len(names)} tensors, such as {', '.join(sorted(names)[:3])}",
+    )
+
+
+def source_names(weight: Weight, layer: int | None, prefix: str) -> list[str]:
+    """The checkpoint's tensors that make up a weight: one, or one per expert."""
+    name = prefix + weight.source.replace("{i}", str(layer))
+    if weight.stack is None:
+        return [name]
+    return [name.replace("{" + weight.stack + "}", str(e)) for e in range(weight.full_shape[0])]
+
+
+def share_of(weight: Weight, rank: int) -> int:
+    return rank // weight.ranks_per_part if weight.split is not None else 0
+
+
+def read_share(checkpoint: Any, prefix: str, weight: Weight, layer: int | None, rank: int) -> torch.Tensor:
+    """A rank's part of a weight, in the checkpoint's dtype, padded rows zero."""
+    stacked = weight.stack is not None
+    full = weight.full_shape[1:] if stacked else weight.full_shape
+    parts = []
+    for name in source_names(weight, layer, prefix):
+        found = tuple(checkpoint.shape(name))
+        if found != tuple(full):
+            raise UserError(f"{checkpoint.source}: tensor '{name}' is {list(found)}, spec and config say {list(full)}")
+        slices = None
+        if weight.split is not None and not (stacked and weight.split == 0):
+            axis = weight.split - stacked
+            size = weight.shape[weight.split]
+            start = share_of(weight, rank) * size
+            slices = tuple(
+                slice(start, min(start + size, full[axis])) if a == axis else slice(0, n) for a, n in enumerate(full)
+            )
+        parts.append(checkpoint.read(name, slices))
+    if stacked and weight.split == 0:
+        start = share_of(weight, rank) * weight.shape[0]
+        parts = parts[start : start + weight.shape[0]]
+    tensor = torch.stack(parts) if stacked else parts[0]
+    missing = weight.shape[weight.split] - tensor.shape[weight.split] if weight.split is not None else 0
+    if missing:
+        filler = list(tensor.shape)
+        filler[weight.split] = missing
+        tensor = torch.cat((tensor, tensor.new_zeros(filler)), weight.split)
+    return tensor
+
+
+def unread_tensors(plan: Plan, checkpoint: Any) -> list[str]:
+    """Tensors of the checkpoint that no weight reads and the spec does not ignore: a spec that computes something else."""
+    from fnmatch import fnmatchcase
+
+    names = set(checkpoint.names())
+    prefix = find_prefix(plan, names, checkpoint)
+    layers = max((s.layers for s in plan.states.values()), default=0)
+    read = {
+        name
+        for weight in plan.weights.values()
+        for layer in (range(layers) if weight.per_layer else [None])
+        for name in source_names(weight, layer, prefix)
+    }
+    patterns = [p for prefix in plan.prefixes for p in (prefix + i for i in plan.ignore)] + list(plan.ignore)
+    return sorted(n for n in names - read if not any(fnmatchcase(n, p) for p in patterns))

@@ -1,0 +1,64 @@
+"""`Engine(plan, weights)`: a plan with weights, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mpk_spec.errors import UserError
+from mpk_spec.planner.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from mpk_spec.runtime.backend import Backend
+
+
+class Engine:
+    """Runs a plan: on the CPU if it was made for the target `cpu`, else on the GPU.
+
+    weights: a `Checkpoint` (see `mpk_spec.weights`) or a state dict already in memory, names as Hugging Face has them,
+    whose tensors are used where they lie. progress: called with (what, done, total) while loading.
+    Raises UserError where a weight is missing or of another shape, or the checkpoint has tensors that nothing reads.
+    """
+
+    def __init__(self, plan: Plan, weights: Any, *, progress=None):
+        from mpk_spec.reference.state import unread_tensors
+
+        if isinstance(weights, Mapping):
+            from mpk_spec.weights import StateDictCheckpoint
+
+            weights = StateDictCheckpoint(weights, plan.architecture, plan.config)
+        unread = unread_tensors(plan, weights)
+        if unread:
+            shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+            raise UserError(
+                f"{weights.source}: spec '{plan.spec}' reads no weight from {len(unread)} tensors: {shown}",
+                "another spec may fit; tensors that may stay unread belong in the spec's model.ignore",
+            )
+        self.plan = plan
+        self.backend: Backend = self._make(plan, weights, progress)
+
+    @staticmethod
+    def _make(plan: Plan, checkpoint: Any, progress) -> Backend:
+        if plan.target != "cpu":
+            raise UserError(
+                f"this plan is for '{plan.target}', and this version runs plans on the CPU only",
+                "plan for target 'cpu'",
+            )
+        from mpk_spec.reference.backend import ReferenceBackend
+
+        return ReferenceBackend(plan, checkpoint, progress)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "backend":
+            raise AttributeError(name)
+        return getattr(self.backend, name)
+
+    def stream(self, ids: Sequence[int], *, max_new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """See `Backend.stream`."""
+        return self.backend.stream(ids, max_new_tokens=max_new_tokens, stop=stop)
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Backend.logits`."""
+        return self.backend.logits(ids)
