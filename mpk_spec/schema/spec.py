@@ -34,8 +34,8 @@ class Spec:
     """What a spec file says. Two specs are equal when they say the same, wherever they were written.
 
     blocks and layers are in order of computation. op_when[(block, key)] holds the `when:` of operators that have one,
-    with "layers" as the block of top-level ones: where it is false, the operator is left out and its first operand takes
-    its place. per_layer: the names in `values` whose value depends on the layer.
+    with "layers" as the block of top-level ones: where it is false, the operator is left out and its first operand
+    takes its place. per_layer: the names in `values` whose value depends on the layer.
     """
 
     path: Path = field(compare=False)
