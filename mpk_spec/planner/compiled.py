@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mpk_spec.errors import UserError
-from mpk_spec.planner.cost import CostModel, TaskCost, is_attention, task_cost
+from mpk_spec.planner.cost import CostModel, TaskCost, experts_of, is_attention, task_cost
 from mpk_spec.planner.plan import Plan, Step, Task, Template
 
 
@@ -28,6 +28,7 @@ class Pool:
     group: int
     tasks: list[ReadyTask]
     sms: list[int]
+    routed: bool  # its tasks' weights are known only when the routing is
 
 
 @dataclass
@@ -61,7 +62,8 @@ def compile_stage(plan: Plan, step: Step, template: Template, window: int | None
     ]
     _check_loads(template)
     ready = ReadyStage(template, partial=_partial(template))
-    _order(template, tasks, ready)
+    routed = [bool(experts_of(plan, group)) for group in template.groups]
+    _order(template, tasks, routed, ready)
     return ready
 
 
@@ -96,7 +98,7 @@ def _check_loads(template: Template) -> None:
             raise UserError(f"stage '{template.name}': SM {sm} streams its tasks in another order than it runs them")
 
 
-def _order(template: Template, tasks: list[list[ReadyTask]], ready: ReadyStage) -> None:
+def _order(template: Template, tasks: list[list[ReadyTask]], routed: list[bool], ready: ReadyStage) -> None:
     """Fills `ready.order`: runs every queue until it waits, and again when the event it waits for has its signals."""
     seen: dict[str, int] = {}
     needed = _own_needs(template)
@@ -122,7 +124,7 @@ def _order(template: Template, tasks: list[list[ReadyTask]], ready: ReadyStage) 
         if event is not None:
             parked.setdefault(event, []).append(sm)
             return False
-        ready.order.append(Pool(g, tasks[g], sorted(arrived[g])))
+        ready.order.append(Pool(g, tasks[g], sorted(arrived[g]), routed[g]))
         for task in tasks[g]:
             signal(task)
         for other in arrived[g]:

@@ -305,8 +305,8 @@ class _Machine:
                     self._signal(number, event, when, whom)
                 continue
             claimed, sm = heapq.heappop(claim)
-            # who is to be claimed (which expert) is known once the events are
-            self._run_task(number, sm, task, when, whom, max(claimed, when))
+            known = max(claimed, when) if pool.routed else claimed  # which expert it is, the events say
+            self._run_task(number, sm, task, when, whom, known)
             heapq.heappush(claim, (self.records[-1].ready, sm))
 
     def _events(self, number: int, task: ReadyTask, seen: dict) -> tuple[float, int]:
@@ -348,7 +348,7 @@ class _Machine:
             ready += cost.activation_us
         consumed = ready + cost.compute_us
         if cost.stream_bytes:
-            consumed = self._stream(sm, task, ready, consumed, claimed)
+            consumed = self._stream(number, sm, task, ready, consumed, claimed)
         done = consumed + cost.finish_us
         after = whom if by_event else self.behind[sm]
         stalled = consumed - ready - cost.compute_us
@@ -361,10 +361,10 @@ class _Machine:
         for event in task.signals:
             self._signal(number, event, done, index)
 
-    def _stream(self, sm: int, task: ReadyTask, ready: float, computed: float, claimed: float | None) -> float:
+    def _stream(self, number: int, sm: int, task: ReadyTask, ready: float, computed: float, claimed: float | None):
         """Advances the SM's stream over the task's bytes; returns when the workers have consumed them."""
         size, ring = task.cost.stream_bytes, self.plan.ring_bytes
-        chance = ((len(self.records) + 1) * 2654435761 % 2**32) / 2**31 - 1  # in [-1, 1], the same in every run
+        chance = _chance(number, task)
         per_byte = (1 + self.cost.chance * chance) / self.rates[sm]
         lo = self.position[sm]
         hi = lo + size
@@ -395,3 +395,8 @@ class _Machine:
         points.append((hi, consumed))
         self.position[sm], self.arrival[sm] = hi, arrival
         return consumed
+
+
+def _chance(stage: int, task: ReadyTask) -> float:
+    """A number in [-1, 1] that is the same in every run (Knuth's multiplicative hash)."""
+    return (((stage * 61 + task.group) * 4099 + task.index + 1) * 2654435761 % 2**32) / 2**31 - 1

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import shapes
+
+from mpk_spec.errors import UserError
+from mpk_spec.planner.cost import CostModel, calibration_file, cost_model, kv_of, read_calibration, task_cost
+from mpk_spec.planner.plan import Node, Weight
+from mpk_spec.planner.targets import TARGETS
+
+
+def group(plan, name):
+    return next(g for t in plan.steps["decode"].templates for g in t.groups if g.name == name)
+
+
+def cost_of(plan, name, index=0, context=512, **constants):
+    found, cost = group(plan, name), replace(cost_model(plan.target), **constants)
+    return task_cost(plan, plan.steps["decode"], found, found.tasks[index], cost, None, context)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_constants(target):
+    model = cost_model(target)
+    assert (model.stream_gbps, model.num_sms) == (TARGETS[target].stream_gbps, TARGETS[target].num_sms)
+    assert all(v >= 0 for f in fields(model) if isinstance(v := getattr(model, f.name), float))
+
+
+def test_every_constant_is_documented():
+    from pathlib import Path
+
+    source = Path(cost_model.__code__.co_filename).read_text()
+    body = source[source.index("class CostModel") : source.index("def sm_gbps")]
+    undocumented = {"target", "num_sms"}
+    for field in fields(CostModel):
+        after = body[body.index(f"    {field.name}: ") :].split("\n")[1]
+        assert after.strip().startswith('"""') or field.name in undocumented, field.name
+
+
+def test_overrides_replace_constants():
+    assert cost_model("h100", {"hop_us": 5.0}).hop_us == 5.0
+
+
+def test_an_unknown_constant_is_refused():
+    with pytest.raises(UserError) as error:
+        cost_model("h100", {"hop": 1.0})
+    assert str(error.value) == "unknown constant 'hop' in the calibration of h100\n  hint: did you mean 'hop_us'?"
+
+
+def test_calibration_comes_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
+    assert read_calibration("h100") is None
+    calibration_file("h100").parent.mkdir()
+    calibration_file("h100").write_text(json.dumps({"hop_us": 0.7}))
+    assert read_calibration("h100") == {"hop_us": 0.7}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"hop_us": "fast"}'])
+def test_a_broken_calibration_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
+    calibration_file("h100").parent.mkdir()
+    calibration_file("h100").write_text(text)
+    with pytest.raises(UserError, match="delete it or measure again"):
+        read_calibration("h100")
+
+
+def test_kv_blocks_go_to_their_split():
+    plan = shapes.make(context=512)  # 8 blocks of 64 positions over 4 splits
+    tasks = group(plan, "attend").tasks
+    step = plan.steps["decode"]
+    assert [kv_of(plan, step, t, None, 512)[0] for t in tasks[:4]] == [2, 2, 2, 2]
+    assert [kv_of(plan, step, t, None, 130)[0] for t in tasks[:4]] == [1, 1, 1, 0]  # 3 blocks
+    assert [kv_of(plan, step, t, 64, 512)[0] for t in tasks[:4]] == [1, 0, 0, 0]  # a window of one block
+    assert kv_of(plan, step, tasks[0], None, 512)[1] == 2 * 64 * 128 * 2 * 2  # keys and values, bf16
+
+
+def test_every_sequence_of_a_batch_has_its_own_cache():
+    plan = replace(shapes.make(context=512), batch=4)
+    task = group(plan, "attend").tasks[0]
+    assert kv_of(plan, plan.steps["decode"], task, None, 512)[0] == 8
+
+
+def test_a_linear_streams_its_weights():
+    plan = shapes.make()
+    found = cost_of(plan, "gate_up")
+    assert found.weight_bytes == found.stream_bytes == group(plan, "gate_up").tasks[0].load_bytes
+    assert found.kv_bytes == 0
+
+
+def test_attention_fetches_what_no_loader_streams():
+    plan = shapes.make()
+    ahead, late = cost_of(plan, "attend"), cost_of(plan, "attend", kv_ahead=False)
+    assert ahead.stream_bytes == ahead.kv_bytes == late.kv_bytes > 0
+    assert late.stream_bytes == 0 and late.fetch_us > 2 * cost_model("h100").kv_trip_us
+
+
+def test_a_wide_input_takes_longer():
+    plan = shapes.make()
+    more = replace(plan, steps={"decode": replace(plan.steps["decode"], tokens=16)})
+    assert cost_of(more, "down").compute_us > cost_of(plan, "down").compute_us + 5  # 393 KB of activations
+
+
+def routed(plan, tokens, slots):
+    """The plan with `down` over 128 experts, 8 per token, in `slots` slots."""
+    step = plan.steps["decode"]
+    template = step.templates[1]
+    route = replace(template.groups[0], name="route", nodes=(Node("route", "top_k", (), "route", {}, {"k": 8}),))
+    down = group(plan, "down")
+    tasks = tuple(replace(t, k=(t.index % slots, t.index % slots + 1) if slots > 1 else None) for t in down.tasks)
+    node = Node("down", "linear", ("act", "route"), "x", {"weight": "experts"})
+    down = replace(down, nodes=(node,), grid=(1, slots, 1), tasks=tasks, launch="dynamic")
+    step = replace(step, tokens=tokens, templates=(replace(template, groups=(route, down)),))
+    weight = Weight("experts", "e.{e}", (128, 4, 4), (128, 4, 4), stack="e")
+    return replace(plan, weights={"experts": weight}, steps={"decode": step}), step, down
+
+
+def share(tokens, slots, index):
+    plan, step, down = routed(shapes.make(), tokens, slots)
+    found = task_cost(plan, step, down, down.tasks[index], cost_model("h100"), None, 512)
+    return found.weight_bytes / down.tasks[index].load_bytes
+
+
+def test_one_token_uses_every_slot_of_its_experts():
+    assert [share(1, 8, n) for n in range(8)] == pytest.approx([1] * 8)
+
+
+def test_tokens_that_choose_the_same_experts_leave_slots_empty():
+    distinct = 128 * (1 - (1 - 8 / 128) ** 4)  # 29.1 of 32
+    assert share(4, 32, 0) == 1
+    assert share(4, 32, 29) == pytest.approx(distinct - 29)
+    assert share(4, 32, 31) == 0
+
+
+def test_a_task_without_slots_reads_all_chosen_experts():
+    distinct = 128 * (1 - (1 - 8 / 128) ** 4)
+    assert share(4, 1, 0) == pytest.approx(distinct / 32)
