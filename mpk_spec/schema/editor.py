@@ -23,13 +23,18 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "mpk-spec"
     definitions = schema["$defs"]
+    properties = schema["properties"]
+    properties["blocks"]["additionalProperties"]["additionalProperties"] = {
+        "anyOf": [_ref("Operator"), {"type": "null"}]
+    }
+    properties["layers"]["additionalProperties"] = {"anyOf": [_ref("Repeat"), _ref("Operator"), {"type": "null"}]}
     definitions["Repeat"] = Repeat.model_json_schema(by_alias=True)
     ops = public_ops()
     for name in sorted(ops):
         definitions[f"op_{name}"] = _operator(name, ops[name])
     definitions["Operator"] = {
         "description": "an operator: its key, its input, its parameters",
-        "anyOf": [{"$ref": f"#/$defs/op_{name}"} for name in sorted(ops)] + [_change(ops)],
+        "anyOf": [_ref(f"op_{name}") for name in sorted(ops)] + [_change(ops)],
     }
     for definition in definitions.values():
         _relax(definition)
@@ -42,6 +47,10 @@ def json_schema() -> dict[str, Any]:
 def text() -> str:
     """The checked-in file's content."""
     return json.dumps(json_schema(), indent=1, sort_keys=True) + "\n"
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/$defs/{name}"}
 
 
 def _operator(name: str, op: type[Op]) -> dict[str, Any]:

@@ -87,7 +87,8 @@ class ModelSection(Section):
         default=[], description="a checkpoint whose config makes one of these false is refused"
     )
     config: list[Expression] = Field(
-        default=[Expression("config")], description="where the text config is: the first that has num_hidden_layers"
+        default_factory=lambda: [Expression("config")],
+        description="where the text config is: the first that has num_hidden_layers",
     )
     prefixes: list[str] = Field(
         default=[""], description="prefixes of all tensor names in a checkpoint: the first that matches"
@@ -239,10 +240,9 @@ class CheckFields(Section):
     check: str | None = Field(default=None, description="the kind of check, where the key is another name")
 
 
-OpMap = Annotated[dict[str, Any], WithJsonSchema({"$ref": "#/$defs/Operator"})]
-LayerMap = Annotated[
-    dict[str, Any], WithJsonSchema({"anyOf": [{"$ref": "#/$defs/Operator"}, {"$ref": "#/$defs/Repeat"}]})
-]
+# Operators are models of their own, known only at run time: the loader validates them, `editor` fills them in.
+OpMap = Annotated[dict[str, Any], WithJsonSchema({"title": "Operator"})]
+LayerMap = Annotated[dict[str, Any], WithJsonSchema({"title": "Operator or repeat"})]
 
 
 class SpecFile(Section):
