@@ -107,7 +107,7 @@ class Op(BaseModel):
     The field whose alias is the YAML key holds the input(s): `{rmsnorm: x, weight: attn_norm}`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, defer_build=True)
 
     op: ClassVar[str]
     role: ClassVar[Role] = "row"
