@@ -23,6 +23,8 @@ def one_shot(session: ChatSession, text: str) -> None:
 
     answer = session.ask(text, show)
     print(flush=True)
+    if answer.ended == "interrupted":
+        raise KeyboardInterrupt
     _after(session, answer)
 
 

@@ -143,12 +143,16 @@ def spec_for(checkpoint: Checkpoint) -> Spec:
 
 
 def matching_size(spec: Spec, checkpoint: Checkpoint) -> str | None:
-    """The size whose every config key the checkpoint has with the same value, or None."""
+    """The size of the checkpoint's shape, or None: every whole number and switch of its config is the checkpoint's too.
+
+    Other keys, such as the rope's base or epsilon, and the longest context differ between tunes of one model.
+    """
     from mpk_spec.weights import text_config
 
     config = text_config(checkpoint.config)
     for name, size in spec.sizes.items():
-        if name not in STAND_INS and all(config.get(key) == value for key, value in size.config.items()):
+        shape = {k: v for k, v in size.config.items() if isinstance(v, int) and k != "max_position_embeddings"}
+        if name not in STAND_INS and shape.items() <= config.items():
             return name
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mpk_spec.errors import UserError, did_you_mean
@@ -12,8 +13,14 @@ if TYPE_CHECKING:
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
 
+    Progress = Callable[[str, int, int], None]
+
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 DEFAULT_CONTEXT = 4096  # positions; a conversation rarely needs more, and a KV cache costs memory for each
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def open_backend(
@@ -22,11 +29,12 @@ def open_backend(
     checkpoint: Checkpoint,
     backend: str = "auto",
     context: int | None = None,
-    progress=None,
+    progress: Progress = _quiet,
 ) -> Backend:
     """The model of `checkpoint`, ready to run as `spec` says.
 
     `backend`: one of `BACKENDS`; what "auto" chose is said in one line on standard error.
+    `progress(stage, done, total)` hears of what takes long.
     `context`: positions of the KV cache; None takes `DEFAULT_CONTEXT`, or what the model was made for if that is less.
     Raises UserError for a backend that this machine or version lacks and for a context past the model's positions.
     """
@@ -75,10 +83,13 @@ def _open_cpu(spec, size, checkpoint, context, progress) -> Backend:
 
 def _open_torch(spec, size, checkpoint, context, progress) -> Backend:
     import torch
+    from transformers.utils import logging
 
     from mpk_spec.runtime.torch_backend import TorchBackend
     from mpk_spec.weights import load_hf_model
 
+    logging.disable_progress_bar()  # ours says what is being loaded
+    progress("loading the model", 0, 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchBackend(load_hf_model(checkpoint, dtype="bfloat16", device=device), context)
 
