@@ -16,7 +16,7 @@ from mpk_spec.paths import cache_dir
 from mpk_spec.weights.cache import cache_key, write_atomically
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _VOLATILE = ("transformers_version", "_name_or_path")  # say nothing about the model, and differ between machines
 
@@ -40,14 +40,25 @@ def normalise_config(architecture: str, keys: dict) -> dict:
 
 def make_config(architecture: str, keys: dict) -> PreTrainedConfig:
     """The transformers config object of `architecture` with `keys` set."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = model_type_of(architecture, keys.get("model_type"))
     given = {k: v for k, v in keys.items() if k not in ("model_type", *_VOLATILE)}
     try:
         return CONFIG_MAPPING[model_type].from_dict({**given, "architectures": [architecture]})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"transformers refuses this config of {architecture}: {_first_line(error)}") from error
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"transformers refuses this config of {architecture}: {_cause(error)}") from error
+
+
+def empty_model(architecture: str, keys: dict) -> PreTrainedModel:
+    """The transformers model without weights (on the meta device): for its names and shapes."""
+    import torch
+    import transformers
+
+    config = make_config(architecture, keys)
+    with torch.device("meta"):
+        return getattr(transformers, architecture)(config)
 
 
 def model_type_of(architecture: str, stated: str | None = None) -> str:
@@ -80,6 +91,7 @@ def _plain(data):
     return [_plain(v) for v in data] if isinstance(data, list) else data
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    """The last line of a config class's report: the lines before it name its own validators."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join(lines[-2:]) if lines else type(error).__name__
+    return lines[-1].partition("Error: ")[2] or lines[-1] if lines else type(error).__name__

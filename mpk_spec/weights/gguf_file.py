@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mpk_spec.errors import UserError
 from mpk_spec.weights.cache import NOTE, build_once, cache_key, need_space, surroundings
 from mpk_spec.weights.checkpoint import INDEX, SINGLE
-from mpk_spec.weights.config import make_config
+from mpk_spec.weights.config import empty_model, make_config
 from mpk_spec.weights.gguf_config import config_keys
 from mpk_spec.weights.state_dict import published_views
 
@@ -90,7 +90,7 @@ def _write_tokenizer(path: Path, folder: Path, meta: dict[str, Any]) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} has a tokenizer that transformers cannot rebuild: {error}") from error
     if meta.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
         from tokenizers import pre_tokenizers as pre
@@ -140,12 +140,8 @@ def _save(save_file, tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _hf_names(architecture: str, keys: dict) -> dict[str, torch.Size]:
     """Published name and shape of every tensor that the model needs."""
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        model = getattr(transformers, architecture)(make_config(architecture, keys))
-    shapes = {name: t.shape for name, t in published_views(architecture, model.state_dict()).items()}
+    model = empty_model(architecture, keys)
+    shapes = {name: tensor.shape for name, tensor in published_views(model, model.state_dict()).items()}
     if keys["tie_word_embeddings"]:
         shapes.pop("lm_head.weight", None)
     return shapes

@@ -28,18 +28,33 @@ def load_hf_model(
 
     model_class = getattr(transformers, checkpoint.architecture)
     state = {name: checkpoint.read(name) for name in checkpoint.names()}
-    model, info = model_class.from_pretrained(
-        None,
-        config=make_config(checkpoint.architecture, checkpoint.config),
-        state_dict=state,
-        dtype=getattr(torch, dtype),
-        output_loading_info=True,
-    )
-    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what it would warn about is an error here, and said below
+    try:
+        model, info = model_class.from_pretrained(
+            None,
+            config=make_config(checkpoint.architecture, checkpoint.config),
+            state_dict=state,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"transformers cannot load {checkpoint.source}: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(said)
+    wrong = sorted(f"{name} is {list(have)}, not {list(want)}" for name, have, want in info["mismatched_keys"])
+    if wrong:
+        raise UserError(f"{checkpoint.source} does not fit its config: {_some(wrong)}")
+    lost = sorted(info["missing_keys"])
     if lost:
-        shown = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
-        raise UserError(f"{checkpoint.source} lacks {len(lost)} weights of {checkpoint.architecture}: {shown}")
+        raise UserError(f"{checkpoint.source} lacks {len(lost)} weights of {checkpoint.architecture}: {_some(lost)}")
     return model.to(device).eval()
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (", ..." if len(items) > 4 else "")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

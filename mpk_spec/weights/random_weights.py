@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 QK_SCALE = 1.8  # with q and k each scaled so, scores spread by about 3: a handful of positions get the weight
 BIAS_STD = 0.5
 TIED_LOGIT_STD = 4.0  # of a tied head: peaked like a trained model's, yet not one-hot
-_CHUNK = 1 << 22  # elements drawn at once: 32 MB of int64
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements drawn at once: what a core's cache holds; what fills a GPU
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -73,10 +73,11 @@ class RandomCheckpoint:
         flat, row = out.view(len(ranges[0]), -1), max(1, _count(ranges[1:]))
         columns = _offsets(spec.shape, ranges, self._device)
         stride = _count([range(n) for n in spec.shape[1:]])
-        step = max(1, _CHUNK // row)
+        step = max(1, _CHUNK[out.device.type] // row)
         for start in range(0, len(ranges[0]), step):
-            rows = torch.arange(ranges[0].start + start, min(ranges[0].stop, ranges[0].start + start + step))
-            index = (rows.to(self._device) * stride)[:, None] + columns[None, :]
+            first, last = ranges[0].start + start, min(ranges[0].stop, ranges[0].start + start + step)
+            rows = torch.arange(first, last, device=self._device)
+            index = (rows * stride)[:, None] + columns[None, :]
             flat[start : start + len(rows)] = self._draw(spec, index).to(out.dtype)
         return out
 

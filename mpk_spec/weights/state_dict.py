@@ -7,17 +7,17 @@ names, as views of the same memory.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpk_spec.weights.checkpoint import known_name
-from mpk_spec.weights.config import model_type_of, normalise_config
+from mpk_spec.weights.config import empty_model, normalise_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from transformers import PreTrainedModel
 
 
 class StateDictCheckpoint:
@@ -35,7 +35,7 @@ class StateDictCheckpoint:
         keys = config if isinstance(config, dict) else config.to_dict()
         self.architecture, self.directory = architecture, directory
         self.config = normalise_config(architecture, _json_keys(keys))
-        self._published = _untied(published_views(architecture, state_dict))
+        self._published = published_views(empty_model(architecture, self.config), _untied(state_dict))
         self._all = {**state_dict, **self._published}
 
     def names(self) -> list[str]:
@@ -49,23 +49,19 @@ class StateDictCheckpoint:
         return tensor if slices is None else tensor[tuple(slices)]
 
 
-def published_views(architecture: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names that a published checkpoint of `architecture` uses."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter
+def published_views(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names that a published checkpoint of `model` (which may be on meta) uses. No copies.
 
-    found = get_checkpoint_conversion_mapping(architecture)
-    if found is None:
-        found = get_checkpoint_conversion_mapping(model_type_of(architecture)) or []
-    converters = [c for c in found if isinstance(c, WeightConverter) and _is_stack(c)]
-    renamings = [c.reverse_transform() for c in reversed(found) if not isinstance(c, (WeightConverter, PrefixChange))]
-    views = {}
-    for name, tensor in state_dict.items():
-        for key, view in _unstack(name, tensor, converters).items():
-            for renaming in renamings:
-                key = renaming.rename_source_key(key)[0]
-            views[key] = view
-    return views
+    transformers' own way back (`revert_weight_conversion`) would copy joined tensors, so those are taken apart
+    here, as views; what is left for it is renaming.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    stacks = [c for c in mapping if isinstance(c, WeightConverter) and _is_stack(c)]
+    apart = {key: view for name, tensor in state_dict.items() for key, view in _unstack(name, tensor, stacks).items()}
+    return revert_weight_conversion(model, apart)
 
 
 def _is_stack(converter) -> bool:
@@ -74,31 +70,27 @@ def _is_stack(converter) -> bool:
     return kinds in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
-def _unstack(name: str, tensor: torch.Tensor, converters: list) -> dict[str, torch.Tensor]:
-    for converter in converters:
+def _unstack(name: str, tensor: torch.Tensor, stacks: list) -> dict[str, torch.Tensor]:
+    for converter in stacks:
         (target,) = converter.target_patterns
-        found = re.search(re.escape(target.rstrip("$")) + "$", name)
-        if not found:
+        if not name.endswith(target):
             continue
-        sources = converter._original_source_patterns
-        join = converter.operations[1].dim if len(converter.operations) == 2 else 1
-        parts = tensor.chunk(len(sources), dim=join)
+        dim = converter.operations[1].dim if len(converter.operations) == 2 else 1
+        parts = tensor.chunk(len(converter.source_patterns), dim=dim)
         return {
-            name[: found.start()] + source.lstrip("^").rstrip("$").replace("*", str(e)): part[e]
-            for source, part in zip(sources, parts, strict=True)
-            for e in range(tensor.shape[0])
+            name.removesuffix(target) + source.replace("*", str(expert)): part[expert]
+            for source, part in zip(converter.source_patterns, parts, strict=True)
+            for expert in range(tensor.shape[0])
         }
     return {name: tensor}
 
 
-def _untied(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    seen, kept = set(), {}
-    for name, tensor in views.items():
-        memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
-        if tensor.device.type == "meta" or memory not in seen:
-            kept[name] = tensor
-        seen.add(memory)
-    return kept
+def _untied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without later names for the same memory: a tied head is published under the embedding's name alone."""
+    kept: dict[tuple, str] = {}
+    for name, tensor in state_dict.items():
+        kept.setdefault((tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()), name)
+    return {name: state_dict[name] for name in kept.values()}
 
 
 def _json_keys(keys: dict) -> dict:
