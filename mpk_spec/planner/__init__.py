@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import SpecError, UserError, did_you_mean
+from mpk_spec.planner.plan import Plan  # now: a later import of the module would take the name `plan` from the function
 
 if TYPE_CHECKING:
-    from mpk_spec.planner.plan import Plan
     from mpk_spec.schema import Spec
 
 DEGREES = tuple(range(1, 9))

@@ -11,15 +11,17 @@ Queue = tuple[tuple[int, int], ...]
 
 def assign(groups: tuple[Group, ...], num_sms: int) -> tuple[tuple[Queue, ...], tuple[Queue, ...]]:
     """(queues, loads) for each SM. Static tasks go to the least loaded SM (by bytes over the whole stage, one task of a
-    group to each SM before a second); a dynamic group is one claim entry on every SM."""
+    group to each SM before a second); a dynamic group is one claim entry on every SM, in
+    `loads` too where it streams: the loader stands there until the pool is empty."""
     queues: list[list[tuple[int, int]]] = [[] for _ in range(num_sms)]
     loads: list[list[tuple[int, int]]] = [[] for _ in range(num_sms)]
     streamed = [0] * num_sms
     counts = [0] * num_sms
     for n, group in enumerate(groups):
         if group.launch == "dynamic":
-            for queue in queues:
-                queue.append((n, -1))
+            for lists in (queues, loads) if any(t.load_chunks for t in group.tasks) else (queues,):
+                for entries in lists:
+                    entries.append((n, -1))
             continue
         chosen: dict[int, list[int]] = {}
         heap = [(0, streamed[sm], counts[sm], sm) for sm in range(num_sms)]

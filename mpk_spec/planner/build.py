@@ -18,7 +18,7 @@ from mpk_spec.planner.model import Model
 from mpk_spec.planner.plan import Packing, Plan, Stage, Step, Template, Tensor, Weight
 from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
 from mpk_spec.planner.targets import Target
-from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, outputs, smem_bytes, tile
+from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, outputs, smem_bytes, tile
 from mpk_spec.schema import Spec
 
 FEEDS = {"token_ids": "next_ids"}
@@ -62,7 +62,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     known = {op.name for s in model.sections for op in s.ops} | {g.name for s in sections for g in s.groups}
     lowered: dict[str, list[_Section]] = {}
     problems: list = []
-    ring = _ring_stages(request, sections, model)
+    ring, chunk = _ring(request, sections, model)
     for kind in request.steps:
         scheduler = Scheduler(
             spec, model, request.target, request.size, request.batch, request.context, kind, ring, problems
@@ -82,8 +82,8 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         batch=request.batch, context=request.context, num_sms=request.target.num_sms, config=model.config,
         architecture=architecture, steps={d.kind: _step(d, request) for d in drafts}, tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=dict(FEEDS),
-        notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * CHUNK_BYTES,
-        chunk_bytes=CHUNK_BYTES, prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
+        notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * chunk,
+        chunk_bytes=chunk, prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
     )  # fmt: skip
 
@@ -102,11 +102,13 @@ def _lower_section(section: FusedSection, model: Model, scheduler: Scheduler) ->
     return _Section(section, items, lower(section.first, model, scheduler) if section.first else items)
 
 
-def _ring_stages(request: Request, sections: list[FusedSection], model: Model) -> int:
-    """What the widest task's activations leave of the shared memory, in chunks."""
+def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple[int, int]:
+    """(stages, bytes of a stage): as many of the largest chunk as the widest task's activations leave room for."""
     tokens = max(request.tokens(k) for k in request.steps)
-    widest = max((smem_bytes(g, model, tokens) for s in sections for g in s.groups), default=FIXED_SMEM)
-    return max(1, (request.target.smem_bytes - widest) // CHUNK_BYTES)
+    groups = [g for s in sections for g in s.groups]
+    widest = max((smem_bytes(g, model, tokens) for g in groups), default=FIXED_SMEM)
+    chunk = max((chunk_bytes(g, model) for g in groups if g.kind == "linear"), default=CHUNK_BYTES)
+    return max(1, (request.target.smem_bytes - widest) // chunk), chunk
 
 
 def _strangers(spec: Spec, scheduler: Scheduler, known: set[str]) -> list:
@@ -181,7 +183,8 @@ def _place(spec: Spec, model: Model, lowered, drafts: list[_Drafted], request: R
                 inboxes |= set(_inboxes(item.group, model)) if request.tp > 1 else set()
     tensors = {name: _tensor(spec, model, name, kind, name in inboxes, request) for name, kind in stored.items()}
     read_elsewhere = _crossing(drafts)
-    kept = model.carries | set(FEEDS.values()) | read_elsewhere | (stored.keys() & {"logits"})
+    # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
+    kept = model.carries | set(FEEDS.values()) | read_elsewhere | inboxes | (stored.keys() & {"logits"})
     tokens = max(d.tokens for d in drafts)
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
     return place(tensors, orders.values(), frozenset(kept), tokens, request.tp)

@@ -13,7 +13,7 @@ from typing import Any
 from mpk_spec.errors import Problem
 from mpk_spec.ops.linear import ROW_TILE
 from mpk_spec.planner.fuse import Fused
-from mpk_spec.planner.model import Model
+from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.targets import TARGETS, Target
 from mpk_spec.schema import Spec
 
@@ -247,8 +247,13 @@ def linear_granule(group: Fused) -> int:
 
 def linear_rows(group: Fused, model: Model) -> int:
     """The length of the axis that tasks of a linear group divide: concatenated rows, or features where they are gated."""
-    sizes = [model.types[o.output].features for o in group.body]
+    sizes = [linear_features(o, model) for o in group.body]
     return sizes[0] if group.epilogue else sum(sizes)
+
+
+def linear_features(op: BoundOp, model: Model) -> int:
+    """Output features of a linear, whatever its K splits and experts make of their storage."""
+    return model.weights[op.weights["weight"]].shape[-2]
 
 
 def linear_tiles(group: Fused, model: Model) -> int:

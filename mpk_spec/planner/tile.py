@@ -13,7 +13,7 @@ from mpk_spec.ops.linear import ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.plan import Group, Node, Span, Task
-from mpk_spec.planner.schedule import CHUNK_BYTES, Settings, linear_granule, linear_rows, row_units
+from mpk_spec.planner.schedule import CHUNK_BYTES, Settings, linear_features, linear_granule, linear_rows, row_units
 
 STORAGE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8_e4m3": 1, "int4": 0.5}
 ACTIVATION_SMEM = 48 * 1024  # activations of more tokens are streamed in K tiles
@@ -60,9 +60,28 @@ def outputs(group: Fused, model: Model) -> tuple[str, ...]:
 
 
 def smem_bytes(group: Fused, model: Model, tokens: int) -> int:
-    """Shared memory of one task beside the ring: its activations, rounded to bf16, or a K tile of them."""
-    widest = max(model.types[i].features for op in group.ops for i in op.inputs)
-    return FIXED_SMEM + min(ACTIVATION_SMEM, tokens * widest * 2)
+    """Shared memory of one task beside the ring: a linear's input rounded to bf16 (or a K tile of it), an attention's
+    queries and new keys and values; row operators keep what they need in registers."""
+    if group.kind == "linear":
+        width = model.types[group.body[0].inputs[0]].features
+    elif group.kind == "attention":
+        (heads, head_dim), kv_heads = (
+            model.types[group.body[0].inputs[0]].shape,
+            model.types[group.body[0].inputs[1]].shape[0],
+        )
+        width = (heads // kv_heads + 2) * head_dim
+    else:
+        width = 0
+    return FIXED_SMEM + min(ACTIVATION_SMEM, tokens * width * 2)
+
+
+def chunk_bytes(group: Fused, model: Model) -> int:
+    """The largest bulk copy of a linear group, in whole units of 128 bytes."""
+    weight = model.weights[group.body[0].weights["weight"]]
+    size = STORAGE_BYTES[weight.storage.get("format", weight.dtype)]
+    k = weight.shape[-1]
+    chunk_k = -(-k // chunks_per_tile(k, size))
+    return -(-int(ROW_TILE * chunk_k * size) // 128) * 128
 
 
 def cuts(units: int, parts: int) -> list[tuple[int, int]]:
@@ -197,7 +216,7 @@ def _trace_epilogue(group: Fused, model: Model, value: str, span: FeatureSpan, f
 
 def packed_rows(group: Fused, model: Model, span: FeatureSpan) -> list[tuple[str, int, int]]:
     """Which rows of which linear the packed rows `span` are; the linears' rows alternate in `pack_groups` groups."""
-    sizes = [(o.output, model.types[o.output].features // group.pack_groups) for o in group.body]
+    sizes = [(o.output, linear_features(o, model) // group.pack_groups) for o in group.body]
     return packed_segments(sizes, group.pack_groups, span)
 
 
