@@ -78,7 +78,7 @@ def _open_cpu(spec, size, checkpoint, context, progress) -> Backend:
         target="cpu",
         context=context,
     )
-    return Engine(made, checkpoint)
+    return Engine(made, checkpoint, progress=progress)
 
 
 def _open_torch(spec, size, checkpoint, context, progress) -> Backend:
