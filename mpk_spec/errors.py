@@ -103,6 +103,6 @@ def did_you_mean(word: str, known: Iterable[str], kind: str = "") -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     if not known:
-        return f"there is no {kind or 'name'} here"
+        return f"there are no {kind or 'names'} here"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"known{' ' + kind if kind else ''}: {shown}"

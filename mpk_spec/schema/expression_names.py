@@ -38,20 +38,20 @@ def check(draft: Draft) -> Iterator[Problem]:
     yield from _check_definitions(draft)
     yield from _check_identifiers(draft)
     defined = draft.written("dims") | draft.written("values")
-    layered = depending_on(draft.file.dims | draft.file.values, "i") | {"i"}
+    layered = depending_on(draft.file.values, "i")
     for path, expression, allowed in _uses(draft):
         known = defined | {"config"} | allowed
         for name in sorted(expression.names - known):
             if name == "i":
-                message, hint = "'i', the layer, is not known here", "only inside of blocks and their weights"
+                message, hint = "'i', the layer, is not known here", "it can be used in values and in blocks"
             elif name in BUILT_IN:
                 message, hint = f"'{name}' is not known here", None
             else:
                 message, hint = f"unknown name '{name}'", did_you_mean(name, known, "names")
             yield _at(draft, path, expression, name, message, hint)
         if "i" not in allowed:
-            for name in sorted(expression.names & (layered - {"i"})):
-                hint = "only inside of blocks and their weights"
+            for name in sorted(expression.names & layered):
+                hint = f"'{name}' depends on i, the layer: it can be used in blocks"
                 yield _at(draft, path, expression, name, f"'{name}' differs by layer and there is no layer here", hint)
 
 

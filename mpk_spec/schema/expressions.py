@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 import struct
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -161,12 +162,12 @@ def _parse(text: str) -> tuple[ast.expr, frozenset[str]]:
     if not text.strip():
         raise ExpressionError("an empty expression", 0, max(1, len(text)))
     _refuse_foreign(text)
+    _refuse_gaps(text)
     lead = len(text) - len(text.lstrip())
     try:
         tree = ast.parse(text.replace("\n", " ")[lead:], mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        offset = lead + max(0, (getattr(error, "offset", None) or 1) - 1)
-        raise ExpressionError("this is no expression", min(offset, len(text) - 1), 1, _syntax_hint(text)) from None
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ExpressionError("this is no expression", 0, len(text)) from None
     for node in ast.walk(tree):
         if hasattr(node, "col_offset"):
             node.col_offset += len(text[:lead].encode())
@@ -185,8 +186,7 @@ def _refuse_foreign(text: str) -> None:
         if quote:
             quote = None if c == quote else quote
         elif c in "'\"":
-            quote, opened = c, [*opened]
-            quote_at = offset
+            quote, quote_at = c, offset
         elif c in "([{":
             opened.append((c, offset))
         elif c in ")]}":
@@ -207,8 +207,32 @@ def _refuse_foreign(text: str) -> None:
         raise ExpressionError(f"'{opened[-1][0]}' is never closed", opened[-1][1], 1)
 
 
-def _syntax_hint(text: str) -> str | None:
-    return "something is missing after the operator" if text.rstrip()[-1] in "+-*/%<>=" else None
+_TOKEN = re.compile(
+    r"\s*(?:(?P<word>is\s+not|not\s+in|\w+(?:\.\w+)*)|(?P<text>'[^']*'|\"[^\"]*\")|(?P<sign>\*\*|//|[=!<>]=|[-+*/%<>])|(?P<other>.))"
+)
+_WORDS_BETWEEN = frozenset({"and", "or", "in", "is", "is not", "not in", "if", "else", "not"})
+
+
+def _refuse_gaps(text: str) -> None:
+    """An operand or an operator that is missing; Python's words and places for these differ by version."""
+    last, wants_operand = None, True
+    for token in _TOKEN.finditer(text.replace("\n", " ")):
+        word = " ".join((token["word"] or "").split())
+        between = bool(token["sign"]) or word in _WORDS_BETWEEN
+        is_operand = bool(token["text"]) or (bool(word) and not between)
+        place = token.start() + len(token[0]) - len(token[0].lstrip())
+        said = token[0].strip()
+        if is_operand and not wants_operand:
+            shown = said if token["text"] else f"'{said}'"
+            raise ExpressionError(f"an operator is missing before {shown}", place, len(said))
+        if token["sign"] and wants_operand and said not in "+-":
+            after = f"between '{last}' and '{said}'" if last else f"before '{said}'"
+            raise ExpressionError(f"something is missing {after}", place, len(said))
+        wants_operand = not is_operand and said not in (")", "]", "}")
+        last = said
+    if last is not None and wants_operand and (last in _WORDS_BETWEEN or not last.isalnum()) and last not in "([{,":
+        place = text.rstrip().rindex(last)
+        raise ExpressionError(f"something is missing after '{last}'", place, len(last))
 
 
 def _span(text: str, node: ast.AST) -> tuple[int, int]:

@@ -85,7 +85,8 @@ class _Loader:
         weights = _weights(file)
         whens = {at: w for at, w in self._whens(file)}
         found = names.Draft(self.tree, file, self.ops, blocks, layers, weights, whens, frozenset(self.broken))
-        self.problems += names.check(found)
+        if not any(_hides_names(path) for path in self.broken):
+            self.problems += names.check(found)
         if self.problems:
             raise SpecError(self.problems)
         return Spec(
@@ -119,7 +120,8 @@ class _Loader:
                 return SpecFile.model_validate(data)
             except ValidationError as error:
                 for path, problem in translated(error, SpecFile, self.tree):
-                    self._note(path, problem)
+                    if path != ("spec",):  # judged in every file of the chain already
+                        self._note(path, problem)
                     _leave_out(data, path)
         raise SpecError(self.problems)
 
@@ -152,9 +154,13 @@ class _Loader:
         try:
             made = model.model_validate(raw)
         except ValidationError as error:
+            wrong = set()
             for at, problem in translated(error, model, self.tree, path):
                 self._note(at, problem)
-            return None
+                wrong.add(at[len(path)])
+            fields = {name: field.alias or name for name, field in model.model_fields.items()}
+            right = {name: raw[key] for name, key in fields.items() if key in raw and key not in wrong}
+            return model.model_construct(set(right), **right)  # enough to check the names in the rest
         return made
 
     def _whens(self, file: SpecFile):
@@ -169,6 +175,15 @@ class _Loader:
             except ExpressionError as error:
                 inside = (error.offset, error.length)
                 self._note(path, self.tree.at(path).problem(error.message, error.hint, inside))
+
+
+_NAMING = ("dims", "values", "weights", "state", "blocks", "layers", "fusions")
+
+
+def _hides_names(path: tuple) -> bool:
+    """Whether a mistake at `path` leaves so many names unknown that complaints about names would be consequences."""
+    is_section = len(path) == 1 and path[0] in _NAMING
+    return is_section or path == ("weights", "layer") or (len(path) == 2 and path[0] == "blocks")
 
 
 def checked(raw: Any) -> Expression:

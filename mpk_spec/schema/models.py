@@ -217,7 +217,7 @@ class Rule(Section):
     """Settings by operator or fusion (`*`: all), where `when` holds. Later matching rules win."""
 
     when: dict[WhenKey, OneOrMore] = Field(default={}, description="values, or lists of those that match")
-    set: dict[str, Settings]
+    set: dict[str, Settings] = Field(description="what holds for which operators, as in {head: {grid: [132, 1, 1]}}")
 
     @property
     def pinned(self) -> bool:

@@ -6,7 +6,7 @@ every reader could be understood.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
@@ -133,7 +133,7 @@ def _marks(annotation: Any) -> Iterator[Kind]:
 def references(op: Op | Repeat, kind: str) -> Iterator[tuple[tuple, str]]:
     """(path below the operator, name) of all its references of one kind."""
     for field, of in kinds(type(op)).items():
-        given = getattr(op, field)
+        given = getattr(op, field, None)  # an operator with mistakes lacks fields
         if of != kind or given is None:
             continue
         key = type(op).model_fields[field].alias or field
@@ -171,7 +171,7 @@ def _check_operators(draft: Draft) -> Iterator[Problem]:
                     yield draft.problem((*path, key, *below), f"unknown state '{name}'", hint)
             if path[0] == "blocks" and isinstance(op, Op) and op.op == "sample":
                 yield draft.problem((*path, key), "'sample' ends the model: it belongs under 'layers'", on="key")
-        for cycle in _cycles(entries):
+        for cycle in _cycles({key: op for key, op in entries.items() if key != start}):
             loop = " -> ".join([*cycle, cycle[0]])
             yield draft.problem((*path, cycle[0]), f"values that need each other: {loop}", on="key")
         if path[0] == "blocks" and BLOCK_RESULT not in draft.written(*path):
@@ -243,10 +243,10 @@ def _check_layers(draft: Draft) -> Iterator[Problem]:
     for key, op in draft.layers.items():
         if not isinstance(op, Repeat):
             continue
-        if op.over not in dims:
+        if getattr(op, "over", None) not in {None, *dims}:
             hint = did_you_mean(op.over, dims, "dims")
             yield draft.problem(("layers", key, "over"), f"unknown dim '{op.over}'", hint)
-        for index, name in enumerate(op.blocks):
+        for index, name in enumerate(getattr(op, "blocks", ())):
             if name not in blocks:
                 hint = did_you_mean(name, blocks, "blocks")
                 yield draft.problem(("layers", key, "blocks", index), f"unknown block '{name}'", hint)
@@ -263,7 +263,8 @@ def _check_layers(draft: Draft) -> Iterator[Problem]:
 
 def operators(draft: Draft) -> set[str]:
     """All operators by the names that fusions and the schedule use: `attention.q`, and plain names at the top level."""
-    inner = {f"{block}.{key}" for block in draft.written("blocks") for key in draft.written("blocks", block)}
+    blocks = {block: draft.written("blocks", block) | {BLOCK_RESULT} for block in draft.written("blocks")}
+    inner = {f"{block}.{key}" for block, keys in blocks.items() for key in keys}
     top = {k for k in draft.written("layers") if not isinstance(draft.layers.get(k), Repeat)}
     return inner | top
 
@@ -285,7 +286,9 @@ def _check_fusions(draft: Draft) -> Iterator[Problem]:
             homes.add(member.rpartition(".")[0])
         if len(homes) > 1:
             said = " and ".join(f"block '{h}'" if h else "the top level" for h in sorted(homes))
-            yield draft.problem(("fusions", name, "of"), f"fusion '{name}' has operators of {said}", "fuse within one")
+            yield draft.problem(
+                ("fusions", name, "of"), f"fusion '{name}' has operators of {said}", "a fusion stays in one block"
+            )
         yield from _check_into(draft, name, homes)
 
 
@@ -382,7 +385,3 @@ def _is_broken(draft: Draft, path: tuple) -> bool:
 def per_layer(file: SpecFile) -> frozenset[str]:
     """Names of values whose value depends on the layer index."""
     return exprs.depending_on(file.dims | file.values, "i")
-
-
-def any_of(items: Iterable[Any]) -> bool:
-    return any(items)

@@ -75,8 +75,6 @@ _PLAINER = {
     "could not find expected ':'": "a ':' is missing after this key",
     "expected <block end>, but found '<block mapping start>'": "this line is indented differently from its neighbours",
     "expected <block end>, but found '<scalar>'": "text after the end of a value",
-    "expected ',' or '}', but got '<stream end>'": "a '{' is never closed",
-    "expected ',' or ']', but got '<stream end>'": "a '[' is never closed",
     "found unexpected end of stream": "a quote is never closed",
     "found character '\\t' that cannot start any token": "a tab where YAML wants spaces",
 }
@@ -84,15 +82,13 @@ _PLAINER = {
 
 def _syntax_problem(source: Source, error: yaml.MarkedYAMLError) -> Problem:
     said = error.problem or error.context or "cannot read this YAML"
-    mark = error.problem_mark or error.context_mark
-    never_closed = said.startswith(("expected ',' or", "found unexpected end of stream"))
-    if never_closed and error.context_mark is not None:
-        mark = error.context_mark  # where it was opened tells more than where the file ends
+    opened, mark = error.context_mark, error.problem_mark or error.context_mark
     message = _PLAINER.get(said, said)
-    if said.startswith("expected ',' or '}', but got"):
-        message = "a ',' or '}' is missing in this map"
-    elif said.startswith("expected ',' or ']', but got"):
-        message = "a ',' or ']' is missing in this list"
+    if said.startswith(("expected ',' or '}'", "expected ',' or ']'")):
+        close, is_near = said[16], opened is not None and opened.line == mark.line
+        message = f"a ',' or '{close}' is missing before this" if is_near else f"no '{close}' or ',' follows this line"
+    if opened is not None and opened.line != mark.line and message != said:
+        mark = opened  # where it was opened tells more than where the parser noticed
     line = min(mark.line, max(0, len(source.lines) - 1))
     excerpt = source.lines[line] if source.lines else ""
     column = mark.column if line == mark.line else len(excerpt)
@@ -159,7 +155,10 @@ class _Builder:
         node = self._node(event, [])
         node.length = 1
         while not isinstance(self.events[self.next], yaml.SequenceEndEvent):
-            node.value.append(self._build((*path, len(node.value)), depth + 1))
+            is_alias = isinstance(self.events[self.next], yaml.AliasEvent)
+            item = self._build((*path, len(node.value)), depth + 1)
+            if not is_alias:  # its anchor has been complained about
+                node.value.append(item)
         self.next += 1
         return node
 
@@ -168,8 +167,10 @@ class _Builder:
         node.length = 1
         while not isinstance(self.events[self.next], yaml.MappingEndEvent):
             key = self._build(path, depth + 1)
+            is_alias = isinstance(self.events[self.next], yaml.AliasEvent)
             value = self._build((*path, key.raw), depth + 1)
-            self._add(node, key, value, path)
+            if not is_alias:
+                self._add(node, key, value, path)
         self.next += 1
         return node
 

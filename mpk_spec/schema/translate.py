@@ -61,7 +61,8 @@ def _problem(
     kind, context, node = entry["type"], entry.get("ctx", {}), tree.at(path)
     name = path[-1] if path else ""
     if kind == "missing":
-        return tree.key_at(path[:-1]).problem(f"{_owner(path)} has no '{name}'", _what_for(model, path[len(prefix) :]))
+        holder = tree.at(path[:-1]) if len(path) > 1 and isinstance(path[-2], int) else tree.key_at(path[:-1])
+        return holder.problem(f"{_owner(path)} has no '{name}'", _what_for(model, path[len(prefix) :]))
     if kind == "extra_forbidden":
         known = _keys_at(model, path[len(prefix) : -1])
         return tree.key_at(path).problem(f"unknown key '{name}'", did_you_mean(str(name), known, "keys"))
@@ -94,8 +95,12 @@ def _problem(
 
 def _owner(path: tuple) -> str:
     """What a missing key is missing from."""
-    inner = [str(p) for p in path[:-1]]
-    return f"'{'.'.join(inner)}'" if inner else "the spec"
+    if len(path) == 1:
+        return "the spec"
+    *outer, last = path[:-1]
+    if isinstance(last, int):
+        return f"item {last + 1} of '{'.'.join(map(str, outer))}'"
+    return f"'{'.'.join(map(str, path[:-1]))}'"
 
 
 def _shown(node: Node) -> str:
@@ -141,4 +146,9 @@ def _what_for(model: type[BaseModel], path: tuple) -> str | None:
     if found is None:
         return None
     field = next((f for n, f in found.model_fields.items() if path[-1] in (n, f.alias)), None)
-    return f"{path[-1]}: {field.description}" if field and field.description else None
+    if field is None:
+        return None
+    inner = _unwrapped(field.annotation)
+    is_model = isinstance(inner, type) and issubclass(inner, BaseModel)
+    said = field.description or (inner.__doc__ if is_model else None)
+    return f"{path[-1]}: {said[:1].lower()}{said[1:].rstrip('.')}" if said else None
