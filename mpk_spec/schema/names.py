@@ -7,7 +7,7 @@ every reader could be understood.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_args
 
@@ -69,7 +69,22 @@ def check(draft: Draft) -> list[Problem]:
     problems += _check_tensors(draft)
     problems += _check_schedule(draft)
     problems += _check_sizes_named(draft)
-    return problems + list(_check_unused(draft, bool(problems)))
+    return [*_once_each(problems), *_check_unused(draft, bool(problems))]
+
+
+def _once_each(problems: list[Problem]) -> list[Problem]:
+    """One problem per unknown name, at its first use: what is missing is missing once."""
+    places: dict[str, list[Problem]] = {}
+    for problem in problems:
+        key = problem.message if problem.message.startswith("unknown ") else f"{problem.message} {problem.position}"
+        places.setdefault(key, []).append(problem)
+    return [_with_count(min(same, key=lambda p: p.position), len(same) - 1) for same in places.values()]
+
+
+def _with_count(first: Problem, others: int) -> Problem:
+    if not others:
+        return first
+    return replace(first, message=f"{first.message} (and in {others} more place{'s' * (others > 1)})")
 
 
 # ---- weights, states, dims
@@ -269,6 +284,15 @@ def operators(draft: Draft) -> set[str]:
     return inner | top
 
 
+def _unknown(draft: Draft, name: str, known: set[str], kind: str) -> tuple[str, str]:
+    """Message and hint: an unknown block is one mistake, however many of its operators are named."""
+    block, dot, _ = name.rpartition(".")
+    blocks = draft.written("blocks")
+    if dot and block not in blocks and "." not in block and block not in known:
+        return f"unknown block '{block}'", did_you_mean(block, blocks, "blocks")
+    return f"unknown {kind} '{name}'", did_you_mean(name, known, f"{kind.split()[0]}s")
+
+
 def _check_fusions(draft: Draft) -> Iterator[Problem]:
     known = operators(draft)
     owner: dict[str, str] = {}
@@ -277,7 +301,7 @@ def _check_fusions(draft: Draft) -> Iterator[Problem]:
         for index, member in enumerate(fusion.of):
             path = ("fusions", name, "of", index)
             if member not in known:
-                yield draft.problem(path, f"unknown operator '{member}'", did_you_mean(member, known, "operators"))
+                yield draft.problem(path, *_unknown(draft, member, known, "operator"))
                 continue
             if member in owner:
                 where = f"fusion '{owner[member]}'" if owner[member] != name else "this fusion"
@@ -309,8 +333,7 @@ def _check_tensors(draft: Draft) -> Iterator[Problem]:
     known = operators(draft) | {k for k, op in draft.layers.items() if isinstance(op, Repeat)}
     for name in draft.file.tensors.__pydantic_extra__:
         if name not in known:
-            hint = did_you_mean(name, known, "values")
-            yield draft.problem(("tensors", name), f"unknown value '{name}'", hint, on="key")
+            yield draft.problem(("tensors", name), *_unknown(draft, name, known, "value"), on="key")
 
 
 _DERIVED = {"merge": "attention", "reduce": "linear", "all_reduce": None, "partial": "sample"}
@@ -329,7 +352,7 @@ def _check_schedule(draft: Draft) -> Iterator[Problem]:
                 hint = f"write '{fused[group]}'"
                 yield draft.problem(path, f"'{group}' is computed in fusion '{fused[group]}'", hint, on="key")
             else:
-                yield draft.problem(path, f"unknown operator or fusion '{group}'", did_you_mean(group, known), on="key")
+                yield draft.problem(path, *_unknown(draft, group, known, "operator or fusion"), on="key")
 
 
 def _check_sizes_named(draft: Draft) -> Iterator[Problem]:

@@ -85,7 +85,7 @@ def _syntax_problem(source: Source, error: yaml.MarkedYAMLError) -> Problem:
     opened, mark = error.context_mark, error.problem_mark or error.context_mark
     message = _PLAINER.get(said, said)
     if said.startswith(("expected ',' or '}'", "expected ',' or ']'")):
-        close, is_near = said[16], opened is not None and opened.line == mark.line
+        close, is_near = said[17], opened is not None and opened.line == mark.line
         message = f"a ',' or '{close}' is missing before this" if is_near else f"no '{close}' or ',' follows this line"
     if opened is not None and opened.line != mark.line and message != said:
         mark = opened  # where it was opened tells more than where the parser noticed

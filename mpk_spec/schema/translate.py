@@ -65,7 +65,8 @@ def _problem(
         return holder.problem(f"{_owner(path)} has no '{name}'", _what_for(model, path[len(prefix) :]))
     if kind == "extra_forbidden":
         known = _keys_at(model, path[len(prefix) : -1])
-        return tree.key_at(path).problem(f"unknown key '{name}'", did_you_mean(str(name), known, "keys"))
+        where = f" in '{path[-2]}'" if len(path) > 1 and isinstance(path[-2], str) else ""
+        return tree.key_at(path).problem(f"unknown key '{name}'{where}", did_you_mean(str(name), known, "keys"))
     if kind == "expression":
         return node.problem(context["said"], context["hint"] or None, (context["offset"], context["length"]))
     if kind == "literal_error":
