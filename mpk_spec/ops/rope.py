@@ -24,6 +24,7 @@ class Rope(Op):
 
     op: ClassVar[str] = "rope"
     task: ClassVar[str] = "rope"
+    cuda: ClassVar[bool] = True
     prologue_of: ClassVar = frozenset({"attention"})
 
     input: Ref = Field(alias="rope")
@@ -46,13 +47,13 @@ class Rope(Op):
     def compute(self, inputs, weights, scope):
         import torch
 
-        cos, sin = (t[scope.positions].unsqueeze(1) for t in scope.extras["rope_table"])
+        cos, sin = scope.extras["rope_rows"]  # [tokens, 1, rotated dims] each
         head_dim = scope.extras["head_dim"]
         x = inputs[0].unflatten(-1, (-1, head_dim))
         rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         first, second = rotated.chunk(2, dim=-1)
         turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-        return torch.cat((turned, rest), dim=-1).flatten(-2)
+        return (torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned).flatten(-2)
 
 
 def rope_table(parameters: dict, head_dim: int, config: dict, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,10 +20,12 @@ Split = tuple[int, int]  # (number, of how many)
 def append(rank: Rank, state: State, layer, heads: range, split: Split, keys, values, step) -> None:
     """Stores this step's keys and values `[tokens, heads * head_dim]` whose blocks belong to the split."""
     cache = rank.caches[state.name]
-    mine = (step.positions // state.kv_block) % split[1] == split[0]
-    slots, positions = step.slots[mine], step.positions[mine]
+    slots, positions = step.slots, step.positions
+    if split[1] > 1:
+        mine = (positions // state.kv_block) % split[1] == split[0]
+        slots, positions, keys, values = slots[mine], positions[mine], keys[mine], values[mine]
     for store, new in ((cache.keys, keys), (cache.values, values)):
-        rows = round_to(new[mine], cache.dtype).unflatten(-1, (len(heads), state.head_dim))
+        rows = round_to(new, cache.dtype).unflatten(-1, (len(heads), state.head_dim))
         store[layer, slots, heads.start : heads.stop, positions] = rows
 
 
@@ -35,23 +37,25 @@ def attend(rank: Rank, state: State, layer, heads: range, split: Split, queries,
     """
     q = queries.unflatten(-1, (len(heads), -1, state.head_dim))  # [tokens, kv heads, group, head_dim]
     out = torch.empty(*q.shape[:-1], state.head_dim + 2)
-    for slot, rows in step.by_slot:
-        for part in rows.split(1) if step.decode else (rows,):
-            out[part] = _one_sequence(rank, state, layer, heads, split, q[part], step.positions[part], slot, values)
+    for slot, rows in step.parts:
+        part = _one_sequence(rank, state, layer, heads, split, q[rows], step.positions[rows], slot, values, step.decode)
+        out[rows] = part
     if split[1] == 1:
         out = out[..., :-2] / out[..., -1:]
     return out.flatten(1)
 
 
-def _one_sequence(rank: Rank, state: State, layer, heads, split, q, positions, slot: int, values: dict[str, Any]):
+def _one_sequence(
+    rank: Rank, state: State, layer, heads, split, q, positions, slot: int, values: dict[str, Any], decode
+):
     """Tokens of one sequence: `[tokens, kv heads, group, head_dim + 2]`."""
     cache = rank.caches[state.name]
     window, softcap, scale = values.get("window"), values.get("softcap"), float(values["scale"])
     tokens, count = len(positions), len(heads)
-    rows = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, 0, 0, 0 if tokens == 1 else -tokens % 16))
+    extra = 0 if decode else -tokens % 16
+    rows = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, 0, 0, extra)) if extra else q
     rows = rows.permute(1, 0, 2, 3).flatten(1, 2)  # [kv heads, tokens * group, head_dim]
-    at = torch.nn.functional.pad(positions, (0, len(rows[0]) // q.shape[2] - tokens))
-    at = at.repeat_interleave(q.shape[2])[:, None]
+    at = torch.nn.functional.pad(positions, (0, extra)).repeat_interleave(q.shape[2])[:, None]
     peak = torch.full((count, rows.shape[1], 1), float("-inf"))
     total, summed = torch.zeros_like(peak), torch.zeros_like(rows)
     last, first = int(positions.max()), 0
@@ -65,11 +69,12 @@ def _one_sequence(rank: Rank, state: State, layer, heads, split, q, positions, s
         scores = rows @ keys.transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        where = torch.arange(lo, hi)
-        hidden = where > at if window is None else (where > at) | (where <= at - window)
-        scores = scores.masked_fill(hidden, float("-inf"))
+        if not decode or window is not None:
+            where = torch.arange(lo, hi)
+            hidden = where > at if window is None else (where > at) | (where <= at - window)
+            scores = scores.masked_fill(hidden, float("-inf"))
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        safe = torch.where(new_peak.isinf(), torch.zeros_like(new_peak), new_peak)
+        safe = new_peak.masked_fill(new_peak.isinf(), 0.0)  # a token that sees nothing of this split
         weights, kept = torch.exp(scores - safe), torch.exp(peak - safe)
         total = total * kept + weights.sum(-1, keepdim=True)
         summed = summed * kept + weights @ cache.values[layer, slot, heads.start : heads.stop, lo:hi]

@@ -27,23 +27,27 @@ class UndeclaredAccess(RuntimeError):
 
 
 class GroupRun:
-    """Computes `group` for one rank and layer. `task` None: all tasks at once."""
+    """Computes `group` for one rank and layer, as often as it is run. `task` None: all tasks at once."""
 
-    def __init__(self, rank: Rank, group: Group, layer: int | None, step, task: Task | None = None):
-        self.rank, self.group, self.layer, self.step, self.task = rank, group, layer, step, task
+    def __init__(self, rank: Rank, group: Group, layer: int | None, task: Task | None = None):
+        self.rank, self.group, self.layer, self.task = rank, group, layer, task
         self.plan: Plan = rank.plan
         self.made = {n.output: n for n in group.nodes}
+        self.linears = [n for n in group.nodes if n.op == "linear"]
+        self.attention = next((n for n in group.nodes if n.op == "attention"), None)
         self.results: dict[str, tuple[int, torch.Tensor]] = {}  # linears' rows: (first feature, values)
+        self._ops: dict[str, tuple[Op, dict[str, torch.Tensor]]] = {}
 
-    def run(self) -> None:
-        body = next((n for n in self.group.nodes if n.op in ("linear", "attention")), None)
-        if body is None:
-            self._rows()
-        elif body.op == "attention":
-            self._attention(body)
-        else:
+    def run(self, step) -> None:
+        self.step = step
+        if self.linears:
             self._linear()
+        elif self.attention is not None:
+            self._attention(self.attention)
+        else:
+            self._rows()
         self._publish()
+        self.results = {}
 
     # kinds of group
 
@@ -89,17 +93,17 @@ class GroupRun:
             self._write(node.output, base + heads.start * width, base + heads.stop * width, out)
 
     def _linear(self) -> None:
-        linears = [n for n in self.group.nodes if n.op == "linear"]
-        last = self.group.nodes[-1]
+        linears, last = self.linears, self.group.nodes[-1]
         gated = last is not linears[-1]
         sizes = [(n.output, self._rows_of(n)) for n in linears]
         lo, hi = self.task.out if self.task else (0, sizes[0][1] if gated else sum(s for _, s in sizes))
-        groups = self._pack_groups()
-        segments = (
-            [(n, lo, hi) for n, _ in sizes]
-            if gated
-            else packed_segments([(n, s // groups) for n, s in sizes], groups, (lo, hi))
-        )
+        if gated:
+            segments = [(n, lo, hi) for n, _ in sizes]
+        elif self.task is None:
+            segments = [(n, 0, size) for n, size in sizes]
+        else:
+            groups = self._pack_groups()
+            segments = packed_segments([(n, size // groups) for n, size in sizes], groups, (lo, hi))
         by_name = {n.output: n for n in linears}
         for part in self._k_parts():
             x = self._linear_input(linears[0], part)
@@ -176,9 +180,11 @@ class GroupRun:
         step = node.granule
         lo, hi = span[0] // step * step, -(-span[1] // step) * step
         inputs = [self._input(node, source, (lo, hi)) for source in node.inputs]
-        weights = {r: self.rank.weight(w, self.layer) for r, w in node.weights.items()}
-        out = op_of(node).compute(inputs, weights, self._scope(node, (lo, hi)))
-        return out[..., span[0] - lo : span[1] - lo]
+        if name not in self._ops:
+            self._ops[name] = op_of(node), {r: self.rank.weight(w, self.layer) for r, w in node.weights.items()}
+        op, weights = self._ops[name]
+        out = op.compute(inputs, weights, self._scope(node, (lo, hi)))
+        return out if (lo, hi) == span else out[..., span[0] - lo : span[1] - lo]
 
     def _input(self, node: Node, source: str, span: tuple[int, int]) -> torch.Tensor:
         """What `node` needs of `source` for its features `span`."""
@@ -192,9 +198,9 @@ class GroupRun:
     def _scope(self, node: Node, span: tuple[int, int]) -> Scope:
         extras = {"rank": self.rank.index}
         if node.op == "rope":
-            table = self.rank.rope[repr(node.values["parameters"])]
-            extras |= {"rope_table": table, "head_dim": node.values["head_dim"]}
-        return Scope(self.step.positions_of(self.rank.rows), None, node.values, span, extras)
+            extras["rope_rows"] = self.step.rope_rows(self.rank.rope, node.values["parameters"])
+            extras["head_dim"] = node.values["head_dim"]
+        return Scope(self.step.positions, self.step.slots, node.values, span, extras)
 
     def _rows_of(self, node: Node) -> int:
         """Output features of a linear, before any K split."""
@@ -260,6 +266,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, token_by_token: bool) -> torc
     """`x [rows, K] @ weight[N, K].T` in float32, each row's bits independent of the number of rows."""
     weight = weight.float()
     if token_by_token:
+        if len(x) == 1:
+            return F.linear(x, weight)
         return torch.cat([F.linear(row, weight) for row in x.split(1)]) if len(x) else x.new_zeros(0, len(weight))
     rows = len(x)
     padded = F.pad(x, (0, 0, 0, -rows % PAD))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from mpk_spec.ops.rope import rope_table
-from mpk_spec.planner.plan import Group, Plan, Span, Step, Task
+from mpk_spec.planner.plan import Group, Plan, Step, Task
 from mpk_spec.reference.evaluate import GroupRun
-from mpk_spec.reference.state import Cache, Rank, load_ranks, poisoned
+from mpk_spec.reference.state import Cache, load_ranks
 
 
 @dataclass
@@ -22,14 +22,22 @@ class StepInput:
     positions: torch.Tensor
     slots: torch.Tensor
     decode: bool
+    _rope_rows: dict = field(default_factory=dict)
 
     @cached_property
-    def by_slot(self) -> list[tuple[int, torch.Tensor]]:
-        """(slot, its tokens' rows)."""
+    def parts(self) -> list[tuple[int, slice | torch.Tensor]]:
+        """(slot, rows) of tokens that attend together: a sequence's, and in decode steps each alone."""
+        if self.decode:
+            return [(slot, slice(n, n + 1)) for n, slot in enumerate(self.slots.tolist())]
         return [(int(s), (self.slots == s).nonzero()[:, 0]) for s in self.slots.unique()]
 
-    def positions_of(self, rows: torch.Tensor | None) -> torch.Tensor:
-        return self.positions if rows is None else self.positions[rows]
+    def rope_rows(self, tables: dict, parameters: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of these tokens, float32 `[tokens, 1, rotated dims]`."""
+        key = repr(parameters)
+        if key not in self._rope_rows:
+            cos, sin = tables[key]
+            self._rope_rows[key] = cos[self.positions, None], sin[self.positions, None]
+        return self._rope_rows[key]
 
 
 class Executor:
@@ -38,6 +46,7 @@ class Executor:
     def __init__(self, plan: Plan, checkpoint, progress=None):
         self.plan = plan
         self.ranks = load_ranks(plan, checkpoint, progress)
+        self._programs: dict[str, list[tuple[bool, list[GroupRun]]]] = {}
         tables = self._rope_tables()
         for rank in self.ranks:
             rank.rope = tables
@@ -75,13 +84,26 @@ class Executor:
         if shuffle is not None:
             _Shuffled(self, step, step_input, random.Random(shuffle)).run()
             return
-        for stage in step.stages:
-            if stage.layer is None and stage is not step.stages[0]:
+        for wanted_only, runs in self._program(kind):
+            if wanted_only:
                 for rank in self.ranks:
                     rank.rows = rows
-            for group in step.templates[stage.template].groups:
-                for rank in self.ranks:
-                    GroupRun(rank, group, stage.layer, step_input).run()
+            for run in runs:
+                run.run(step_input)
+
+    def _program(self, kind: str) -> list[tuple[bool, list[GroupRun]]]:
+        """Per stage: whether it comes after the layers, and the groups of all ranks in order. Made once."""
+        if kind not in self._programs:
+            step = self.plan.steps[kind]
+            last_layer = max((n for n, s in enumerate(step.stages) if s.layer is not None), default=-1)
+            self._programs[kind] = [
+                (
+                    n > last_layer,
+                    [GroupRun(r, g, stage.layer) for g in step.templates[stage.template].groups for r in self.ranks],
+                )
+                for n, stage in enumerate(step.stages)
+            ]
+        return self._programs[kind]
 
     def value(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor after the step, all ranks' shares of the vocabulary joined: float32 `[tokens, features]`."""
@@ -149,7 +171,7 @@ class _Shuffled:
         )
 
     def _do(self, rank: int, stage: int, group: Group, task: Task) -> None:
-        GroupRun(self.executor.ranks[rank], group, self.step.stages[stage].layer, self.input, task).run()
+        GroupRun(self.executor.ranks[rank], group, self.step.stages[stage].layer, task).run(self.input)
         crossing = any(
             self.executor.plan.tensors[s.tensor].inbox for s in task.writes if s.tensor in self.executor.plan.tensors
         )
@@ -157,6 +179,3 @@ class _Shuffled:
             for event in task.signals:
                 key = (peer, stage, event)
                 self.counts[key] = self.counts.get(key, 0) + 1
-
-
-__all__ = ["Executor", "Span", "StepInput", "poisoned"]
