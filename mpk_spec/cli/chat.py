@@ -69,6 +69,7 @@ def open_session(
     model: str, size: str | None, weights: str | None, spec: str | None, backend: str, context: int | None
 ):
     """A `ChatSession` for what the command line names, with its weights loaded."""
+    from mpk_spec.chat.raw_tokens import RawTokens
     from mpk_spec.chat.session import ChatSession
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
@@ -77,9 +78,11 @@ def open_session(
 
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
-        tokenizer = load_tokenizer(target.checkpoint)
+        tokenizer = RawTokens() if target.checkpoint.directory is None else load_tokenizer(target.checkpoint)
         opened = open_backend(target.spec, target.size, target.checkpoint, backend, context, progress=report)
-    if not tokenizer.chat_template:
+    if target.checkpoint.directory is None:
+        print("random weights have no tokenizer: bytes go in, other ids come out as numbers", file=sys.stderr)
+    elif not tokenizer.chat_template:
         print("this checkpoint has no chat template: it continues your text as it is", file=sys.stderr)
     origin = {"spec": target.spec.name, "size": target.size or "", "weights": str(target.checkpoint.source)}
     return ChatSession(

@@ -47,6 +47,8 @@ def open_target(
         raise UserError(f"'{name}' is a spec already: --spec is for checkpoints")
     loaded = load_spec(name)
     if weights is not None:
+        if weights.startswith("random:"):
+            size = size or next(iter(loaded.sizes))
         checkpoint = _open(weights, progress, loaded, size)
         check_architecture(loaded, checkpoint)
         return Target(loaded, size or matching_size(loaded, checkpoint), checkpoint)
@@ -81,7 +83,15 @@ def check_size(spec: Spec, size: str) -> None:
 def _open(source: str, progress: Progress, spec: Spec, size: str | None) -> Checkpoint:
     from mpk_spec.weights import open_checkpoint
 
-    return open_checkpoint(source, progress=progress)
+    scheme, _, seed = source.partition(":")
+    if scheme != "random":
+        return open_checkpoint(source, progress=progress)
+    if not seed.isdecimal():
+        raise UserError(f"'{source}' has no seed: random weights are written random:SEED, for example random:0")
+    from mpk_spec.runtime.random_model import random_checkpoint
+
+    check_size(spec, size)
+    return random_checkpoint(spec, size, int(seed))
 
 
 def _open_first(spec: Spec, size: str, progress: Progress) -> Checkpoint:

@@ -1,0 +1,166 @@
+"""`mpk-spec plan`: the proved plan of a spec, as a table, as JSON, as a schedule, as a picture, or compared with another."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpk_spec.errors import UserError
+
+if TYPE_CHECKING:
+    from mpk_spec.planner.cost import CostModel
+    from mpk_spec.planner.plan import Plan
+    from mpk_spec.planner.simulate import Simulation
+
+EARLY = 128  # positions in the cache of the second prediction, as after a short prompt
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What plans are made for."""
+
+    size: str | None
+    target: str
+    tp: int
+    batch: int
+    context: int | None
+    step: str
+
+
+def command(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A spec (name or file), a checkpoint, or a plan (.json).")],
+    size: Annotated[str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first real one.")] = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="a100, h100, h200, b200, rtx4090 or cpu.")] = "h100",
+    tp: Annotated[int, typer.Option(metavar="N", help="Tensor-parallel degree, 1 to 8.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences decoded together, 1 to 16.")] = 1,
+    context: Annotated[int | None, typer.Option(metavar="N", help="Positions of the KV cache; default: 4096 at most.")] = None,
+    step: Annotated[str, typer.Option(metavar="KIND", help="decode, prefill, mixed or verify.")] = "decode",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, which this command reads again.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print why the plan is so: fusions and choices.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Print the resolved schedule as rules of the spec language.")] = False,
+    diff: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Print what changes in OTHER: a plan (.json) or SPEC[:SIZE][@TARGET].")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the plan as JSON.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the simulated step: .svg, or .json for ui.perfetto.dev.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Turn a spec into a proved plan: grids, tasks, events, bytes, buffers and predicted time."""
+    shown = [name for name, on in (("--json", as_json), ("--explain", explain), ("--pin", pin), ("--diff", diff)) if on]
+    if len(shown) > 1:
+        raise typer.BadParameter(f"{' and '.join(shown)} each print something else: give one of them")
+    if timeline is not None and timeline.suffix not in (".svg", ".json"):
+        raise typer.BadParameter(f"a timeline is FILE.svg or FILE.json, got {timeline}")
+    asked = Asked(size, target, tp, batch, context, step)
+    plan = get_plan(spec, asked)
+    if output is not None:
+        from mpk_spec.planner.plan_io import save_plan
+
+        save_plan(plan, output)
+        print(f"wrote {output}", file=sys.stderr)
+    if timeline is not None:
+        _draw(plan, step, timeline)
+    print(_text(plan, asked, shown[0] if shown else "", diff), end="")
+
+
+def _text(plan: Plan, asked: Asked, shown: str, other: str | None) -> str:
+    """What goes to standard output."""
+    from mpk_spec.planner import report
+
+    if shown == "--json":
+        return plan.to_json() + "\n"
+    if shown == "--explain":
+        return report.explain(plan)
+    if shown == "--pin":
+        return report.pin(plan)
+    if other is not None:
+        from mpk_spec.planner.diff import diff
+
+        return diff(plan, _other(other, asked))
+    from mpk_spec.planner.verify import verify
+
+    simulation = _simulate(plan, asked.step)
+    early = _simulate(plan, asked.step, EARLY) if plan.context > EARLY else None
+    return report.summary(plan, simulation, verify(plan), early)
+
+
+def get_plan(name: str, asked: Asked) -> Plan:
+    """The plan that a command line asks for: read from a file, or made from a spec or for a checkpoint."""
+    from mpk_spec.cli.target import is_checkpoint
+    from mpk_spec.schema import load_spec
+
+    if Path(name).suffix == ".json":
+        from mpk_spec.planner.plan_io import load_plan
+
+        return load_plan(name)
+    steps = tuple(dict.fromkeys(("decode", "prefill", asked.step)))
+    common = {"target": asked.target, "tp": asked.tp, "batch": asked.batch, "context": asked.context, "steps": steps}
+    if is_checkpoint(name):
+        return _of_checkpoint(name, asked, common)
+    from mpk_spec.planner import plan
+
+    spec = load_spec(name)
+    return plan(spec, size=asked.size or _first_size(spec), **common)
+
+
+def _of_checkpoint(name: str, asked: Asked, common: dict) -> Plan:
+    from mpk_spec.cli.progress import progress
+    from mpk_spec.cli.target import open_target
+    from mpk_spec.planner import plan
+
+    with progress() as report:
+        found = open_target(name, report, size=asked.size)
+    checkpoint = found.checkpoint
+    return plan(
+        found.spec, size=found.size, config=checkpoint.config, architecture=checkpoint.architecture, **common
+    )  # fmt: skip
+
+
+def _first_size(spec) -> str:
+    """The first size that is no stand-in, else the first; standard error says which."""
+    from mpk_spec.cli.target import STAND_INS
+
+    if not spec.sizes:
+        raise UserError(f"'{spec.name}' names no sizes", hint="give a checkpoint instead of the spec")
+    chosen = next((name for name in spec.sizes if name not in STAND_INS), next(iter(spec.sizes)))
+    print(f"planning size {chosen} of {', '.join(spec.sizes)} (--size chooses another)", file=sys.stderr)
+    return chosen
+
+
+def _other(name: str, asked: Asked) -> Plan:
+    """The plan to compare with. What `SPEC[:SIZE][@TARGET]` does not say is as in the first."""
+    if Path(name).suffix == ".json":
+        return get_plan(name, asked)
+    name, _, target = name.partition("@")
+    name, _, size = name.partition(":")
+    return get_plan(name, replace(asked, size=size or asked.size, target=target or asked.target))
+
+
+def _simulate(plan: Plan, step: str, context: int | None = None) -> Simulation:
+    from mpk_spec.planner.simulate import simulate
+
+    return simulate(plan, step, context, _constants(plan.target, quiet=context is not None))
+
+
+def _constants(target: str, quiet: bool) -> CostModel:
+    """The target's constants, those measured on this machine where there are some: said on standard error."""
+    from mpk_spec.planner.cost import calibration_file, cost_model, read_calibration
+
+    measured = read_calibration(target)
+    if measured and not quiet:
+        print(f"predicting with the constants measured for {target}: {calibration_file(target)}", file=sys.stderr)
+    return cost_model(target, measured)
+
+
+def _draw(plan: Plan, step: str, path: Path) -> None:
+    from mpk_spec.planner.plan_io import write_aside
+    from mpk_spec.planner.timeline import chrome_trace, svg
+
+    simulation = _simulate(plan, step, min(EARLY, plan.context))
+    write_aside(path, svg(simulation) if path.suffix == ".svg" else chrome_trace(simulation))
+    print(f"wrote {path}", file=sys.stderr)
