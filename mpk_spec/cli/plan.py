@@ -1,4 +1,4 @@
-"""`mpk-spec plan`: the proved plan of a spec, as a table, as JSON, as a schedule, as a picture, or compared with another."""
+"""`mpk-spec plan`: the proved plan of a spec as a table, JSON, a schedule or a picture, or compared with another."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def command(
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the simulated step: .svg, or .json for ui.perfetto.dev.")
     ] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Turn a spec into a proved plan: grids, tasks, events, bytes, buffers and predicted time."""
     shown = [name for name, on in (("--json", as_json), ("--explain", explain), ("--pin", pin), ("--diff", diff)) if on]
     if len(shown) > 1:
-        raise typer.BadParameter(f"{' and '.join(shown)} each print something else: give one of them")
+        raise typer.BadParameter(f"{' and '.join(shown)} each print something else", param_hint=shown[1])
     if timeline is not None and timeline.suffix not in (".svg", ".json"):
-        raise typer.BadParameter(f"a timeline is FILE.svg or FILE.json, got {timeline}")
+        raise typer.BadParameter(f"want FILE.svg or FILE.json, got {timeline}", param_hint="--timeline")
     asked = Asked(size, target, tp, batch, context, step)
     plan = get_plan(spec, asked)
     if output is not None:
@@ -118,7 +118,7 @@ def _of_checkpoint(name: str, asked: Asked, common: dict) -> Plan:
     checkpoint = found.checkpoint
     return plan(
         found.spec, size=found.size, config=checkpoint.config, architecture=checkpoint.architecture, **common
-    )  # fmt: skip
+    )
 
 
 def _first_size(spec) -> str:

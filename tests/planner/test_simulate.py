@@ -46,7 +46,7 @@ NO_ATTENTION = {**MEASURED_8B, "kv_trip_us": -3.46}  # as long as its other cost
 )
 def test_finds_what_was_measured(shape, ring, constants, measured):
     plan = shapes.make(getattr(shapes, shape), ring=ring * KIB)
-    assert predicted(plan, **constants).ms == pytest.approx(measured, rel=0.025)
+    assert predicted(plan, **constants).ms == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(("shape", "low", "high"), [("QWEN3_8B", 4.95, 5.3), ("LLAMA_1B", 0.83, 1.0),
