@@ -97,7 +97,7 @@ def _tensors(s: Shape) -> dict[str, Tensor]:
         place = "nvshmem" if across else "cuda"
         number = -(-size * 4 * (s.tp if across else 1) // 128) * 128
         offset = made["qkv"].offset if name == "act" and s.reuse else offsets[place]
-        made[name] = Tensor(name, (size,), "f32", size, place, across, offset, number)
+        made[name] = Tensor(name, (size,), "f32", size, place, inbox=across, offset=offset, bytes=number)
         offsets[place] = max(offsets[place], offset + number)
     return made
 

@@ -38,9 +38,10 @@ def verify(plan: Plan, full: bool = False) -> Proof:
     codes = {k: [compile_template(plan, k, t) for t in step.templates] for k, step in plan.steps.items()}
     acyclic = True
     for kind, kind_codes in codes.items():
-        for code in kind_codes:
+        for index, code in enumerate(kind_codes):
             check_ring(plan, kind, code.template, report)
             check_declared(code, report)
+            code.same = next((c for c in kind_codes[:index] if c.same is None and c.like(code)), None)
             acyclic &= find_order(code, report)
     _check_thresholds(plan, codes, report)
     if not acyclic:

@@ -47,6 +47,19 @@ class Code:
     signallers: dict[str, list[int]]
     groups: list[GroupCode]
     order: list[int] = field(default_factory=list)
+    same: Code | None = None
+    """An earlier template of the step that differs in nothing that matters here."""
+
+    def like(self, other: Code) -> bool:
+        """Whether both are ordered and use memory alike, whatever they compute."""
+        return (
+            self.template.queues == other.template.queues
+            and self.waits == other.waits
+            and self.signals == other.signals
+            and self.offsets == other.offsets
+            and self.groups == other.groups
+            and [g.name for g in self.template.groups] == [g.name for g in other.template.groups]
+        )
 
     def name(self, number: int) -> str:
         group = max(g for g, first in enumerate(self.offsets) if first <= number)

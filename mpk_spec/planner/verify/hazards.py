@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mpk_spec.planner.plan import Plan
 from mpk_spec.planner.verify.code import ReadSet, inbox_tensors
@@ -54,6 +55,8 @@ class Buffer:
 
     def split(self, at: int) -> None:
         """Makes `at` a border between segments."""
+        if at <= self.segments[0].lo or at >= self.segments[-1].hi:
+            return
         i = self.first(at)
         segment = self.segments[i]
         if segment.lo < at < segment.hi:
@@ -62,6 +65,8 @@ class Buffer:
             self.segments.insert(i + 1, right)
 
     def within(self, lo: int, hi: int) -> list[Segment]:
+        if lo <= self.segments[0].lo and hi >= self.segments[-1].hi:
+            return self.segments
         found = []
         for i in range(self.first(lo), len(self.segments)):
             segment = self.segments[i]
@@ -136,6 +141,8 @@ class Hazards:
         if not need:
             return
         for n in reads.tasks:
+            if need & own[n] == need and not buffer.inbox:
+                continue
             late = need & ~own[n] & ~((1 << (base + n)) if inside else 0)
             what = f"reads '{reads.tensor}' [{reads.lo}, {reads.hi}) and nothing makes it wait for"
             if late:
@@ -163,19 +170,26 @@ class Hazards:
         if buffer is None:
             return
         self.writes += len(spans)
-        base = stage.base
+        base, segments, at = stage.base, buffer.segments, 0
         others, abroad = self._others(buffer)
         fresh = []
         for lo, hi, n in spans:
+            while segments[at].hi <= lo:
+                at += 1
             readers = writers = 0
-            for segment in buffer.within(lo, hi):
+            for i in range(at, len(segments)):
+                segment = segments[i]
+                if segment.lo >= hi:
+                    break
                 readers |= segment.readers
                 writers |= segment.writers
-            late = (readers | writers | others) & ~own[n] & ~(1 << (base + n))
-            if late:
+            need = readers | writers | others
+            if need & own[n] != need and need & ~own[n] & ~(1 << (base + n)):
+                late = need & ~own[n] & ~(1 << (base + n))
                 self._tell_write(stage, n, tensor, lo, hi, late, readers, others, "")
-            late = ((readers | others) if buffer.inbox else abroad) & ~peers[n]
-            if late and self.plan.tp > 1:
+            need = (readers | others) if buffer.inbox else abroad
+            if self.plan.tp > 1 and need & peers[n] != need:
+                late = need & ~peers[n]
                 self._tell_write(stage, n, tensor, lo, hi, late, readers, others, " of the other ranks")
             fresh.append(Segment(lo, hi, tensor, stage.step, 1 << (base + n), 0))
         self._replace(buffer, fresh)
@@ -195,6 +209,11 @@ class Hazards:
         return uses, abroad
 
     def _replace(self, buffer: Buffer, fresh: list[Segment]) -> None:
+        """Puts the fresh segments (sorted by `lo`) in the place of what they cover."""
+        whole = fresh[0].lo == 0 and fresh[-1].hi == buffer.segments[-1].hi
+        if whole and all(a.hi == b.lo for a, b in pairwise(fresh)):
+            buffer.segments = fresh
+            return
         for new in fresh:
             buffer.split(new.lo)
             buffer.split(new.hi)

@@ -69,8 +69,9 @@ class Walk:
         step, walked = self.plan.steps[kind], Walked([])
         reach = max((-s for code in self.codes[kind] for waits in code.waits for s, _ in waits), default=0)
         index = 0
+        alike = [id(code.same or code) for code in (self.codes[kind][s.template] for s in step.stages)]
         while index < len(step.stages):
-            period, repeats = (0, 0) if self.full else find_run(step, index)
+            period, repeats = (0, 0) if self.full else find_run(alike, step, index)
             if not repeats:
                 self._stage(step, index, walked)
                 index += 1
@@ -144,15 +145,15 @@ class Walk:
         return old, sms, events, memory, lost
 
 
-def find_run(step: Step, index: int) -> tuple[int, int]:
+def find_run(alike: list[int], step: Step, index: int) -> tuple[int, int]:
     """The repeating sequence that starts at stage `index`: its period and number of repeats, (0, 0) where none is.
 
-    Its layers must be met nowhere else in the step.
+    `alike`: equal numbers for stages with like templates. Its layers must be met nowhere else in the step.
     """
     stages, best = step.stages, (0, 0)
     for period in range(1, min(MAX_PERIOD, (len(stages) - index) // MIN_REPEATS) + 1):
         repeats = 1
-        while _repeats(stages, index, period, repeats):
+        while _repeats(alike, index, period, repeats):
             repeats += 1
         if repeats >= MIN_REPEATS and period * repeats > best[0] * best[1]:
             best = period, repeats
@@ -164,12 +165,6 @@ def find_run(step: Step, index: int) -> tuple[int, int]:
     return best if len(set(layers)) == len(layers) and not elsewhere & set(layers) else (0, 0)
 
 
-def _repeats(stages, index: int, period: int, repeats: int) -> bool:
+def _repeats(alike: list[int], index: int, period: int, repeats: int) -> bool:
     start = index + period * repeats
-    if start + period > len(stages):
-        return False
-    for at in range(start, start + period):
-        now, then = stages[at], stages[at - period]
-        if now.template != then.template or (now.layer is None) != (then.layer is None):
-            return False
-    return True
+    return start + period <= len(alike) and alike[start : start + period] == alike[start - period : start]
