@@ -20,7 +20,7 @@ class TopK(Op):
 
     op: ClassVar[str] = "top_k"
     task: ClassVar[str] = "top_k"
-    epilogue_of: ClassVar = frozenset()
+    epilogue_of: ClassVar[frozenset[str]] = frozenset()
 
     input: Ref = Field(alias="top_k")
     k: Expr
@@ -60,7 +60,7 @@ class Combine(Op):
 
     op: ClassVar[str] = "combine"
     task: ClassVar[str] = "combine"
-    epilogue_of: ClassVar = frozenset({"linear"})
+    epilogue_of: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     input: Ref = Field(alias="combine")
     route: Ref

@@ -18,9 +18,9 @@ class AllReduce(Op):
     """
 
     op: ClassVar[str] = "all_reduce"
-    role: ClassVar = "row"
+    role: ClassVar[str] = "row"
     task: ClassVar[str] = "all_reduce"
-    prologue_of: ClassVar = frozenset({"linear", "row"})
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"linear", "row"})
 
     input: Ref = Field(alias="all_reduce")
 

@@ -25,7 +25,7 @@ class Rope(Op):
     op: ClassVar[str] = "rope"
     task: ClassVar[str] = "rope"
     cuda: ClassVar[bool] = True
-    prologue_of: ClassVar = frozenset({"attention"})
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     input: Ref = Field(alias="rope")
     parameters: Expr
