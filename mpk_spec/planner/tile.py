@@ -173,7 +173,7 @@ def _streams(group: Fused, model: Model, tokens: int, slots: int, task: Task, k:
     tiles = -(-rows // ROW_TILE) * copies
     return replace(
         task, load_bytes=int(rows * width * size) * copies, flops=2 * rows * width * tokens,
-        load_chunks=tiles * chunks_per_tile(width, size),
+        load_chunks=tiles * -(-int(ROW_TILE * width * size) // chunk_bytes(group, model)),
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Two slow judges of tiny plans that share no code with the verifier.
 
 `unordered` lists the uses of memory words that program order puts after one another and no chain of queue places and
-events does. `execute` runs the plan on imaginary SMs of random speed, with words that remember who wrote them, and tells
-what goes wrong.
+events does. `execute` runs the plan on imaginary SMs of random speed, with words that remember who wrote them, and
+tells what goes wrong.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Execution:
 
     def base(self, number: int, event: str) -> int:
         """Signals that the same counter had from earlier steps of this kind."""
-        step, index, template, _ = self.program.stages[number]
+        step, _, template, _ = self.program.stages[number]
         kind = self.program.kinds[step]
         return self.program.kinds[:step].count(kind) * template.events.get(event, 0)
 
@@ -218,7 +218,7 @@ class Execution:
 
 
 class _Worker:
-    """One SM: its queue and its ring. A task starts (reads), may write at any moment, and ends (reads again, signals)."""
+    """One SM: its queue and its ring. A task starts (reads), writes now or later, and ends (reads again, signals)."""
 
     def __init__(self, run: Execution, rank: int, sm: int):
         self.run, self.rank, self.sm = run, rank, sm
@@ -256,13 +256,13 @@ class _Worker:
             group = self.run.program.stages[n][2].groups[g]
             if t < 0:
                 key = (self.rank, n, g)
-                if key + ("mine", self.sm) not in self.run.claimed:
+                if (*key, "mine", self.sm) not in self.run.claimed:
                     if self.run.claimed[key] >= len(group.tasks):
                         self.passed.add((n, g, -1))
                         self.at += 1
                         continue
                     return n, g, -1  # to be claimed
-                t = self.run.claimed[key + ("mine", self.sm)]
+                t = self.run.claimed[(*key, "mine", self.sm)]
             return (n, g, t) if self.run.open(self.rank, n, group.tasks[t]) else None
         return None
 
