@@ -93,3 +93,7 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict):
             definition["additionalProperties"] = {"anyOf": [inner, {"type": "null"}]}
     return schema
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")

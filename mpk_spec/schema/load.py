@@ -66,8 +66,8 @@ def _find(path_or_name: str | Path, has_text: bool) -> Path:
         raise UserError(f"there is no spec named '{name}'", did_you_mean(name, spec_names(), "specs"))
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a spec file")
-    near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")], "spec files there")
-    raise UserError(f"there is no file {path}", near)
+    beside = [p.name for p in path.parent.glob("*.y*ml")]
+    raise UserError(f"there is no file {path}", did_you_mean(path.name, beside, "files there") if beside else None)
 
 
 class _Loader:
