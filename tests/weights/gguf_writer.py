@@ -77,17 +77,18 @@ def _tensors(model, arch: str) -> dict[str, np.ndarray]:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
-    """Byte-level BPE: three special tokens, every byte, one merge, and fillers."""
+    """Byte-level BPE: three special tokens, every byte, two merges, and fillers."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = special + list(bytes_to_unicode().values()) + ["12"]
+    tokens = special + list(bytes_to_unicode().values()) + ["12", "ab"]
     tokens += [f"filler{i}" for i in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(special) + [1] * (size - len(special)))
-    writer.add_token_merges(["1 2"])
+    writer.add_token_scores([-float(i) for i in range(size)])
+    writer.add_token_merges(["1 2", "a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(0)

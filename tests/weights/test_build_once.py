@@ -118,13 +118,14 @@ def _build_slowly(cache, started, results):
 
     os.environ["MPK_SPEC_CACHE"] = cache
 
+    started.wait()  # both processes are under way
+
     def build(folder):
-        started.wait()  # both processes are under way
-        time.sleep(0.3)
+        time.sleep(1.0)
         (folder / "made").write_text(str(os.getpid()))
         results.put(os.getpid())
 
-    path = build_once("one", build)
+    path = build_once("one", build, lambda stage, done, total: results.put(["said", stage, done, total]))
     results.put((path / "made").read_text())
 
 
@@ -135,11 +136,12 @@ def test_two_processes_build_one_folder(own_cache):
     for process in processes:
         process.start()
     started.set()
-    got = [results.get(timeout=60) for _ in range(3)]
+    got = [results.get(timeout=60) for _ in range(4)]
     for process in processes:
         process.join(timeout=60)
     builders = [g for g in got if isinstance(g, int)]
     assert len(builders) == 1 and [g for g in got if isinstance(g, str)] == [str(builders[0])] * 2
+    assert ["said", "waiting for another mpk-spec", 0, 0] in got
     assert left_over(own_cache) == ["one"]
 
 
