@@ -151,6 +151,12 @@ class _Loader:
         return self._op(path, raw)
 
     def _validated(self, path: tuple, model: type, raw: dict[str, Any]) -> Any:
+        pythons = {name for name, field in model.model_fields.items() if field.alias not in (None, name)}
+        for name in pythons & raw.keys():  # `input`, by which Python calls the operand, is no key of the language
+            known = [field.alias or n for n, field in model.model_fields.items()]
+            hint = did_you_mean(name, known, "keys")
+            self._note((*path, name), self.tree.key_at((*path, name)).problem(f"unknown key '{name}'", hint))
+        raw = {key: value for key, value in raw.items() if key not in pythons}
         try:
             made = model.model_validate(raw)
         except ValidationError as error:
@@ -236,8 +242,8 @@ def _weights(file: SpecFile) -> dict[str, WeightDecl]:
 
 
 def _declared(weight: WeightFields, prefix: str, layer: bool) -> WeightDecl:
-    fields = {name: getattr(weight, name) for name in WeightFields.model_fields}
-    return WeightDecl.model_validate({**fields, "from_": prefix + weight.from_, "layer": layer})
+    fields = {field.alias or name: getattr(weight, name) for name, field in WeightFields.model_fields.items()}
+    return WeightDecl.model_validate({**fields, "from": prefix + weight.from_, "layer": layer})
 
 
 def _sizes(file: SpecFile) -> dict[str, Size]:

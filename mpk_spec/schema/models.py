@@ -22,7 +22,7 @@ SOURCES = ("hub", "pypi", "gguf", "file", "random")
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not converted, instances do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 def _expected(what: str) -> PydanticCustomError:
@@ -171,7 +171,7 @@ class TensorsSection(Section):
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, TensorDecl]
-    default: TensorDecl = TensorDecl()
+    default: TensorDecl = Field(default_factory=TensorDecl, description="what holds for all that is not said")
 
 
 class Repeat(Section):
@@ -261,7 +261,7 @@ class SpecFile(Section):
     )
     weights: WeightsSection
     state: dict[str, StateDecl] = {}
-    tensors: TensorsSection = TensorsSection()
+    tensors: TensorsSection = Field(default_factory=TensorsSection)
     blocks: dict[str, dict[str, OpMap]] = Field(description="operators by the value that they make")
     layers: dict[str, LayerMap] = Field(description="the model from token_ids to sample")
     fusions: dict[str, Fusion] = {}

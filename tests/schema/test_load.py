@@ -53,7 +53,7 @@ def test_weights_carry_their_layer_prefix():
 def test_layers_are_operators_and_repeats():
     layers = load_spec(SMALL).layers
     assert list(layers) == ["x", "y", "h", "logits", "next_ids"]
-    assert layers["y"] == Repeat(input="x", over="layers", blocks=["attention", "mlp"])
+    assert layers["y"] == Repeat(repeat="x", over="layers", blocks=["attention", "mlp"])
 
 
 def test_sizes_have_common_merged_in_and_sources_in_order():
