@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mpk_spec.errors import UserError
-from mpk_spec.planner.cost import CostModel, TaskCost, experts_of, is_attention, task_cost
+from mpk_spec.planner.cost import CostModel, TaskCost, experts_of, task_cost
 from mpk_spec.planner.plan import Plan, Step, Task, Template
 
 
@@ -41,23 +41,11 @@ class ReadyStage:
     """Events that some task waits for with fewer signals than there are."""
 
 
-def window_of(template: Template, layer: int | None) -> int | None:
-    """The attention window of a layer, None where all positions are seen."""
-    for group in template.groups:
-        for node in group.nodes:
-            if node.op == "attention":
-                value = node.values.get("window")
-                if isinstance(value, dict):
-                    value = value["per_layer"][layer or 0]
-                return value
-    return None
-
-
-def compile_stage(plan: Plan, step: Step, template: Template, window: int | None, context: int, cost: CostModel):
+def compile_stage(plan: Plan, step: Step, template: Template, context: int, cost: CostModel) -> ReadyStage:
     """The `ReadyStage` of a template. Raises UserError for queues that cannot run to their end."""
     peers = _events_of_peers(template)
     tasks = [
-        [_ready(plan, step, template, g, task, peers, cost, window, context) for task in group.tasks]
+        [_ready(plan, step, template, g, task, peers, cost, context) for task in group.tasks]
         for g, group in enumerate(template.groups)
     ]
     _check_loads(template)
@@ -67,10 +55,10 @@ def compile_stage(plan: Plan, step: Step, template: Template, window: int | None
     return ready
 
 
-def _ready(plan, step, template, g, task: Task, peers: set[str], cost, window, context) -> ReadyTask:
+def _ready(plan, step, template, g, task: Task, peers: set[str], cost, context) -> ReadyTask:
     group = template.groups[g]
-    found = task_cost(plan, step, group, task, cost, window, context)
-    idle = group.launch == "dynamic" and task.load_bytes > 0 and found.stream_bytes == 0 and not is_attention(group)
+    found = task_cost(plan, step, group, task, cost, context)
+    idle = group.launch == "dynamic" and task.load_bytes > 0 and found.weight_bytes == 0
     waits = tuple((w.event, w.count, w.stage, w.event in peers) for w in task.waits)
     return ReadyTask(g, task.index, found, waits, task.signals, idle)
 

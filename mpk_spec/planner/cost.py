@@ -145,9 +145,10 @@ class TaskCost:
     finish_us: float  # reduce, store, signal
 
 
-def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel, window: int | None, context: int):
-    """The `TaskCost` of a task. `window`: of the layer's attention; `context`: positions in the cache."""
-    blocks, kv_bytes = kv_of(plan, step, task, window, context) if is_attention(group) else (0, 0.0)
+def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel, context: int) -> TaskCost:
+    """The `TaskCost` of a task with `context` positions in the cache."""
+    attention = next((node for node in group.nodes if node.op == "attention"), None)
+    blocks, kv_bytes = kv_of(plan, step, task, attention.values.get("window"), context) if attention else (0, 0.0)
     weights, chunks = task.load_bytes * _share(plan, step, group, task), task.load_chunks
     ahead = kv_bytes if cost.kv_ahead else 0.0
     compute = chunks * cost.chunk_us + (weights + ahead) / (cost.consume_gbps * 1e3)
@@ -167,12 +168,8 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     )
 
 
-def is_attention(group: Group) -> bool:
-    return any(node.op == "attention" for node in group.nodes)
-
-
 def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) -> tuple[int, float]:
-    """(blocks, bytes) of the cache that a task reads, all sequences of the step together."""
+    """(blocks, bytes) of the cache that a task reads, all sequences of the step together; `window`: positions seen."""
     blocks = bytes_ = 0
     sequences = plan.batch if step.kind != "prefill" else 1
     for span in task.reads:

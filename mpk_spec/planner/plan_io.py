@@ -34,21 +34,26 @@ def write_aside(path: Path, text: str) -> None:
 
 def load_plan(path: str | Path) -> Plan:
     """Reads a plan and proves it. Raises UserError for a file that is none, PlanError for one that must not run."""
-    from pydantic import ValidationError
-
     from mpk_spec.planner.verify import verify
+
+    plan = read_plan(path)
+    verify(plan)
+    return plan
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Reads a plan that whoever asks still has to prove. Raises UserError for a file that is none."""
+    from pydantic import ValidationError
 
     path = Path(path)
     text = _read(path)
     _check_version(path, text)
     try:
-        plan = Plan.from_json(text)
+        return Plan.from_json(text)
     except ValidationError as error:
         raise UserError(
             f"{path} is no plan: {_told(error)}", "make it again with 'mpk-spec plan SPEC -o FILE'"
         ) from None
-    verify(plan)
-    return plan
 
 
 def _read(path: Path) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mpk_spec.errors import UserError, did_you_mean
-from mpk_spec.planner.compiled import Pool, ReadyStage, ReadyTask, compile_stage, window_of
+from mpk_spec.planner.compiled import Pool, ReadyStage, ReadyTask, compile_stage
 from mpk_spec.planner.cost import CostModel, cost_model
 from mpk_spec.planner.plan import Plan, Stage, Step
 
@@ -196,7 +196,7 @@ class _Machine:
         self.records: list[Ran] = []
         self.fired: list[dict[str, tuple[float, int]]] = []  # per stage: event -> (time of its last signal, record)
         self.signals: list[dict[str, list[tuple[float, int]]]] = []  # likewise, all signals of partial events
-        self.ready: dict[tuple[int, int | None], ReadyStage] = {}
+        self.ready: dict[int, ReadyStage] = {}  # by template
         self.rates: list[float] = []
 
     def run(self) -> Simulation:
@@ -228,11 +228,11 @@ class _Machine:
         )  # fmt: skip
 
     def _ready(self, stage: Stage) -> ReadyStage:
-        template = self.step.templates[stage.template]
-        key = (stage.template, window_of(template, stage.layer))
-        if key not in self.ready:
-            self.ready[key] = compile_stage(self.plan, self.step, template, key[1], self.context, self.cost)
-        return self.ready[key]
+        number = stage.template
+        if number not in self.ready:
+            template = self.step.templates[number]
+            self.ready[number] = compile_stage(self.plan, self.step, template, self.context, self.cost)
+        return self.ready[number]
 
     def _end(self, lo: int, hi: int) -> int:
         """The record of the task that ended last."""

@@ -18,7 +18,7 @@ def group(plan, name):
 
 def cost_of(plan, name, index=0, context=512, **constants):
     found, cost = group(plan, name), replace(cost_model(plan.target), **constants)
-    return task_cost(plan, plan.steps["decode"], found, found.tasks[index], cost, None, context)
+    return task_cost(plan, plan.steps["decode"], found, found.tasks[index], cost, context)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -76,6 +76,15 @@ def test_kv_blocks_go_to_their_split():
     assert kv_of(plan, step, tasks[0], None, 512)[1] == 2 * 64 * 128 * 2 * 2  # keys and values, bf16
 
 
+def test_a_window_is_read_from_the_operator():
+    plan = shapes.make(context=512)
+    attend = group(plan, "attend")
+    windowed = replace(attend, nodes=(replace(attend.nodes[0], values={"window": 64}),))
+    found = [task_cost(plan, plan.steps["decode"], g, attend.tasks[0], cost_model("h100"), 512)
+             for g in (attend, windowed)]  # fmt: skip
+    assert found[0].kv_bytes == 2 * found[1].kv_bytes > 0
+
+
 def test_every_sequence_of_a_batch_has_its_own_cache():
     plan = replace(shapes.make(context=512), batch=4)
     task = group(plan, "attend").tasks[0]
@@ -118,7 +127,7 @@ def routed(plan, tokens, slots):
 
 def share(tokens, slots, index):
     plan, step, down = routed(shapes.make(), tokens, slots)
-    found = task_cost(plan, step, down, down.tasks[index], cost_model("h100"), None, 512)
+    found = task_cost(plan, step, down, down.tasks[index], cost_model("h100"), 512)
     return found.weight_bytes / down.tasks[index].load_bytes
 
 
