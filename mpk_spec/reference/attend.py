@@ -58,6 +58,7 @@ def _one_sequence(
     at = torch.nn.functional.pad(positions, (0, extra)).repeat_interleave(q.shape[2])[:, None]
     peak = torch.full((count, rows.shape[1], 1), float("-inf"))
     total, summed = torch.zeros_like(peak), torch.zeros_like(rows)
+    covered = decode and window is None and split[1] == 1  # every position of every block is seen
     last, first = int(positions.max()), 0
     if window is not None:
         first = max(0, int(positions.min()) - window + 1) // state.kv_block
@@ -69,12 +70,13 @@ def _one_sequence(
         scores = rows @ keys.transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        if not decode or window is not None:
+        if not covered:
             where = torch.arange(lo, hi)
             hidden = where > at if window is None else (where > at) | (where <= at - window)
             scores = scores.masked_fill(hidden, float("-inf"))
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        safe = new_peak.masked_fill(new_peak.isinf(), 0.0)  # a token that sees nothing of this split
+        # a token that has seen nothing of this split yet has no maximum to subtract
+        safe = new_peak if covered else new_peak.masked_fill(new_peak.isinf(), 0.0)
         weights, kept = torch.exp(scores - safe), torch.exp(peak - safe)
         total = total * kept + weights.sum(-1, keepdim=True)
         summed = summed * kept + weights @ cache.values[layer, slot, heads.start : heads.stop, lo:hi]

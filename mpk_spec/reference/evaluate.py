@@ -135,7 +135,9 @@ class GroupRun:
     def _linear_input(self, node: Node, part) -> torch.Tensor:
         """The input, rounded once as the tensor cores take it; `[tokens, K]`, or `[tokens, choices, K]` of routed rows."""
         name = node.inputs[0]
-        x = round_to(self._whole(name), "bf16")
+        x = self._whole(name)
+        if name in self.made or self.plan.tensors[name].dtype != "bf16":
+            x = round_to(x, "bf16")
         return x if part is None else x[..., part[1] : part[2]]
 
     def _product(self, node: Node, x: torch.Tensor, lo: int, hi: int, part) -> torch.Tensor:
