@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
 from mpk_spec.errors import Problem, did_you_mean
+from mpk_spec.schema.draft import Draft, kinds
 from mpk_spec.schema.expressions import CONSTANTS, FUNCTIONS, Expression, ExpressionError, expression_of
-
-if TYPE_CHECKING:
-    from mpk_spec.schema.names import Draft
 
 BUILT_IN = frozenset({"config", "tokens", "context", "batch", "i"})
 _IDENTIFIER = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -103,8 +101,6 @@ def _operators(draft: Draft) -> Iterator[tuple[tuple, Any, frozenset[str]]]:
 
 def operator_scalars(op: BaseModel) -> Iterator[tuple[tuple, Any]]:
     """(path below the operator, raw scalar) of its expression fields that were given."""
-    from mpk_spec.schema.names import kinds
-
     for field, kind in kinds(type(op)).items():
         if kind == "expr" and field in op.model_fields_set:
             yield (type(op).model_fields[field].alias or field,), getattr(op, field)

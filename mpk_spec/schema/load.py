@@ -15,6 +15,7 @@ from mpk_spec.errors import Problem, SpecError, UserError, did_you_mean
 from mpk_spec.ops import Op, public_ops
 from mpk_spec.paths import specs_dir
 from mpk_spec.schema import merge, names
+from mpk_spec.schema.draft import Draft
 from mpk_spec.schema.expressions import Expression, ExpressionError, expression_of
 from mpk_spec.schema.models import Repeat, SpecFile, WeightDecl, WeightFields
 from mpk_spec.schema.nodes import Node
@@ -84,7 +85,7 @@ class _Loader:
         layers = {key: self._layer(("layers", key), raw) for key, raw in file.layers.items()}
         weights = _weights(file)
         whens = {at: w for at, w in self._whens(file)}
-        found = names.Draft(self.tree, file, self.ops, blocks, layers, weights, whens, frozenset(self.broken))
+        found = Draft(self.tree, file, self.ops, blocks, layers, weights, whens, frozenset(self.broken))
         if not any(_hides_names(path) for path in self.broken):
             self.problems += names.check(found)
         if self.problems:

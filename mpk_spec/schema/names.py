@@ -7,53 +7,16 @@ every reader could be understood.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, get_args
-
-from pydantic import BaseModel
+from dataclasses import replace
+from typing import Any
 
 from mpk_spec.errors import Problem, did_you_mean
 from mpk_spec.ops import Op
-from mpk_spec.ops.base import Kind
 from mpk_spec.schema import expression_names as exprs
-from mpk_spec.schema.models import Repeat, SpecFile, WeightDecl
-from mpk_spec.schema.nodes import Node
-
-BLOCK_INPUT, BLOCK_RESULT, MODEL_INPUT = "x", "out", "token_ids"
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A spec before its names are checked; operators that could not be read are None."""
-
-    tree: Node
-    file: SpecFile
-    ops: Mapping[str, type[Op]]
-    blocks: Mapping[str, Mapping[str, Op | None]]
-    layers: Mapping[str, Op | Repeat | None]
-    weights: Mapping[str, WeightDecl]
-    whens: Mapping[tuple[str, str], Any]
-    broken: frozenset[tuple]
-
-    def written(self, *path: Any) -> set[str]:
-        """The keys of the map at `path`, right or wrong."""
-        node = self.tree
-        for key in path:
-            node = node.child(key) if node is not None else None
-        return set(node.value) if node is not None and isinstance(node.value, dict) else set()
-
-    @property
-    def layer_weights(self) -> set[str]:
-        return self.written("weights", "layer") - {"prefix"}
-
-    @property
-    def model_weights(self) -> set[str]:
-        return self.written("weights") - {"layer"}
-
-    def problem(self, path: tuple, message: str, hint: str | None = None, on: str = "value", inside=None) -> Problem:
-        node = self.tree.key_at(path) if on == "key" else self.tree.at(path)
-        return node.problem(message, hint, inside)
+from mpk_spec.schema import groups
+from mpk_spec.schema.draft import BLOCK_RESULT, Draft, is_broken, reads, references, scopes
+from mpk_spec.schema.models import Repeat, SpecFile
+from mpk_spec.schema.nodes import shown
 
 
 def check(draft: Draft) -> list[Problem]:
@@ -63,12 +26,9 @@ def check(draft: Draft) -> list[Problem]:
         *_check_weights(draft),
         *_check_dims(draft),
         *_check_operators(draft),
+        *_check_layers(draft),
+        *groups.check(draft),
     ]
-    problems += _check_layers(draft)
-    problems += _check_fusions(draft)
-    problems += _check_tensors(draft)
-    problems += _check_schedule(draft)
-    problems += _check_sizes_named(draft)
     return [*_once_each(problems), *_check_unused(draft, bool(problems))]
 
 
@@ -96,7 +56,7 @@ def _check_weights(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(("weights", "layer", name), f"weight '{name}' exists already outside of 'layer'", on="key")
     layer = draft.file.weights.layer
     prefix_path = ("weights", "layer", "prefix")
-    if layer is not None and "{i}" not in layer.prefix and not _is_broken(draft, prefix_path):
+    if layer is not None and "{i}" not in layer.prefix and not is_broken(draft, prefix_path):
         yield draft.problem(prefix_path, "the prefix has no '{i}': all layers would read the same tensors")
     for name, weight in draft.weights.items():
         path = ("weights", "layer", name) if weight.layer else ("weights", name)
@@ -128,50 +88,8 @@ def _check_dims(draft: Draft) -> Iterator[Problem]:
 # ---- operators
 
 
-@cache
-def kinds(model: type[BaseModel]) -> dict[str, str]:
-    """What the fields of an operator hold, by their names in Python: 'value', 'weight', 'state' or 'expr'."""
-    found = {}
-    for name, field in model.model_fields.items():
-        marks = [m for m in field.metadata if isinstance(m, Kind)] or list(_marks(field.annotation))
-        if marks:
-            found[name] = marks[0].of
-    return found
-
-
-def _marks(annotation: Any) -> Iterator[Kind]:
-    yield from (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Kind))
-    for inner in get_args(annotation):
-        yield from _marks(inner)
-
-
-def references(op: Op | Repeat, kind: str) -> Iterator[tuple[tuple, str]]:
-    """(path below the operator, name) of all its references of one kind."""
-    for field, of in kinds(type(op)).items():
-        given = getattr(op, field, None)  # an operator with mistakes lacks fields
-        if of != kind or given is None:
-            continue
-        key = type(op).model_fields[field].alias or field
-        if isinstance(given, list):
-            yield from (((key, index), name) for index, name in enumerate(given))
-        else:
-            yield (key,), given
-
-
-def reads(op: Op | Repeat | None) -> list[str]:
-    """The values that it reads."""
-    return [] if op is None else [name for _, name in references(op, "value")]
-
-
-def _scopes(draft: Draft) -> Iterator[tuple[tuple, Mapping[str, Op | Repeat | None], str]]:
-    """(path, entries, name of the value that is there from the start) of each block and of the top level."""
-    for name, block in draft.blocks.items():
-        yield ("blocks", name), block, BLOCK_INPUT
-    yield ("layers",), draft.layers, MODEL_INPUT
-
-
 def _check_operators(draft: Draft) -> Iterator[Problem]:
-    for path, entries, start in _scopes(draft):
+    for path, entries, start in scopes(draft):
         if start in entries:
             yield draft.problem((*path, start), f"'{start}' is the input here and cannot be assigned", on="key")
         known = draft.written(*path) | {start}
@@ -199,7 +117,7 @@ def _check_values(draft: Draft, path: tuple, op: Op | Repeat, known: set[str]) -
     for below, name in references(op, "value"):
         if name in known:
             continue
-        where = [p[1] for p, entries, _ in _scopes(draft) if p[0] == "blocks" and name in entries]
+        where = [p[1] for p, entries, _ in scopes(draft) if p[0] == "blocks" and name in entries]
         hint = did_you_mean(name, known - {path[-1]}, "values here")
         if where and not hint.startswith("did"):
             hint = f"'{name}' is in block '{where[0]}'; a block sees its own values and 'x'"
@@ -266,109 +184,18 @@ def _check_layers(draft: Draft) -> Iterator[Problem]:
                 hint = did_you_mean(name, blocks, "blocks")
                 yield draft.problem(("layers", key, "blocks", index), f"unknown block '{name}'", hint)
     samples = [key for key, op in draft.layers.items() if isinstance(op, Op) and op.op == "sample"]
-    if not samples and None not in draft.layers.values() and not _is_broken(draft, ("layers",)):
+    if not samples and None not in draft.layers.values() and not is_broken(draft, ("layers",)):
         hint = "add for instance 'next_ids: {sample: logits}'"
         yield draft.problem(("layers",), "the model does not end in 'sample'", hint, on="key")
     for key in samples[1:]:
         yield draft.problem(("layers", key), f"a second 'sample'; the first is '{samples[0]}'", on="key")
 
 
-# ---- fusions, tensors, schedule, sizes
-
-
-def operators(draft: Draft) -> set[str]:
-    """All operators by the names that fusions and the schedule use: `attention.q`, and plain names at the top level."""
-    blocks = {block: draft.written("blocks", block) | {BLOCK_RESULT} for block in draft.written("blocks")}
-    inner = {f"{block}.{key}" for block, keys in blocks.items() for key in keys}
-    top = {k for k in draft.written("layers") if not isinstance(draft.layers.get(k), Repeat)}
-    return inner | top
-
-
-def _unknown(draft: Draft, name: str, known: set[str], kind: str) -> tuple[str, str]:
-    """Message and hint: an unknown block is one mistake, however many of its operators are named."""
-    block, dot, _ = name.rpartition(".")
-    blocks = draft.written("blocks")
-    if dot and block not in blocks and "." not in block and block not in known:
-        return f"unknown block '{block}'", did_you_mean(block, blocks, "blocks")
-    return f"unknown {kind} '{name}'", did_you_mean(name, known, f"{kind.split()[0]}s")
-
-
-def _check_fusions(draft: Draft) -> Iterator[Problem]:
-    known = operators(draft)
-    owner: dict[str, str] = {}
-    for name, fusion in draft.file.fusions.items():
-        homes = set()
-        for index, member in enumerate(fusion.of):
-            path = ("fusions", name, "of", index)
-            if member not in known:
-                yield draft.problem(path, *_unknown(draft, member, known, "operator"))
-                continue
-            if member in owner:
-                where = f"fusion '{owner[member]}'" if owner[member] != name else "this fusion"
-                yield draft.problem(path, f"'{member}' is already in {where}", "an operator is computed in one fusion")
-            owner.setdefault(member, name)
-            homes.add(member.rpartition(".")[0])
-        if len(homes) > 1:
-            said = " and ".join(f"block '{h}'" if h else "the top level" for h in sorted(homes))
-            yield draft.problem(
-                ("fusions", name, "of"), f"fusion '{name}' has operators of {said}", "a fusion stays in one block"
-            )
-        yield from _check_into(draft, name, homes)
-
-
-def _check_into(draft: Draft, name: str, homes: set[str]) -> Iterator[Problem]:
-    into = draft.file.fusions[name].into
-    if into is None:
-        return
-    path = ("fusions", name, "into")
-    others = draft.written("fusions") - {name}
-    if into not in others:
-        yield draft.problem(path, f"unknown fusion '{into}'", did_you_mean(into, others, "fusions"))
-    elif homes and homes != {""}:
-        hint = "'into' puts operators from before the layers into the first layer's fusion"
-        yield draft.problem(path, f"'{name}' is inside a block", hint)
-
-
-def _check_tensors(draft: Draft) -> Iterator[Problem]:
-    known = operators(draft) | {k for k, op in draft.layers.items() if isinstance(op, Repeat)}
-    for name in draft.file.tensors.__pydantic_extra__:
-        if name not in known:
-            yield draft.problem(("tensors", name), *_unknown(draft, name, known, "value"), on="key")
-
-
-_DERIVED = {"merge": "attention", "reduce": "linear", "all_reduce": None, "partial": "sample"}
-
-
-def _check_schedule(draft: Draft) -> Iterator[Problem]:
-    fused = {member: name for name, fusion in draft.file.fusions.items() for member in fusion.of}
-    known = (operators(draft) - set(fused)) | draft.written("fusions")
-    for index, rule in enumerate(draft.file.schedule):
-        for group in rule.set:
-            base, _, derived = group.rpartition(".")
-            if group in known | {"*"} or (derived in _DERIVED and base in known | set(fused)):
-                continue
-            path = ("schedule", index, "set", group)
-            if group in fused:
-                hint = f"write '{fused[group]}'"
-                yield draft.problem(path, f"'{group}' is computed in fusion '{fused[group]}'", hint, on="key")
-            else:
-                yield draft.problem(path, *_unknown(draft, group, known, "operator or fusion"), on="key")
-
-
-def _check_sizes_named(draft: Draft) -> Iterator[Problem]:
-    sizes = draft.written("sizes") - {"common"}
-    for name, given in draft.file.checks.items():
-        size = given.__pydantic_extra__.get("size")
-        if size is not None and size not in sizes:
-            hint = did_you_mean(str(size), sizes, "sizes")
-            yield draft.problem(("checks", name, "size"), f"unknown size '{size}'", hint)
-
-
 # ---- what nothing reads
 
 
 def _check_unused(draft: Draft, has_problems: bool) -> Iterator[Problem]:
-    ops = [op for _, entries, _ in _scopes(draft) for op in entries.values()]
+    ops = [op for _, entries, _ in scopes(draft) for op in entries.values()]
     if has_problems or draft.broken or None in ops:
         return  # the reader may be what is broken
     read = {name for op in ops for _, name in references(op, "weight")}
@@ -385,7 +212,7 @@ def _check_unused(draft: Draft, has_problems: bool) -> Iterator[Problem]:
         if name not in repeated:
             hint = _drop_hint(draft, ("blocks", name)) or "list it in a 'repeat'"
             yield draft.problem(("blocks", name), f"block '{name}' is repeated nowhere", hint, on="key")
-    for path, entries, _ in _scopes(draft):
+    for path, entries, _ in scopes(draft):
         used = {name for op in entries.values() for name in reads(op)} | {BLOCK_RESULT}
         for key, op in entries.items():
             if key not in used and not (isinstance(op, Op) and op.op == "sample"):
@@ -395,14 +222,8 @@ def _check_unused(draft: Draft, has_problems: bool) -> Iterator[Problem]:
 
 def _drop_hint(draft: Draft, path: tuple) -> str | None:
     """How to get rid of an inherited entry."""
-    from mpk_spec.schema.nodes import shown
-
     written, own = draft.tree.key_at(path).source, draft.tree.source
     return f"in {own.shown}, '{path[-1]}: null' drops it" if written.path != own.path and shown(own.path) else None
-
-
-def _is_broken(draft: Draft, path: tuple) -> bool:
-    return any(path[: len(b)] == b or b[: len(path)] == path for b in draft.broken)
 
 
 def per_layer(file: SpecFile) -> frozenset[str]:
