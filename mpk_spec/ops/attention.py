@@ -17,9 +17,10 @@ class KVAppend(Op):
     """
 
     op: ClassVar[str] = "kv_append"
-    role: ClassVar = "append"
+    role: ClassVar[str] = "append"
     task: ClassVar[str] = "kv_append"
-    prologue_of: ClassVar = frozenset({"attention"})
+    cuda: ClassVar[bool] = True
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     inputs: Refs = Field(alias="kv_append", min_length=2, max_length=2)
     state: StateRef
@@ -49,8 +50,9 @@ class Attention(Op):
     """
 
     op: ClassVar[str] = "attention"
-    role: ClassVar = "attention"
+    role: ClassVar[str] = "attention"
     task: ClassVar[str] = "attention"
+    cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="attention")
     cache: Ref
@@ -86,7 +88,8 @@ class AttentionMerge(Op):
 
     op: ClassVar[str] = "attention_merge"
     task: ClassVar[str] = "attention_merge"
-    prologue_of: ClassVar = frozenset({"linear"})
+    cuda: ClassVar[bool] = True
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     input: Ref = Field(alias="attention_merge")
     kv_splits: int

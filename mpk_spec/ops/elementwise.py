@@ -15,8 +15,9 @@ class Add(Op):
 
     op: ClassVar[str] = "add"
     task: ClassVar[str] = "add"
-    epilogue_of: ClassVar = frozenset({"linear", "row"})
-    prologue_of: ClassVar = frozenset({"linear", "row"})
+    cuda: ClassVar[bool] = True
+    epilogue_of: ClassVar[frozenset[str]] = frozenset({"linear", "row"})
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"linear", "row"})
 
     inputs: Refs = Field(alias="add", min_length=2)
 
@@ -42,7 +43,8 @@ class GatedAct(Op):
 
     op: ClassVar[str] = "gated_act"
     task: ClassVar[str] = "gated_act"
-    epilogue_of: ClassVar = frozenset({"linear", "row"})
+    cuda: ClassVar[bool] = True
+    epilogue_of: ClassVar[frozenset[str]] = frozenset({"linear", "row"})
 
     inputs: Refs = Field(alias="gated_act", min_length=2, max_length=2)
     fn: Literal["silu", "gelu", "gelu_tanh", "relu"]

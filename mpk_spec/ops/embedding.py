@@ -14,9 +14,10 @@ class Embedding(Op):
     """`table[token]`, times `scale` where the model has one (Gemma: sqrt(hidden), rounded to bf16). float32 out."""
 
     op: ClassVar[str] = "embedding"
-    role: ClassVar = "gather"
+    role: ClassVar[str] = "gather"
     task: ClassVar[str] = "embedding"
-    prologue_of: ClassVar = frozenset({"linear", "row"})
+    cuda: ClassVar[bool] = True
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"linear", "row"})
 
     input: Ref = Field(alias="embedding")
     weight: WeightRef

@@ -21,8 +21,9 @@ class Linear(Op):
     """
 
     op: ClassVar[str] = "linear"
-    role: ClassVar = "linear"
+    role: ClassVar[str] = "linear"
     task: ClassVar[str] = "linear"
+    cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="linear")
     weight: WeightRef

@@ -19,7 +19,8 @@ class RMSNorm(Op):
 
     op: ClassVar[str] = "rmsnorm"
     task: ClassVar[str] = "rmsnorm"
-    prologue_of: ClassVar = frozenset({"linear", "attention", "row"})
+    cuda: ClassVar[bool] = True
+    prologue_of: ClassVar[frozenset[str]] = frozenset({"linear", "attention", "row"})
 
     input: Ref = Field(alias="rmsnorm")
     weight: WeightRef

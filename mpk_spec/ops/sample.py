@@ -14,8 +14,9 @@ class Sample(Op):
     """The token with the highest logit, the lowest id among equals. The planner lowers it to the two ops below."""
 
     op: ClassVar[str] = "sample"
-    role: ClassVar = "reduce"
+    role: ClassVar[str] = "reduce"
     task: ClassVar[str] = "argmax_reduce"
+    cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="sample")
 
@@ -36,8 +37,9 @@ class ArgmaxPartial(Op):
     """
 
     op: ClassVar[str] = "argmax_partial"
-    role: ClassVar = "row"
+    role: ClassVar[str] = "row"
     task: ClassVar[str] = "argmax_partial"
+    cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="argmax_partial")
     slice: int
@@ -76,8 +78,9 @@ class ArgmaxReduce(Op):
     """The id of the highest of all slices (of all ranks); int32 `[tokens, 1]`."""
 
     op: ClassVar[str] = "argmax_reduce"
-    role: ClassVar = "reduce"
+    role: ClassVar[str] = "reduce"
     task: ClassVar[str] = "argmax_reduce"
+    cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="argmax_reduce")
 

@@ -1,0 +1,82 @@
+// The kernel: sets shared memory up, then every warp takes its role until the token loop ends.
+#pragma once
+#include "runtime/loader.cuh"
+#include "runtime/scheduler.cuh"
+
+namespace mpk {
+
+__device__ void set_up(const Params& params, Shared& shared) {
+  const u32* from = reinterpret_cast<const u32*>(params.program + static_cast<u64>(blockIdx.x) * sizeof(plan::Program));
+  for (u32 i = threadIdx.x; i < sizeof(plan::Program) / 4; i += block_threads)
+    reinterpret_cast<u32*>(&shared.program)[i] = from[i];
+  for (u32 i = threadIdx.x; i < sizeof(Params) / 4; i += block_threads)
+    reinterpret_cast<u32*>(&shared.params)[i] = reinterpret_cast<const u32*>(&params)[i];
+  if (threadIdx.x == 0) {
+    for (u32 i = 0; i < plan::ring_slots; ++i) {
+      ptx::barrier_init(&shared.full[i], ptx::copy_arrivals);
+      ptx::barrier_init(&shared.empty[i], worker_warps);
+    }
+    for (u32 i = 0; i < ready_depth; ++i) {
+      ptx::barrier_init(&shared.ready[i], 1);
+      ptx::barrier_init(&shared.taken[i], 1);
+    }
+    ptx::fence_barrier_init();
+    shared.stop = shared.abort = shared.host_stop = 0;
+    shared.watched = {};
+    for (u32 i = 0; i < 4; ++i) shared.zeros[i] = 0;
+  }
+  __syncthreads();
+}
+
+// Times of one task, for the profiler: asked, ready, computed, signalled.
+__device__ __forceinline__ u64* open_trace(const Params& params, const Progress& progress, u32 index) {
+  if (params.trace == nullptr || progress.step_index != params.trace_step) return nullptr;
+  const u32 at = (blockIdx.x * plan::num_stages + progress.stage) * plan::max_queue + index;
+  u64* trace = params.trace + static_cast<u64>(at) * 4;
+  if (threadIdx.x == producer_threads) trace[0] = ptx::now_ns();
+  return trace;
+}
+
+// Takes the next step's descriptor; false: stop.
+__device__ __forceinline__ bool take_step(Progress& progress) {
+  Worker w(progress);
+  w.wait_ready();
+  if (ptx::named_barrier_any(1, worker_threads, w.aborted())) return false;
+  const bool more = w.step->tokens != 0;
+  w.sync();
+  w.release_ready();
+  progress.taken = w.taken;
+  return more;
+}
+
+__device__ void run_worker(const Params& params, const Shared& shared) {
+  Progress progress;
+  for (progress.step_index = params.first_step; take_step(progress); ++progress.step_index) {
+    for (progress.stage = 0; progress.stage < plan::num_stages; ++progress.stage) {
+      const u32 kind = plan::stage_template[progress.stage];
+      const u32 first = shared.program.queue_begin[kind], last = shared.program.queue_begin[kind + 1];
+      for (u32 i = first; i < last; ++i) {
+        progress.trace = open_trace(params, progress, i - first);
+        run_task(progress, shared.program.entry[i].run, i);
+      }
+    }
+  }
+}
+
+}  // namespace mpk
+
+extern "C" __global__ void __launch_bounds__(mpk::block_threads, 1) megakernel(const __grid_constant__ mpk::Params params) {
+  using namespace mpk;
+  Shared& shared = shared_state();
+  set_up(params, shared);
+  if (threadIdx.x >= producer_threads) {
+    ptx::take_registers<worker_registers>();
+    run_worker(params, shared);
+  } else {
+    ptx::give_registers<producer_registers>();
+    const u32 warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    if (warp == 0) run_loader(params, shared, shared_memory, lane);
+    if (warp == 1) Scheduler(params, shared, lane).run();
+    if (warp == 2) run_lookout(params, shared, lane);
+  }
+}

@@ -1,0 +1,103 @@
+// The loader: streams this SM's weights, chunk after chunk, layer after layer, step after step, and never waits for an event.
+//
+// Every step streams the same chunks, so it need not know what the next step is about: it runs ahead of the step
+// descriptor by at most the ring, and when the kernel ends it only lets the copies in flight land.
+#pragma once
+#include "runtime/worker.cuh"
+
+namespace mpk {
+
+// The next chunk to copy. Order: block of tiles, chunk of K, tile of the block; so that activations are read once per block.
+struct ChunkCursor {
+  const Shared& shared;
+  const u8* weights;
+  u32 stage = 0, load = 0, load_end = 0;
+  i32 block = 0, block_end = 0, hi = 0, tile = 0;
+  u32 chunk = 0;
+  WeightTiles shape{};
+  const u8* base = nullptr;
+  const u8* from = nullptr;
+  u32 bytes = 0;
+
+  __device__ ChunkCursor(const Shared& s, const u8* w) : shared(s), weights(w) {
+    stage = plan::num_stages - 1;  // as if a step had just ended
+    load = load_end = 0;
+    next_load();
+    point();
+  }
+
+  __device__ __forceinline__ i32 tiles_per_block() const { return block_rows / static_cast<i32>(shape.tile_rows); }
+
+  __device__ void next_load() {
+    while (load == load_end) {
+      stage = stage + 1 == plan::num_stages ? 0 : stage + 1;
+      const u32 kind = plan::stage_template[stage];
+      load = shared.program.load_begin[kind];
+      load_end = shared.program.load_begin[kind + 1];
+    }
+    const Load& it = shared.program.load[load++];
+    shape = plan::weight_tiles[it.shape];
+    base = weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
+    block = it.lo;
+    hi = it.hi;
+    block_end = min_of(block + tiles_per_block(), hi);
+    tile = block;
+    chunk = 0;
+  }
+
+  __device__ void point() {
+    const u32 at = chunk * shape.chunk_bytes;
+    from = base + static_cast<u64>(tile) * shape.tile_bytes + at;
+    bytes = min_of(shape.chunk_bytes, shape.tile_bytes - at);
+  }
+
+  __device__ void advance() {
+    if (++tile == block_end) {
+      tile = block;
+      if (++chunk == shape.chunks_per_tile) {
+        chunk = 0;
+        block = block_end;
+        tile = block;
+        block_end = min_of(block + tiles_per_block(), hi);
+        if (block >= hi) next_load();
+      }
+    }
+    point();
+  }
+};
+
+__device__ __forceinline__ bool leaving(const Shared& shared) {
+  return ptx::load_shared_flag(&shared.stop) || ptx::load_shared_flag(&shared.abort);
+}
+
+// Run by one warp.
+__device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 lane) {
+  const plan::Program& program = shared.program;
+  if (program.load_begin[plan::num_templates] == 0) return;  // this SM has no weights
+  ChunkCursor cursor(shared, params.weights);
+  u32 slot = 0, parity = 0, issued = 0;
+  bool going = true;
+  while (going) {
+    while (going && !ptx::barrier_try(&shared.empty[slot], parity ^ 1)) going = !leaving(shared);
+    if (!going) break;
+    if (issued >= plan::copies_in_flight) {
+      const u32 oldest = issued - plan::copies_in_flight;
+      u64* bar = &shared.full[oldest % plan::ring_slots];
+      while (!ptx::barrier_try(bar, oldest / plan::ring_slots % 2)) {}  // a copy that was issued always lands
+    }
+    ptx::copy_to_shared(ring + slot * plan::slot_bytes, cursor.from, cursor.bytes, &shared.full[slot], lane);
+    ++issued;
+    if (++slot == plan::ring_slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+    cursor.advance();
+    __syncwarp();
+  }
+  // Shared memory must not be given back while copies are on their way.
+  const u32 open = min_of<u32>(issued, plan::copies_in_flight);
+  for (u32 i = issued - open; i < issued; ++i)
+    while (!ptx::barrier_try(&shared.full[i % plan::ring_slots], i / plan::ring_slots % 2)) {}
+}
+
+}  // namespace mpk

@@ -1,0 +1,115 @@
+// What the host hands to the kernel: one program per SM, made from the plan's queues, and the step descriptors.
+//
+// mpk_spec/emit/program.py writes these structures; the generated source asserts that both sides agree on their sizes.
+#pragma once
+#include "runtime/types.cuh"
+
+namespace mpk {
+
+// One task of one SM's queue. `lo`, `hi`: weight tiles, or what the task's header says. `share`: its part of a published value.
+struct Entry {
+  u16 run;  // the generated switch's case
+  u16 group;
+  u16 task;
+  u16 num_waits;
+  u16 first_wait;
+  u16 num_signals;
+  u16 first_signal;
+  u16 spare;
+  i32 lo, hi;
+  i32 share_lo, share_hi;
+};
+
+struct Load {
+  u32 shape;  // index into plan::weight_tiles
+  i32 lo, hi;
+};
+
+// `back` stages before this one, `event` must have `count` signals.
+struct Wait {
+  u16 event;
+  u16 back;
+  u32 count;
+};
+
+constexpr int block_rows = 64;  // rows of a weight that share one pass over the activations
+
+// Where a group's packed weight lies, and how its tiles are cut into chunks.
+struct WeightTiles {
+  u64 offset, layer_stride;
+  u32 tile_bytes, chunk_bytes, chunks_per_tile, tile_rows;
+};
+
+template <int templates, int entries, int loads, int waits, int signals>
+struct SmProgram {
+  u16 queue_begin[templates + 1];
+  u16 load_begin[templates + 1];
+  Entry entry[entries];
+  Load load[loads];
+  Wait wait[waits];
+  u16 signal[signals];
+};
+
+constexpr int max_tokens = 16;
+
+// What one step is about. Written once, by the host (first step) or the task that samples; obeyed by every SM.
+struct Step {
+  u32 tokens;  // 0: stop
+  u32 position;  // of the first token
+  u32 emitted;  // tokens published before this step
+  u32 spare;
+  i32 ids[max_tokens];
+};
+
+constexpr u32 step_slots = 4;
+
+// Device memory shared by all SMs and, between launches, the host.
+struct Control {
+  u32 published;  // steps described so far; only grows
+  u32 pad0[31];
+  u32 abort;
+  u32 pad1[31];
+  Step steps[step_slots];
+};
+
+// What an SM was doing when the kernel was aborted.
+struct Report {
+  u32 set, given, taken, step, stage, group, task, event, seen, wanted;
+};
+
+// Pinned host memory. `tokens` has a slot for every position of the context, so it cannot overflow.
+struct HostRing {
+  u32 count;
+  u32 stop;  // set by the host: end after the current step
+  u32 pad[30];
+  i32 tokens[1];
+};
+
+constexpr int max_stop_ids = 16;
+
+struct Params {
+  const u8* weights;
+  u8* arena;
+  u8* cache;
+  const i32* pages;  // physical page of each block of positions
+  const float2* rope;
+  const u8* program;
+  u32* events;
+  Control* control;
+  Report* reports;  // one per SM
+  const i32* prompt;  // by position
+  HostRing* host;
+  u64* trace;  // null: off
+  u64 timeout_ns;
+  u32 first_step;  // steps run before this launch: the running base of all events
+  u32 prompt_end;  // positions below it come from `prompt`
+  u32 max_new;
+  u32 context;
+  u32 chunk;  // prompt tokens per step
+  u32 num_stop_ids;
+  u32 trace_step;
+  u32 num_pages;
+  i32 stop_ids[max_stop_ids];
+};
+
+}  // namespace mpk

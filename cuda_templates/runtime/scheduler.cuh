@@ -1,0 +1,125 @@
+// The scheduler: the one warp of an SM that looks at events. It hands the workers one task after the other as they become
+// ready, and the descriptor of a step before its first task.
+#pragma once
+#include "runtime/worker.cuh"
+
+namespace mpk {
+
+struct Scheduler {
+  const Params& params;
+  Shared& shared;
+  u32 lane;
+  u32 step;  // steps since the events were zero, this one not counted
+  u32 given = 0;
+  u32 stage = 0;
+
+  __device__ Scheduler(const Params& p, Shared& s, u32 l) : params(p), shared(s), lane(l), step(p.first_step) {}
+
+  __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
+
+  // Events are never set back: after n steps a counter stands at n times the signals of one step.
+  __device__ __forceinline__ void wait_event(const Wait& wait, const Entry& entry) {
+    const bool before = wait.back > stage;  // it belongs to the step before
+    const u32 at = before ? stage + plan::num_stages - wait.back : stage - wait.back;
+    const u32 total = plan::event_total[plan::stage_template[at]][wait.event];
+    const u32 wanted = (before ? step - 1 : step) * total + wait.count;
+    const u32 event = at * plan::num_events + wait.event;
+    const u32* counter = params.events + event * plan::event_stride;
+    if (static_cast<i32>(ptx::load_acquire(counter) - wanted) >= 0) return;
+    say({given, 0, step, stage, entry.group, entry.task, event, wanted});
+    while (static_cast<i32>(ptx::load_acquire(counter) - wanted) < 0)
+      if (aborted()) return;
+  }
+
+  // For the watchdog.
+  __device__ __forceinline__ void say(const Watched& now) {
+    Watched& to = shared.watched;
+    to.step = now.step;
+    to.stage = now.stage;
+    to.group = now.group;
+    to.task = now.task;
+    to.event = now.event;
+    to.wanted = now.wanted;
+  }
+
+  // Waits until the workers have taken what was given four hand-overs ago.
+  __device__ __forceinline__ void wait_taken() {
+    if (given < ready_depth) return;
+    const u32 index = given - ready_depth;
+    wait_barrier(shared, &shared.taken[index % ready_depth], index / ready_depth % 2);
+  }
+
+  __device__ __forceinline__ void give() {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&shared.ready[given % ready_depth]);
+    ++given;
+    if (lane == 0) ptx::store_shared_flag(&shared.watched.given, given);
+  }
+
+  // The descriptor of the next step goes to shared memory. 0: stop or abort.
+  __device__ u32 next_step() {
+    if (lane == 0) say({given, 0, step, plan::num_stages, 0, 0, 0, step + 1});
+    while (static_cast<i32>(ptx::load_acquire(&params.control->published) - (step + 1)) < 0)
+      if (aborted()) return 0;
+    wait_taken();
+    const u32* from = reinterpret_cast<const u32*>(&params.control->steps[step % step_slots]);
+    u32* to = reinterpret_cast<u32*>(&shared.step[step % 2]);
+    if (lane < sizeof(Step) / 4) to[lane] = ptx::load_l2_4(from + lane);
+    __syncwarp();
+    const u32 tokens = shared.step[step % 2].tokens;
+    give();
+    return tokens;
+  }
+
+  __device__ bool run_stage() {
+    const u32 kind = plan::stage_template[stage];
+    for (u32 i = shared.program.queue_begin[kind]; i < shared.program.queue_begin[kind + 1]; ++i) {
+      const Entry& entry = shared.program.entry[i];
+      wait_taken();
+      for (u32 w = lane; w < entry.num_waits; w += warp_size)
+        wait_event(shared.program.wait[entry.first_wait + w], entry);
+      if (__any_sync(all_lanes, aborted())) return false;
+      give();
+    }
+    return true;
+  }
+
+  __device__ void run() {
+    while (next_step() != 0) {
+      for (stage = 0; stage < plan::num_stages; ++stage)
+        if (!run_stage()) return;
+      ++step;
+    }
+    if (lane == 0) ptx::store_shared_flag(&shared.stop, 1);
+  }
+};
+
+// Warp 2: the watchdog, and on the SM that samples the one that looks at the host's stop flag, off the critical path.
+//
+// Waits themselves only look at Shared::abort. Here it is noticed when nothing on this SM moves for too long; then every SM
+// leaves a report, and the host blames the one that is furthest behind.
+__device__ void run_lookout(const Params& params, Shared& shared, u32 lane) {
+  if (lane != 0) return;
+  const Watched& watched = shared.watched;
+  u32 moved = 0;
+  u64 since = ptx::now_ns();
+  while (!ptx::load_shared_flag(&shared.stop)) {
+    if (blockIdx.x == plan::sampling_sm) ptx::store_shared_flag(&shared.host_stop, ptx::load_host(&params.host->stop));
+    const u32 now_moved = ptx::load_shared_flag(&watched.given) + ptx::load_shared_flag(&watched.taken);
+    const u64 now = ptx::now_ns();
+    if (now_moved != moved) since = now;
+    moved = now_moved;
+    if (now - since > params.timeout_ns) ptx::claim_once(&params.control->abort);
+    if (ptx::load_relaxed(&params.control->abort)) {
+      ptx::store_shared_flag(&shared.abort, 1);
+      const u32 seen = watched.stage < plan::num_stages ? ptx::load_relaxed(params.events + watched.event * plan::event_stride)
+                                                        : ptx::load_relaxed(&params.control->published);
+      params.reports[blockIdx.x] = {1, watched.given, watched.taken, watched.step, watched.stage, watched.group,
+                                    watched.task, watched.event, seen, watched.wanted};
+      return;
+    }
+    ptx::sleep_ns(5000);
+  }
+}
+
+}  // namespace mpk

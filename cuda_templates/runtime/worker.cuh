@@ -1,0 +1,144 @@
+// The state of one SM: its shared memory, and what each role keeps in registers.
+//
+// Warpgroup 0 produces: warp 0 loads, warp 1 schedules, warp 2 watches the host and the abort flag, warp 3 prefetches.
+// Warpgroups 1 and 2 compute. Order of shared memory: ring | activations | partial sums | Shared.
+#pragma once
+#include "runtime/program.cuh"
+#include "runtime/ptx.cuh"
+
+namespace mpk {
+
+constexpr u32 producer_threads = 128;
+constexpr u32 worker_warps = 8;
+constexpr u32 worker_threads = worker_warps * warp_size;
+constexpr u32 block_threads = producer_threads + worker_threads;
+constexpr u32 producer_registers = 56, worker_registers = 224;  // of each thread; 168 where they cannot be moved
+constexpr u32 ready_depth = 4;
+
+// What this SM is doing, for the watchdog: hand-overs from scheduler to workers, and the event that the scheduler waits for.
+struct Watched {
+  u32 given, taken;
+  u32 step, stage, group, task, event, wanted;
+};
+
+struct Shared {
+  u64 full[plan::ring_slots];
+  u64 empty[plan::ring_slots];
+  u64 ready[ready_depth];
+  u64 taken[ready_depth];
+  Step step[2];
+  u32 stop;  // the loader may leave
+  u32 abort;
+  u32 host_stop;
+  Watched watched;
+  float reduce[worker_warps * max_tokens];
+  float rstd[max_tokens];
+  alignas(16) u32 zeros[4];  // the row of tokens that a step does not have
+  Params params;
+  alignas(16) plan::Program program;
+};
+
+constexpr u32 ring_bytes = plan::ring_slots * plan::slot_bytes;
+constexpr u32 activation_bytes = 24832;  // 16 tokens x (768 + 8) x 2 bytes
+constexpr u32 partial_bytes = 32768;  // 8 row tiles x 8 warps x 16 tokens x 8 rows x 4 bytes
+constexpr u32 scratch_bytes = activation_bytes + partial_bytes;
+constexpr u32 shared_bytes = ring_bytes + scratch_bytes + sizeof(Shared);
+static_assert(plan::slot_bytes % 128 == 0, "ring slots are aligned to 128 bytes");
+static_assert(shared_bytes <= plan::shared_limit, "the ring and the scratch do not fit into shared memory");
+
+// Waits for a phase of an mbarrier. After an abort it returns at once.
+__device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32 parity) {
+  while (!ptx::barrier_try(bar, parity))
+    if (ptx::load_shared_flag(&shared.abort)) return;
+}
+
+extern __shared__ __align__(128) u8 shared_memory[];
+
+__device__ __forceinline__ Shared& shared_state() {
+  return *reinterpret_cast<Shared*>(shared_memory + ring_bytes + scratch_bytes);
+}
+
+// Where a worker stands: all that one task hands to the next.
+struct Progress {
+  u32 slot = 0, slot_parity = 0;
+  u32 taken = 0;  // tasks (and steps) taken from the scheduler
+  u32 stage = 0, step_index = 0;
+  u64* trace = nullptr;
+};
+
+// One of the 256 threads that compute. After an abort no wait blocks, so that all of them still meet at every barrier.
+struct Worker : Progress {
+  Shared& shared;
+  const Params& params;
+  u8* ring;
+  u8* scratch;
+  u32 thread, warp, lane;
+  const Step* step;
+  u32 tokens, position, layer;
+
+  __device__ __forceinline__ explicit Worker(const Progress& progress)
+      : Progress(progress), shared(shared_state()), params(shared.params), ring(shared_memory),
+        scratch(shared_memory + ring_bytes), thread(ptx::thread_in_block() - producer_threads) {
+    warp = thread / warp_size;
+    lane = thread % warp_size;
+    step = &shared.step[step_index % 2];
+    tokens = step->tokens;
+    position = step->position;
+    layer = plan::stage_layer[stage];
+  }
+
+  __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
+
+  __device__ __forceinline__ u8* activations() const { return scratch; }
+  __device__ __forceinline__ float* partials() const { return reinterpret_cast<float*>(scratch + activation_bytes); }
+  __device__ __forceinline__ void sync() const { ptx::named_barrier(1, worker_threads); }
+
+  // The events of the next task (or the next step's descriptor) have arrived.
+  __device__ __forceinline__ void wait_ready() {
+    wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);
+    if (trace && thread == 0) trace[1] = ptx::now_ns();
+  }
+  // Every worker has read what the scheduler left; to be called once per wait_ready, after a barrier.
+  __device__ __forceinline__ void release_ready() {
+    if (thread == 0) ptx::barrier_arrive(&shared.taken[taken % ready_depth]);
+    ++taken;
+    if (thread == 0) ptx::store_shared_flag(&shared.watched.taken, taken);
+  }
+
+  __device__ __forceinline__ const u8* wait_chunk() {
+    wait_barrier(shared, &shared.full[slot], slot_parity);
+    return ring + slot * plan::slot_bytes;
+  }
+  __device__ __forceinline__ void free_chunk() {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&shared.empty[slot]);
+    if (++slot == plan::ring_slots) {
+      slot = 0;
+      slot_parity ^= 1;
+    }
+  }
+
+  // All stores of this task are done by all workers: tell whoever waits for them.
+  __device__ __forceinline__ void signal(const Entry& entry) {
+    if (trace && thread == 0) trace[2] = ptx::now_ns();
+    sync();
+    if (thread < entry.num_signals) {
+      const u32 event = shared.program.signal[entry.first_signal + thread];
+      ptx::red_release(params.events + (stage * plan::num_events + event) * plan::event_stride, 1);
+    }
+    if (trace && thread == 0) trace[3] = ptx::now_ns();
+  }
+};
+
+// Runs one task. The Worker is made anew each time, from its place in the block up, so that the compiler does not compute the
+// addresses of all tasks before the loop over them and run out of registers.
+template <class Task>
+__device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
+  Worker w(progress);
+  Task::run(w, w.shared.program.entry[entry]);
+  progress.slot = w.slot;
+  progress.slot_parity = w.slot_parity;
+  progress.taken = w.taken;
+}
+
+}  // namespace mpk

@@ -1,0 +1,108 @@
+// Greedy sampling in two stages: the highest logit of each slice, then the highest of the slices; the lowest id among equals.
+//
+// The second stage runs on one SM and is the authority over the token loop: it appends to the host's ring, decides whether
+// to stop, and publishes the descriptor of the next step, which every SM waits for.
+#pragma once
+#include "tasks/linear.cuh"
+
+namespace mpk {
+
+struct Best {
+  float value;
+  i32 id;
+
+  __device__ __forceinline__ void consider(float other, i32 other_id) {
+    if (other > value || (other == value && other_id < id)) {
+      value = other;
+      id = other_id;
+    }
+  }
+  __device__ __forceinline__ void over_warp() {
+#pragma unroll
+    for (int d = 16; d; d /= 2) {
+      const float other = __shfl_xor_sync(all_lanes, value, d);
+      const i32 other_id = __shfl_xor_sync(all_lanes, id, d);
+      consider(other, other_id);
+    }
+  }
+};
+
+constexpr i32 no_id = 0x7fffffff;
+
+// Entry: slices [lo, hi). Pairs [tokens, slices, 2]: the value and the bits of its id.
+template <class Logits, class Pairs, int Slice, int Valid>
+struct ArgmaxPartial {
+  static __device__ void run(Worker& w, const Entry& entry) {
+    w.wait_ready();
+    const u32 count = (entry.hi - entry.lo) * w.tokens;
+    for (u32 i = w.warp; i < count; i += worker_warps) {
+      const int token = i % w.tokens, slice = entry.lo + i / w.tokens;
+      const int lo = slice * Slice, hi = min_of(lo + Slice, Valid);
+      Best best{-infinity, no_id};
+#pragma unroll 8
+      for (int id = lo + w.lane; id < hi; id += warp_size) best.consider(Logits::load(w, token, id), id);
+      best.over_warp();
+      if (w.lane == 0)
+        *reinterpret_cast<float2*>(Pairs::at(w, token, slice * 2)) = make_float2(best.value, __int_as_float(best.id));
+    }
+    w.sync();
+    w.release_ready();
+    w.signal(entry);
+  }
+};
+
+// What the sampled (or prompted) tokens make of the next step.
+struct TokenLoop {
+  static __device__ bool is_stop(const Params& p, i32 id) {
+    for (u32 i = 0; i < p.num_stop_ids; ++i)
+      if (p.stop_ids[i] == id) return true;
+    return false;
+  }
+
+  static __device__ void advance(const Worker& w, i32 sampled, u32 step_index) {
+    const Params& p = w.params;
+    Step next{};
+    next.position = w.position + w.tokens;
+    next.emitted = w.step->emitted;
+    const bool stopped = ptx::load_shared_flag(&w.shared.host_stop) != 0;
+    if (next.position < p.prompt_end) {
+      next.tokens = stopped ? 0 : min_of(p.chunk, p.prompt_end - next.position);
+      for (u32 i = 0; i < next.tokens; ++i) next.ids[i] = p.prompt[next.position + i];
+    } else if (p.max_new > 0) {
+      p.host->tokens[next.emitted] = sampled;
+      ++next.emitted;
+      const bool full = next.position >= p.context || next.emitted >= p.max_new;
+      next.tokens = stopped || full || is_stop(p, sampled) ? 0 : 1;
+      next.ids[0] = sampled;
+    }
+    if (w.aborted()) return;
+    Step& slot = p.control->steps[(step_index + 1) % step_slots];
+    slot = next;
+    ptx::red_release(&p.control->published, 1);
+    ptx::store_host_release(&p.host->count, next.emitted);
+  }
+};
+
+// One task on one SM.
+template <class Pairs, class Ids, int Slices>
+struct ArgmaxReduce {
+  static __device__ void run(Worker& w, const Entry& entry) {
+    w.wait_ready();
+    for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
+      Best best{-infinity, no_id};
+#pragma unroll 8
+      for (int slice = w.lane; slice < Slices; slice += warp_size) {
+        const uint2 pair = ptx::load_l2_8(Pairs::at(w, token, slice * 2));
+        best.consider(__uint_as_float(pair.x), static_cast<i32>(pair.y));
+      }
+      best.over_warp();
+      if (w.lane == 0) *reinterpret_cast<i32*>(Ids::at(w, token, 0)) = best.id;
+      if (w.lane == 0 && token == w.tokens - 1) TokenLoop::advance(w, best.id, w.step_index);
+    }
+    w.sync();
+    w.release_ready();
+    w.signal(entry);
+  }
+};
+
+}  // namespace mpk

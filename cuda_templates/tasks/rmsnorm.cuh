@@ -1,0 +1,153 @@
+// Prologue of a linear: every task normalises the whole row again, which is cheaper than another hop between SMs.
+//
+// Shared memory: Shared::reduce, Shared::rstd. The normalised value is rounded to bf16 before the gain unless the gain has
+// an offset, as in transformers' modeling files. Sums of squares: each thread its features in order, then lanes, then warps.
+#pragma once
+#include "tasks/linear.cuh"
+
+namespace mpk {
+
+// Four neighbouring features of a float32 activation.
+template <class Activation>
+struct Row {
+  static constexpr int features = Activation::features;
+  static_assert(sizeof(typename Activation::type) == 4, "the residual stream is float32");
+
+  static __device__ __forceinline__ float4 load(const Worker& w, int token, int feature) {
+    const uint4 v = ptx::load_l2_16(Activation::at(w, token, feature));
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  }
+};
+
+struct NotPublished {
+  static constexpr bool present = false;
+};
+
+// Tasks share the work of writing the source's values down for groups that come later.
+template <class Out>
+struct Published {
+  static constexpr bool present = true;
+  using out = Out;
+};
+
+template <class Source, class Gain, float Eps, float GainOffset, class Publish>
+struct RmsNorm {
+  static constexpr int features = Source::features;
+  static constexpr int vectors = features / 4;
+  static constexpr int per_thread = ceil_div(vectors, worker_threads);
+  static_assert(features % 4 == 0, "rows are read four features at a time");
+
+  // Fills the panel too, and says so, where one token's row fits into registers.
+  static __device__ bool prepare(Worker& w, const Entry& entry, bool whole) {
+    if constexpr (Publish::present) publish(w, entry);
+    if (whole && w.tokens == 1 && per_thread <= 8) {
+      one_token(w);
+      return true;
+    }
+    statistics(w);
+    return false;
+  }
+
+  static __device__ void fill(const Worker& w, const Panel& panel) {
+    const int count = (panel.hi - panel.lo) / 4;
+#pragma unroll 1
+    for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
+      const int token = i / count, feature = panel.lo + i % count * 4;
+      const uint2 out = scaled(Source::load(w, token, feature), w.shared.rstd[token], gain(w, feature));
+      *reinterpret_cast<uint2*>(w.activations() + (token * panel.stride() + feature - panel.lo) * 2) = out;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint2 gain(const Worker& w, int feature) {
+    return ptx::load_constant_8(Gain::at(w, feature));
+  }
+
+  static __device__ __forceinline__ void add_squares(float& sum, float4 x) {
+    sum = fmaf(x.x, x.x, sum);
+    sum = fmaf(x.y, x.y, sum);
+    sum = fmaf(x.z, x.z, sum);
+    sum = fmaf(x.w, x.w, sum);
+  }
+
+  static __device__ __forceinline__ float over_warp(float sum) {
+#pragma unroll
+    for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
+    return sum;
+  }
+
+  static __device__ __forceinline__ float root(const Worker& w, int token) {
+    float total = 0.f;
+#pragma unroll
+    for (u32 i = 0; i < worker_warps; ++i) total += w.shared.reduce[token * worker_warps + i];
+    return rsqrtf(total / features + Eps);
+  }
+
+  static __device__ __forceinline__ float weighed(float x, float g) {
+    if constexpr (GainOffset != 0.f)
+      return x * (g + GainOffset);
+    else
+      return ptx::widen_bf16(ptx::round_bf16(x)) * g;
+  }
+
+  static __device__ __forceinline__ uint2 scaled(float4 x, float rstd, uint2 g) {
+    return make_uint2(
+        ptx::pack_bf16(weighed(x.x * rstd, ptx::low_bf16(g.x)), weighed(x.y * rstd, ptx::high_bf16(g.x))),
+        ptx::pack_bf16(weighed(x.z * rstd, ptx::low_bf16(g.y)), weighed(x.w * rstd, ptx::high_bf16(g.y))));
+  }
+
+  static __device__ __forceinline__ void one_token(Worker& w) {
+    float4 x[per_thread];
+    uint2 g[per_thread];
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i < vectors) {
+        x[n] = Source::load(w, 0, i * 4);
+        g[n] = gain(w, i * 4);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n)
+      if (w.thread + n * worker_threads < vectors) add_squares(sum, x[n]);
+    sum = over_warp(sum);
+    if (w.lane == 0) w.shared.reduce[w.warp] = sum;
+    w.sync();
+    const float rstd = root(w, 0);
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i < vectors) *reinterpret_cast<uint2*>(w.activations() + i * 8) = scaled(x[n], rstd, g[n]);
+    }
+  }
+
+  static __device__ void statistics(Worker& w) {
+    for (u32 token = 0; token < w.tokens; ++token) {
+      float sum = 0.f;
+#pragma unroll 4
+      for (int i = w.thread; i < vectors; i += worker_threads) add_squares(sum, Source::load(w, token, i * 4));
+      sum = over_warp(sum);
+      if (w.lane == 0) w.shared.reduce[token * worker_warps + w.warp] = sum;
+    }
+    w.sync();
+    if (w.thread < w.tokens) w.shared.rstd[w.thread] = root(w, w.thread);
+    w.sync();
+  }
+
+  static __device__ void publish(const Worker& w, const Entry& entry) {
+    using Out = typename Publish::out;
+    const int first = entry.share_lo / 4 * 4, count = ceil_div(entry.share_hi - first, 4);
+#pragma unroll 1
+    for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
+      const int token = i / count, feature = first + i % count * 4;
+      const float4 v = Source::load(w, token, feature);
+      const float x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        if (feature + n >= entry.share_lo && feature + n < entry.share_hi) Out::store(w, token, feature + n, x[n]);
+    }
+  }
+};
+
+}  // namespace mpk

@@ -1,0 +1,155 @@
+"""Where weights lie in the GPU's memory: packed products, small vectors, the embedding table; and the rope tables.
+
+Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by eights
+(interleave). A tile is `tile_rows` packed rows, cut along K into chunks of `tile_k`; a chunk is
+`[tile_rows / 8][tile_k / 8][8][8]` bf16, which is what one bulk copy fetches and `ldmatrix` reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpk_spec.errors import UserError
+from mpk_spec.planner.plan import Plan
+
+ALIGN = 256
+INTERLEAVE = 8  # rows of one linear before those of the next
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weight of one group. Offsets and strides in bytes; `rows` counts padding up to whole tiles."""
+
+    group: str
+    weights: tuple[str, ...]
+    layout: str
+    groups: int
+    rows: int
+    used_rows: int
+    k: int
+    tile_rows: int
+    tile_k: int
+    offset: int
+    layer_stride: int  # 0: not per layer
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.tile_rows * self.k * 2
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.tile_rows * self.tile_k * 2
+
+    @property
+    def chunks_per_tile(self) -> int:
+        return -(-self.k // self.tile_k)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A weight as the checkpoint has it: a gain, a bias, the embedding table."""
+
+    name: str
+    elements: int
+    offset: int
+    layer_stride: int
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """(cos, sin) float32 `[context][dims / 2]` at `offset` pairs."""
+
+    parameters: str  # repr, as plans compare them
+    dims: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    packed: dict[str, Packed]
+    flat: dict[str, Flat]
+    ropes: dict[str, RopeTable]
+    weight_bytes: int
+    rope_pairs: int
+    cache_offsets: dict[str, int]
+    cache_bytes: int
+    layers: int
+
+
+def lay_out(plan: Plan) -> Layout:
+    layers = max((s.layer + 1 for s in plan.steps["decode"].stages if s.layer is not None), default=1)
+    cursor = _Cursor(layers)
+    packed = {p.group: _packed(plan, p, cursor) for p in plan.packings}
+    in_tiles = {name for p in packed.values() for name in p.weights}
+    flat = {}
+    for weight in plan.weights.values():
+        if weight.name in in_tiles:
+            continue
+        elements = 1
+        for size in weight.shape:
+            elements *= size
+        offset, stride = cursor.take(elements * 2, weight.per_layer)
+        flat[weight.name] = Flat(weight.name, elements, offset, stride)
+    ropes, pairs = _ropes(plan)
+    caches, cache_bytes = {}, 0
+    for state in plan.states.values():
+        caches[state.name] = cache_bytes
+        cache_bytes += state.layers * pages(state) * state.kv_heads * page_bytes(state)
+    return Layout(packed, flat, ropes, cursor.at, pairs, caches, cache_bytes, layers)
+
+
+def pages(state) -> int:
+    return -(-state.context // state.page) * state.batch
+
+
+def page_bytes(state) -> int:
+    """Of one KV head: K and V."""
+    return 2 * state.page * state.head_dim * 2
+
+
+class _Cursor:
+    def __init__(self, layers: int):
+        self.at, self.layers = 0, layers
+
+    def take(self, size: int, per_layer: bool) -> tuple[int, int]:
+        """(offset, layer stride) of a new region."""
+        stride = -(-size // ALIGN) * ALIGN
+        offset = self.at
+        self.at += stride * (self.layers if per_layer else 1)
+        return offset, stride if per_layer else 0
+
+
+def _packed(plan: Plan, packing, cursor: _Cursor) -> Packed:
+    weights = [plan.weights[n] for n in packing.weights]
+    for weight in weights:
+        if weight.storage or weight.dtype != "bf16":
+            raise UserError(f"the CUDA kernel reads bf16 weights, '{weight.name}' is {weight.storage or weight.dtype}")
+    k, used = weights[0].shape[-1], sum(w.shape[-2] for w in weights)
+    if k % 32:
+        raise UserError(
+            f"the CUDA kernel multiplies in blocks of 32 columns, the weights of '{packing.group}' have {k}"
+        )
+    rows = -(-used // packing.tile_rows) * packing.tile_rows
+    tile_k = min(-(-packing.tile_k // 32) * 32, k)
+    offset, stride = cursor.take(rows * k * 2, weights[0].per_layer)
+    return Packed(
+        packing.group, packing.weights, packing.layout, packing.groups, rows, used, k, packing.tile_rows, tile_k,
+        offset, stride,
+    )  # fmt: skip
+
+
+def _ropes(plan: Plan) -> tuple[dict[str, RopeTable], int]:
+    found: dict[str, RopeTable] = {}
+    at = 0
+    for template in plan.steps["decode"].templates:
+        for node in (n for g in template.groups for n in g.nodes if n.op == "rope"):
+            key = repr(node.values["parameters"])
+            if key not in found:
+                dims = rotary_dims(node.values["parameters"], node.values["head_dim"])
+                found[key] = RopeTable(key, dims, at)
+                at += plan.context * dims // 2
+    return found, at
+
+
+def rotary_dims(parameters: dict, head_dim: int) -> int:
+    return int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))

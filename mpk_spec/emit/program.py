@@ -1,0 +1,162 @@
+"""The plan's queues as bytes: one `SmProgram` (cuda_templates/runtime/program.cuh) per SM, and the events' numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpk_spec.emit.layout import Layout
+from mpk_spec.errors import UserError
+from mpk_spec.planner.plan import Group, Plan, Step, Task
+
+ENTRY = np.dtype(
+    [
+        ("run", "<u2"),
+        ("group", "<u2"),
+        ("task", "<u2"),
+        ("num_waits", "<u2"),
+        ("first_wait", "<u2"),
+        ("num_signals", "<u2"),
+        ("first_signal", "<u2"),
+        ("spare", "<u2"),
+        ("lo", "<i4"),
+        ("hi", "<i4"),
+        ("share_lo", "<i4"),
+        ("share_hi", "<i4"),
+    ]
+)
+LOAD = np.dtype([("shape", "<u4"), ("lo", "<i4"), ("hi", "<i4")])
+WAIT = np.dtype([("event", "<u2"), ("back", "<u2"), ("count", "<u4")])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The largest of all SMs, which every SM's program has room for."""
+
+    entries: int
+    loads: int
+    waits: int
+    signals: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Programs:
+    sizes: Sizes
+    blob: bytes  # num_sms programs, one after the other
+    events: tuple[str, ...]
+    event_total: tuple[tuple[int, ...], ...]  # [template][event]
+    max_queue: int
+    sampling_sm: int
+
+
+def pack_programs(step: Step, layout: Layout, runs: list[list[int]], num_sms: int) -> Programs:
+    """`runs[template][group]`: the case of the generated switch."""
+    events = tuple(sorted({name for t in step.templates for name in t.events}))
+    number = {name: n for n, name in enumerate(events)}
+    shapes = {name: n for n, name in enumerate(layout.packed)}
+    drafts = [_SmDraft(step, runs, number, layout, shapes, sm) for sm in range(num_sms)]
+    most = [max(1, max(len(getattr(d, k)) for d in drafts)) for k in ("entries", "loads", "waits", "signals")]
+    dtype = _program_dtype(len(step.templates), *most)
+    blob = np.zeros(num_sms, dtype)
+    for n, draft in enumerate(drafts):
+        draft.fill(blob[n])
+    totals = tuple(tuple(t.events.get(name, 0) for name in events) for t in step.templates)
+    longest = max(len(q) for t in step.templates for q in t.queues)
+    return Programs(Sizes(*most, dtype.itemsize), blob.tobytes(), events, totals, longest, _sampling_sm(step))
+
+
+def _program_dtype(templates: int, entries: int, loads: int, waits: int, signals: int) -> np.dtype:
+    """With the padding that C++ puts in: every part is aligned to 4 bytes, and so is the whole."""
+    begins = 2 * (templates + 1)
+    fields = [("queue_begin", ("<u2", templates + 1), 0), ("load_begin", ("<u2", templates + 1), begins)]
+    at = -(-2 * begins // 4) * 4
+    for name, dtype, count in (("entry", ENTRY, entries), ("load", LOAD, loads), ("wait", WAIT, waits)):
+        fields.append((name, (dtype, count), at))
+        at += dtype.itemsize * count
+    fields.append(("signal", ("<u2", signals), at))
+    at = -(-(at + 2 * signals) // 4) * 4
+    names, formats, offsets = zip(*fields, strict=True)
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": at})
+
+
+class _SmDraft:
+    """The lists of one SM, template after template."""
+
+    def __init__(self, step: Step, runs, number: dict[str, int], layout: Layout, shapes: dict[str, int], sm: int):
+        self.entries: list[tuple] = []
+        self.loads: list[tuple] = []
+        self.waits: list[tuple] = []
+        self.signals: list[int] = []
+        self.queue_begin, self.load_begin = [0], [0]
+        self.layout, self.number = layout, number
+        for t, template in enumerate(step.templates):
+            for group, task in template.queues[sm]:
+                self._entry(template.groups[group], template.groups[group].tasks[task], runs[t][group], group)
+            for group, task in template.loads[sm]:
+                name = template.groups[group].name
+                self.loads.append((shapes[name], *tiles(template.groups[group].tasks[task], layout.packed[name])))
+            self.queue_begin.append(len(self.entries))
+            self.load_begin.append(len(self.loads))
+
+    def _entry(self, group: Group, task: Task, run: int, index: int) -> None:
+        waits = [(self.number[w.event], -w.stage, w.count) for w in task.waits]
+        share = next(((s.lo, s.hi) for s in task.writes if s.tensor in group.published), (0, 0))
+        self.entries.append(
+            (run, index, task.index, len(waits), len(self.waits), len(task.signals), len(self.signals), 0,
+             *bounds(group, task, self.layout), *share)
+        )  # fmt: skip
+        self.waits += waits
+        self.signals += [self.number[s] for s in task.signals]
+
+    def fill(self, record) -> None:
+        record["queue_begin"], record["load_begin"] = self.queue_begin, self.load_begin
+        for name, rows in (("entry", self.entries), ("load", self.loads), ("wait", self.waits), ("signal", self.signals)):
+            if rows:
+                record[name][: len(rows)] = rows
+
+
+def tiles(task: Task, packed) -> tuple[int, int]:
+    """The weight tiles of a linear's task."""
+    per_feature = len(packed.weights) if packed.layout == "interleave" else 1
+    lo, hi = (x * per_feature for x in task.out)
+    if lo % packed.tile_rows:
+        raise UserError(f"task {task.index} of '{packed.group}' starts inside a tile of {packed.tile_rows} rows")
+    return lo // packed.tile_rows, -(-hi // packed.tile_rows)
+
+
+def bounds(group: Group, task: Task, layout: Layout) -> tuple[int, int]:
+    """`Entry.lo` and `Entry.hi`, as the task's header reads them."""
+    if group.task == "linear":
+        return tiles(task, layout.packed[group.name])
+    if group.task == "attention":
+        return task.index // group.kv_splits, task.k[0]
+    if group.task == "argmax_partial":
+        return task.out[0] // 2, task.out[1] // 2
+    return 0, 0
+
+
+def _sampling_sm(step: Step) -> int:
+    for template in step.templates:
+        for sm, queue in enumerate(template.queues):
+            if any(template.groups[g].task == "argmax_reduce" for g, _ in queue):
+                return sm
+    raise UserError("the plan samples nothing: it has no argmax_reduce task")
+
+
+def check_one_schedule(plan: Plan) -> Step:
+    """The kernel runs prompts and answers with one set of queues; raises UserError where the plan wants two."""
+    decode = plan.steps["decode"]
+    for kind, step in plan.steps.items():
+        if _skeleton(step) != _skeleton(decode):
+            raise UserError(f"the CUDA kernel runs every step with the queues of 'decode'; '{kind}' is planned otherwise")
+    return decode
+
+
+def _skeleton(step: Step):
+    groups = [
+        [(g.name, g.grid, g.split_k, g.kv_splits, [(t.out, t.k, t.waits, t.signals) for t in g.tasks]) for g in t.groups]
+        for t in step.templates
+    ]
+    return groups, [(t.events, t.queues, t.loads) for t in step.templates], step.stages

@@ -1,0 +1,99 @@
+"""Plan -> the kernel's source, and everything else that a launch of it needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpk_spec.emit.layout import Layout, lay_out
+from mpk_spec.emit.program import Programs, check_one_schedule, pack_programs
+from mpk_spec.emit.tasks import HEADERS, TaskType, identifier, task_type
+from mpk_spec.errors import UserError
+from mpk_spec.paths import templates_dir
+from mpk_spec.planner.plan import Plan, Step
+from mpk_spec.planner.targets import find_target
+
+EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow the signals of another
+COPIES_IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A plan ready to compile and, once compiled, to launch."""
+
+    plan: Plan
+    step: Step
+    layout: Layout
+    programs: Programs
+    source: str
+    tasks: tuple[TaskType, ...]
+
+    @property
+    def num_events(self) -> int:
+        """Counters of all stages."""
+        return len(self.step.stages) * len(self.programs.events)
+
+
+def emit(plan: Plan) -> Emitted:
+    """Raises UserError, naming operator or group, for plans that the kernel cannot run."""
+    _check(plan)
+    step = check_one_schedule(plan)
+    layout = lay_out(plan)
+    tasks, runs = _tasks(plan, layout, step)
+    programs = pack_programs(step, layout, runs, plan.num_sms)
+    return Emitted(plan, step, layout, programs, _render(plan, step, layout, tasks, programs), tuple(tasks))
+
+
+def _check(plan: Plan) -> None:
+    if plan.target == "cpu":
+        raise UserError("this plan is for the CPU", "plan it for a GPU: --target h100")
+    if plan.tp != 1:
+        raise UserError(f"the CUDA kernel runs on one GPU, this plan is for {plan.tp}", "plan it with --tp 1")
+    if plan.batch != 1:
+        raise UserError(f"the CUDA kernel runs one sequence, this plan has {plan.batch}", "plan it with --batch 1")
+    most = max(s.tokens for s in plan.steps.values())
+    if most > 16:
+        raise UserError(f"the CUDA kernel takes up to 16 tokens a step, this plan has {most}")
+
+
+def _tasks(plan: Plan, layout: Layout, step: Step) -> tuple[list[TaskType], list[list[int]]]:
+    """Distinct task types, and for each template and group the one it uses."""
+    found: dict[str, TaskType] = {}
+    runs: list[list[int]] = []
+    for template in step.templates:
+        runs.append([])
+        for group in template.groups:
+            body = task_type(plan, layout, group)
+            task = found.setdefault(body, TaskType(f"{identifier(group.name)}_{len(found)}", ""))
+            task.names.append(f"{template.name}: {group.name}")
+            task.source = f"using {task.symbol} = {body};"
+            runs[-1].append(list(found).index(body))
+    return list(found.values()), runs
+
+
+def slots(plan: Plan, layout: Layout) -> tuple[int, int]:
+    """(slots of the ring, bytes of one): the plan's ring, cut as finely as the largest chunk allows."""
+    largest = max(min(p.chunk_bytes, p.tile_bytes) for p in layout.packed.values())
+    if largest > plan.chunk_bytes:
+        raise UserError(f"a chunk of {largest} bytes exceeds the plan's {plan.chunk_bytes}")
+    size = -(-largest // 128) * 128
+    return plan.ring_bytes // size, size
+
+
+def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], programs: Programs) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(templates_dir()), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, variable_start_string="((", variable_end_string="))", block_start_string="(%",
+        block_end_string="%)", comment_start_string="(#", comment_end_string="#)", autoescape=False,
+    )  # fmt: skip
+    ring_slots, slot_bytes = slots(plan, layout)
+    return environment.get_template("megakernel.cu.j2").render(
+        plan=plan, target=find_target(plan.target), groups=tasks, num_stages=len(step.stages),
+        headers=[f"tasks/{name}.cuh" for name in HEADERS], ring_slots=ring_slots, slot_bytes=slot_bytes,
+        copies_in_flight=max(1, min(ring_slots, COPIES_IN_FLIGHT_BYTES // slot_bytes)), num_events=len(programs.events),
+        event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
+        sizes=programs.sizes, templates=[t.name for t in step.templates],
+        stage_template=[s.template for s in step.stages], stage_layer=[s.layer or 0 for s in step.stages],
+        event_total=programs.event_total, weight_tiles=list(layout.packed.values()),
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Groups -> C++ types: which header a task instantiates, and with what. The only place that knows the headers' parameters."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from mpk_spec.emit.layout import Layout
+from mpk_spec.errors import UserError
+from mpk_spec.ops import all_ops
+from mpk_spec.planner.plan import Group, Node, Plan
+
+DTYPES = {"bf16": "bf16", "f32": "float", "i32": "i32"}
+ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu": "Relu"}
+HEADERS = ("linear", "plain", "rmsnorm", "embedding", "attention_merge", "add", "gated_act", "attention", "argmax")
+
+
+@dataclass
+class TaskType:
+    """One instantiated task: `source` defines `symbol`; `names` are the plan's groups that it serves."""
+
+    symbol: str
+    source: str
+    names: list[str] = field(default_factory=list)
+
+
+class Refused(UserError):
+    """The kernel has no task for this."""
+
+    def __init__(self, group: Group, what: str, hint: str | None = None):
+        super().__init__(f"the CUDA kernel cannot run group '{group.name}': {what}", hint)
+
+
+def task_type(plan: Plan, layout: Layout, group: Group) -> str:
+    """The C++ type of a group's task."""
+    for node in group.nodes:
+        if not all_ops()[node.op].cuda:
+            raise Refused(group, f"there is no CUDA task for '{node.op}' yet", "--backend cpu runs this plan")
+        if any(isinstance(v, dict) and "per_layer" in v for v in node.values.values()):
+            raise Refused(group, f"'{node.name}' has values that differ by layer")
+    if group.launch != "static":
+        raise Refused(group, "its tasks are claimed at run time")
+    if group.split_k != 1:
+        raise Refused(group, f"it splits K in {group.split_k}", f"set '{group.name}: {{split_k: 1}}' in the schedule")
+    writer = _Writer(plan, layout, group)
+    makers = {
+        "linear": writer.linear,
+        "attention": writer.attention,
+        "argmax_partial": writer.argmax_partial,
+        "argmax_reduce": writer.argmax_reduce,
+    }
+    if group.task not in makers:
+        raise Refused(group, f"there is no CUDA task for '{group.nodes[-1].op}' on its own yet")
+    return makers[group.task]()
+
+
+def identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+class _Writer:
+    def __init__(self, plan: Plan, layout: Layout, group: Group):
+        self.plan, self.layout, self.group = plan, layout, group
+        self.made = {n.output: n for n in group.nodes}
+
+    # pieces
+
+    def tensor(self, name: str) -> str:
+        tensor = self.plan.tensors[name]
+        if tensor.placement != "cuda":
+            raise Refused(self.group, f"'{name}' is placed in {tensor.placement} memory")
+        return f"Tensor<{tensor.offset}ull, {tensor.extent}, {DTYPES[tensor.dtype]}>"
+
+    def vector(self, name: str | None) -> str:
+        if name is None:
+            return "NoVector"
+        flat = self.layout.flat[name]
+        return f"Vector<{flat.offset}ull, {flat.layer_stride}ull>"
+
+    def node(self, op: str) -> Node | None:
+        return next((n for n in self.group.nodes if n.op == op), None)
+
+    # linear
+
+    def linear(self) -> str:
+        linears = [n for n in self.group.nodes if n.op == "linear"]
+        first, last = (self.group.nodes.index(n) for n in (linears[0], linears[-1]))
+        packed = self.layout.packed[self.group.name]
+        shape = f"Tiles<{packed.k}, {packed.used_rows}, {packed.tile_rows}, {packed.tile_k}>"
+        prologue = self.prologue(list(self.group.nodes[:first]), linears[0].inputs[0])
+        epilogue = self.epilogue(list(self.group.nodes[last + 1 :]), linears, packed)
+        return f"Linear<\n    {shape},\n    {prologue},\n    {epilogue}>"
+
+    def prologue(self, nodes: list[Node], value: str) -> str:
+        ops = [n.op for n in nodes]
+        if not ops:
+            return f"Plain<{self.tensor(value)}>"
+        if ops == ["attention_merge"]:
+            values, source = nodes[0].values, self.plan.tensors[nodes[0].inputs[0]]
+            block = next(iter(self.plan.states.values())).kv_block
+            numbers = f"{values['heads']}, {values['head_dim']}, {values['kv_splits']}, {block}"
+            return f"AttentionMerge<{source.offset}ull, {numbers}>"
+        if ops == ["rmsnorm"]:
+            return self.norm(nodes[0], f"Row<{self.tensor(nodes[0].inputs[0])}>", "NotPublished")
+        if ops == ["embedding", "rmsnorm"]:
+            table = self.layout.flat[nodes[0].weights["weight"]]
+            source = f"EmbeddingRow<{table.offset}ull, {nodes[0].width}, {number(nodes[0].values['scale'])}>"
+            published = nodes[0].output in self.group.published
+            publish = f"Published<{self.tensor(nodes[0].output)}>" if published else "NotPublished"
+            return self.norm(nodes[1], source, publish)
+        raise Refused(self.group, f"no prologue does {' and '.join(ops)}")
+
+    def norm(self, node: Node, source: str, publish: str) -> str:
+        gain = self.vector(node.weights["weight"])
+        eps, offset = number(node.values["eps"]), number(node.values.get("weight_offset") or 0)
+        return f"RmsNorm<{source}, {gain}, {eps}, {offset}, {publish}>"
+
+    def epilogue(self, nodes: list[Node], linears: list[Node], packed) -> str:
+        ops = [n.op for n in nodes]
+        biases = [self.vector(n.weights.get("bias")) for n in linears]
+        if not ops:
+            parts = []
+            for node, bias in zip(linears, biases, strict=True):
+                rows = self.plan.weights[node.weights["weight"]].shape[-2] // packed.groups
+                parts.append(f"Part<{self.tensor(node.output)}, {rows}, {bias}>")
+            return f"Store<{packed.groups}, " + ",\n          ".join(parts) + ">"
+        if ops == ["add"] and len(nodes[0].inputs) == 2 and len(linears) == 1:
+            residual = next(i for i in nodes[0].inputs if i != linears[0].output)
+            return f"AddResidual<{self.tensor(residual)}, {self.tensor(nodes[0].output)}, {biases[0]}>"
+        if ops == ["gated_act"] and len(linears) == 2 and packed.layout == "interleave":
+            if list(nodes[0].inputs) != [n.output for n in linears]:
+                raise Refused(self.group, "the gate must be the first of the packed linears")
+            fn = ACTIVATIONS[nodes[0].values["fn"]]
+            return f"GatedAct<{fn}, {self.tensor(nodes[0].output)}, {biases[0]}, {biases[1]}>"
+        raise Refused(self.group, f"no epilogue does {' and '.join(ops)} here")
+
+    # attention
+
+    def attention(self) -> str:
+        node, append = self.node("attention"), self.node("kv_append")
+        if append is None:
+            raise Refused(self.group, "it does not append to the cache that it reads")
+        if node.values.get("window") or node.values.get("softcap"):
+            raise Refused(self.group, "it has a window or a softcap")
+        state = self.plan.states[node.values["state"]]
+        if state.page != state.kv_block or state.dtype != "bf16" or state.batch != 1:
+            raise Refused(self.group, "it needs bf16 pages of one block of positions, and one sequence")
+        q, q_norm, rope = self.chain(node.inputs[0])
+        k, k_norm, k_rope = self.chain(append.inputs[0])
+        v, v_norm, v_rope = self.chain(append.inputs[1])
+        if rope != k_rope or v_norm != "NoHeadNorm" or v_rope is not None or rope is None:
+            raise Refused(self.group, "queries and keys need the same rope, values none")
+        shape = f"{node.values['heads']}, {state.kv_heads}, {state.head_dim}, {self.group.kv_splits}, {state.kv_block}"
+        cache = self.layout.cache_offsets[state.name]
+        return (
+            f"Attention<\n    AttentionShape<{shape}>,\n    {self.tensor(q)}, {self.tensor(k)}, {self.tensor(v)},\n"
+            f"    {q_norm}, {k_norm},\n    {rope}, {cache}ull,\n    {self.tensor(node.output)}, "
+            f"{number(node.values['scale'])}>"
+        )
+
+    def chain(self, value: str) -> tuple[str, str, str | None]:
+        """(tensor, head norm, rope) that make a value of the group from a stored one."""
+        norm, rope = "NoHeadNorm", None
+        while value in self.made:
+            node = self.made[value]
+            if node.op == "rope" and rope is None and norm == "NoHeadNorm":
+                table = self.layout.ropes[repr(node.values["parameters"])]
+                rope = f"Rope<{table.offset}ull, {table.dims}>"
+            elif node.op == "rmsnorm" and norm == "NoHeadNorm" and not node.values.get("weight_offset"):
+                norm = f"HeadNorm<{self.vector(node.weights['weight'])}, {number(node.values['eps'])}>"
+            else:
+                raise Refused(self.group, f"attention cannot do '{node.op}' ({node.name}) on the way")
+            value = node.inputs[0]
+        return value, norm, rope
+
+    # sampling
+
+    def argmax_partial(self) -> str:
+        node = self.group.nodes[-1]
+        values = node.values
+        if len(self.group.nodes) != 1:
+            raise Refused(self.group, "its first stage of argmax has a prologue")
+        return (
+            f"ArgmaxPartial<{self.tensor(node.inputs[0])}, {self.tensor(node.output)}, "
+            f"{values['slice']}, {min(values['vocab'], values['valid'])}>"
+        )
+
+    def argmax_reduce(self) -> str:
+        node = self.group.nodes[-1]
+        slices = self.plan.tensors[node.inputs[0]].extent // 2
+        return f"ArgmaxReduce<{self.tensor(node.inputs[0])}, {self.tensor(node.output)}, {slices}>"
+
+
+def number(value) -> str:
+    """A float literal of C++."""
+    text = repr(float(value))
+    return f"{text}f"
