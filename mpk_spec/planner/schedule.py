@@ -18,9 +18,10 @@ from mpk_spec.planner.targets import TARGETS, Target
 from mpk_spec.schema import Spec
 
 BLOCK = (384, 1, 1)  # one warpgroup that loads and schedules, two that compute
+K_TILE = 512  # columns of a weight: what K splits are counted in
 CHUNK_BYTES = 16 * 1024  # one bulk copy; smaller ones do not reach the ceiling
 SPLIT_HOP_US = 2.5  # what an extra reduction costs: reduce, store, signal, see, load
-MERGE_US_PER_SPLIT = 0.05
+MERGE_BYTES_PER_US = 40e3  # at which one SM reads other SMs' results from L2
 ROW_FEATURES = 64  # features of a row operator that are worth a task
 
 
@@ -59,16 +60,18 @@ class Scheduler:
     batch: int
     context: int
     step: str
+    tokens: int
     ring_stages: int
     problems: list[Problem]
 
     def __post_init__(self):
-        self.asked: dict[str, dict[str, tuple[Any, tuple]]] = {}
+        self.asked: list[dict[str, dict[str, tuple[Any, tuple]]]] = []  # by rule that applies, then group, then key
         for number, rule in enumerate(self.spec.schedule):
             if self._applies(rule.when):
-                for group, settings in rule.set.items():
-                    for key, value in settings.model_dump(exclude_unset=True, exclude_none=True).items():
-                        self.asked.setdefault(group, {})[key] = (value, ("schedule", number, "set", group, key))
+                said = {g: s.model_dump(exclude_unset=True, exclude_none=True) for g, s in rule.set.items()}
+                self.asked.append(
+                    {g: {k: (v, ("schedule", number, "set", g, k)) for k, v in s.items()} for g, s in said.items()}
+                )
 
     def _applies(self, when: dict[str, Any]) -> bool:
         here = {"target": self.target.name, "size": self.size, "tp": self.model.tp, "batch": self.batch,
@@ -76,14 +79,31 @@ class Scheduler:
         return all(here[k] in (v if isinstance(v, list) else [v]) for k, v in when.items())
 
     def pins(self, group: str) -> dict[str, tuple[Any, tuple]]:
-        """What rules say of a group: `*` first, its own name after; `auto` is no pin."""
-        found = {**self.asked.get("*", {}), **self.asked.get(group, {})}
-        return {k: v for k, v in found.items() if v[0] not in ("auto", None)}
+        """What rules say of a group, later ones winning; in one rule `*` counts before its name. `auto` is no pin."""
+        found: dict[str, tuple[Any, tuple]] = {}
+        for rule in self.asked:
+            found |= rule.get("*", {}) | rule.get(group, {})
+        return {k: (_three(v) if k in ("grid", "block") else v, at) for k, (v, at) in found.items() if v != "auto"}
+
+    def strangers(self, known: set[str]) -> list[Problem]:
+        """Rules that apply here and set groups that this plan does not have."""
+        hint = f"groups here: {', '.join(sorted(known))}"
+        return [
+            self.spec.problem(
+                next(iter(settings.values()))[1][:-1],
+                f"this rule matches nothing: there is no group '{group}' in this plan",
+                hint,
+                on="key",
+            )
+            for rule in self.asked
+            for group, settings in rule.items()
+            if settings and group not in known | {"*"}
+        ]
 
     def resolve(self, group: Fused) -> Settings:
         pins = self.pins(group.name)
         kind = group.kind
-        block = tuple(self._pin(pins, "block", list(BLOCK)))
+        block = self._pin(pins, "block", BLOCK)
         if block[0] % 128 or not 256 <= block[0] <= 1024 or block[1:] != (1, 1):
             self._refuse(
                 pins,
@@ -94,8 +114,7 @@ class Scheduler:
         stages = self._pin(pins, "stages", self.ring_stages)
         if not 1 <= stages <= self.ring_stages:
             self._refuse(pins, "stages", f"the ring has {self.ring_stages} stages, got {stages}", str(self.ring_stages))
-        launch = self._pin(pins, "launch", "static")
-        common = {"block": block, "stages": stages, "launch": launch}
+        common = {"block": block, "stages": stages, "launch": self._pin(pins, "launch", "static")}
         if kind == "attention":
             return self._attention(group, pins, common)
         self._no_pin(pins, "kv_splits", group, "an attention")
@@ -104,32 +123,40 @@ class Scheduler:
     # one method per kind of body
 
     def _linear(self, group: Fused, pins, common) -> Settings:
-        tiles, k = linear_tiles(group, self.model), self.model.types[group.body[0].inputs[0]].features
-        k_tiles = -(-k // 512)
-        split = self._pin(pins, "split_k", None)
-        if split is None:
-            split = self._cheapest_split(group, tiles, k, k_tiles)
-        elif k_tiles % split:
-            works = [d for d in range(1, k_tiles + 1) if k_tiles % d == 0]
-            self._refuse(
-                pins,
-                "split_k",
-                f"{k_tiles} K tiles of 512 do not divide into {split} splits",
-                f"{min(works, key=lambda d: abs(d - split))}",
-            )
-            split = 1
-        elif split > 1 and len(group.body) > 1:
-            self._refuse(
-                pins, "split_k", f"'{group.name}' has {len(group.body)} linears", "1: only a single linear is split"
-            )
-            split = 1
+        tiles = linear_tiles(group, self.model)
         slots = self._slots(group, common["launch"])
-        most = max(1, min(tiles, self.target.num_sms // split if split > 1 else self.target.num_sms))
+        split = self._split_k(group, pins, tiles, slots)
+        most = max(1, min(tiles, self.target.num_sms // (split * slots)))
         if slots > 1:
             most = max(1, min(tiles, -(-self.target.num_sms // slots)))
-        x = self._grid(pins, most, tiles, "row tiles")
+        x = self._grid(pins, most, tiles, "row tiles", split * slots)
         partition = self._partition(pins, tiles, x, "row tiles")
         return Settings((x, split * slots, 1), split_k=split, partition=partition, **common)
+
+    def _split_k(self, group: Fused, pins, tiles: int, slots: int) -> int:
+        """K splits: as pinned (a grid's second number says it too), else the cheapest."""
+        k = self.model.types[group.body[0].inputs[0]].features
+        k_tiles = -(-k // K_TILE)
+        key = "split_k"
+        split = self._pin(pins, "split_k", None)
+        if split is None and "grid" in pins and slots == 1 and pins["grid"][0][1] > 1:
+            key, split = "grid", pins["grid"][0][1]
+        works = [d for d in range(1, k_tiles + 1) if k_tiles % d == 0]
+        if split is None:
+            return self._cheapest_split(group, tiles, k, works)
+        if split > 1 and len(group.body) > 1:
+            return self._only_one(pins, key, f"'{group.name}' has {len(group.body)} linears", "one linear alone")
+        if split > 1 and self.model.types[group.body[0].output].routed:
+            return self._only_one(pins, key, f"'{group.name}' multiplies by experts", "a dense linear")
+        if split not in works:
+            near = min(works, key=lambda d: abs(d - split))
+            self._refuse(pins, key, f"{k_tiles} K tiles of {K_TILE} do not divide into {split} splits", str(near))
+            return 1
+        return split
+
+    def _only_one(self, pins, key: str, why: str, what: str) -> int:
+        self._refuse(pins, key, f"{why}: K is split for {what}", "1")
+        return 1
 
     def _slots(self, group: Fused, launch: str) -> int:
         """Claimed experts: tasks per row chunk. A combine in the group needs them all in one task."""
@@ -137,14 +164,14 @@ class Scheduler:
         if not routed or launch != "dynamic" or any(o.op.op == "combine" for o in group.ops):
             return 1
         experts = self.model.weights[group.body[0].weights["weight"]].shape[0]
-        return min(experts, routed * self.batch)
+        return min(experts, routed * self.tokens)
 
-    def _cheapest_split(self, group: Fused, tiles: int, k: int, k_tiles: int) -> int:
+    def _cheapest_split(self, group: Fused, tiles: int, k: int, works: list[int]) -> int:
         if len(group.body) > 1 or self.model.types[group.body[0].output].routed or self.target.name == "cpu":
             return 1
         us_per_tile = ROW_TILE * k * 2 / (self.target.stream_gbps / self.target.num_sms * 1e3)
         costs = {}
-        for split in (d for d in range(1, k_tiles + 1) if k_tiles % d == 0):
+        for split in works:
             busiest = -(-tiles * split // self.target.num_sms)
             costs[split] = busiest * us_per_tile / split + (SPLIT_HOP_US if split > 1 else 0)
         return min(costs, key=lambda s: (costs[s], s))
@@ -153,18 +180,12 @@ class Scheduler:
         self._no_pin(pins, "split_k", group, "a linear")
         cache = self.model.types[group.body[0].inputs[1]]
         kv_heads, head_dim = cache.shape
-        state = next(iter(self.model.states.values()))
+        state = self.model.states[self.model.cache_state[group.body[0].inputs[1]]]
         blocks = -(-state.context // state.kv_block)
         most = max(1, min(blocks, self.target.num_sms // kv_heads))
         splits = self._pin(pins, "kv_splits", None)
         if splits is None:
-            bytes_per_head = state.context * head_dim * 4
-            rate = self.target.stream_gbps / self.target.num_sms * 1e3
-            splits = (
-                1
-                if self.target.name == "cpu"
-                else min(range(1, most + 1), key=lambda s: bytes_per_head / rate / s + s * MERGE_US_PER_SPLIT)
-            )
+            splits = 1 if self.target.name == "cpu" else self._cheapest_kv_splits(group, state.context, most)
         elif not 1 <= splits <= blocks:
             self._refuse(
                 pins,
@@ -173,8 +194,8 @@ class Scheduler:
                 str(min(max(splits, 1), blocks)),
             )
             splits = 1
-        grid = self._pin(pins, "grid", [kv_heads, splits, 1])
-        if list(grid) != [kv_heads, splits, 1]:
+        grid = self._pin(pins, "grid", (kv_heads, splits, 1))
+        if grid != (kv_heads, splits, 1):
             self._refuse(
                 pins,
                 "grid",
@@ -182,6 +203,13 @@ class Scheduler:
                 f"set 'kv_splits' instead, or [{kv_heads}, {splits}, 1]",
             )
         return Settings((kv_heads, splits, 1), kv_splits=splits, **common)
+
+    def _cheapest_kv_splits(self, group: Fused, context: int, most: int) -> int:
+        """At half of the context: a head's cache over its splits, against the merge that every reader repeats."""
+        heads, head_dim = self.model.types[group.body[0].inputs[0]].shape
+        stream_us = context / 2 * head_dim * 4 / (self.target.stream_gbps / self.target.num_sms * 1e3)
+        merge_us = heads * (head_dim + 2) * 4 / MERGE_BYTES_PER_US
+        return min(range(1, most + 1), key=lambda splits: stream_us / splits + splits * merge_us)
 
     def _rows(self, group: Fused, pins, common) -> Settings:
         self._no_pin(pins, "split_k", group, "a linear")
@@ -191,7 +219,7 @@ class Scheduler:
         want = max(1, min(self.target.num_sms, units, -(-features // ROW_FEATURES)))
         if last.op.op == "argmax_partial":
             want = units
-        x = self._grid(pins, want, units, "parts")
+        x = self._grid(pins, want, units, "parts", 1)
         return Settings((x, 1, 1), partition=self._partition(pins, units, x, "parts"), **common)
 
     # pins
@@ -207,24 +235,25 @@ class Scheduler:
         if key in pins and pins[key][1][3] != "*" and pins[key][0] != 1:
             self._refuse(pins, key, f"'{group.name}' has no {key}: it is not {owner}", "leave it out")
 
-    def _grid(self, pins, otherwise: int, units: int, what: str) -> int:
+    def _grid(self, pins, otherwise: int, units: int, what: str, y: int) -> int:
+        """Tasks along the output. An `even` partition with no grid of its own takes the most that divide."""
         grid = self._pin(pins, "grid", None)
         if grid is None:
-            return otherwise
-        if not 1 <= grid[0] <= units:
-            self._refuse(
-                pins,
-                "grid",
-                f"{units} {what} cannot make a grid of {grid[0]}",
-                f"[{min(max(grid[0], 1), units)}, 1, 1]",
-            )
+            even = self._pin(pins, "partition", None) == "even"
+            return max(d for d in range(1, otherwise + 1) if units % d == 0) if even else otherwise
+        if not 1 <= grid[0] <= units or grid[1:] != (y, 1):
+            x = min(max(grid[0], 1), units)
+            why = f"{units} {what} cannot make a grid of {grid[0]}"
+            if grid[1:] != (y, 1):
+                why = f"this grid is [{what}, {y}, 1], got {list(grid)}"
+            self._refuse(pins, "grid", why, f"[{x}, {y}, 1]")
             return otherwise
         return grid[0]
 
     def _partition(self, pins, units: int, x: int, what: str) -> str:
         asked = self._pin(pins, "partition", None)
         even = units % x == 0
-        if asked is None and "grid" in pins and not even:
+        if asked != "balanced" and "grid" in pins and not even and pins["grid"][0][0] == x:
             works = sorted((d for d in range(1, units + 1) if units % d == 0), key=lambda d: abs(d - x))[:2]
             self._refuse(
                 pins,
@@ -232,9 +261,13 @@ class Scheduler:
                 f"{units} {what} do not divide evenly into a grid of {x}",
                 f"{' or '.join(str(d) for d in sorted(works))}, or 'partition: balanced'",
             )
-        if asked == "even" and not even:
-            self._refuse(pins, "partition", f"{units} {what} do not divide evenly into a grid of {x}", "balanced")
         return asked or ("even" if even else "balanced")
+
+
+def _three(dims: list[int]) -> tuple[int, int, int]:
+    """Grid or block with what was left out: 1."""
+    x, y, z = [*dims, 1, 1][:3]
+    return x, y, z
 
 
 def linear_granule(group: Fused) -> int:
@@ -246,7 +279,7 @@ def linear_granule(group: Fused) -> int:
 
 
 def linear_rows(group: Fused, model: Model) -> int:
-    """The length of the axis that tasks of a linear group divide: concatenated rows, or features where they are gated."""
+    """The length of the axis that tasks of a linear group divide: rows of all, or features where they are gated."""
     sizes = [linear_features(o, model) for o in group.body]
     return sizes[0] if group.epilogue else sum(sizes)
 
