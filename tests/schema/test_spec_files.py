@@ -107,10 +107,31 @@ def test_the_json_schema_knows_every_operator_and_its_fields():
 
 @pytest.mark.parametrize("path", sorted(specs_dir().glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_json_schema_accepts_the_specs(path):
-    jsonschema = pytest.importorskip("jsonschema")
     import json
+
+    import jsonschema
 
     from mpk_spec.schema.reader import read_tree
 
     data = json.loads(json.dumps(read_tree(path, path.read_text())[0].data()))
     jsonschema.Draft202012Validator(json_schema()).validate(data)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"blocks": {"mlp": {"h": {"rmsnrom": "x"}}}},
+        {"blocks": {"mlp": {"h": {"rmsnorm": "x", "wieght": "w"}}}},
+        {"fusion": {}},
+        {"shard": {"tp": {"heads": "spilt"}}},
+        {"schedule": [{"set": {"*": {"grid": "big"}}}]},
+        {"weights": {"layer": {"q_proj": {"frm": "q"}}}},
+    ],
+)
+def test_the_json_schema_marks_mistakes(wrong):
+    import jsonschema
+
+    right = {"spec": "v1", "extends": "qwen3.yaml", "name": "mine", "model": {"architectures": ["A"]}}
+    validator = jsonschema.Draft202012Validator(json_schema())
+    assert validator.is_valid(right)
+    assert not validator.is_valid(right | wrong)
