@@ -33,7 +33,8 @@ class Sample(Op):
 class ArgmaxPartial(Op):
     """For each slice of `slice` logits its maximum and the id of that: `[tokens, slices, 2]` as float32 and int32 bits.
 
-    `first_id` of a rank is where its share of the vocabulary starts; ids at `valid` or above are padding.
+    A rank's ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); ids at `valid` or above are
+    padding.
     """
 
     op: ClassVar[str] = "argmax_partial"
@@ -45,6 +46,7 @@ class ArgmaxPartial(Op):
     slice: int
     vocab: int
     valid: int
+    rank_stride: int
 
     def operands(self):
         return (self.input,)
@@ -66,7 +68,7 @@ class ArgmaxPartial(Op):
         rank = scope.extras["rank"]
         for lo in range(0, inputs[0].shape[-1], self.slice):
             part = inputs[0][:, lo : lo + self.slice].contiguous()
-            ids = torch.arange(part.shape[-1]) + base + lo + rank * self.vocab
+            ids = torch.arange(part.shape[-1]) + base + lo + rank * self.rank_stride
             part = part.masked_fill(ids >= self.valid, float("-inf"))
             best = part.argmax(-1)  # the first of equals
             slices.append(torch.stack((part.gather(-1, best[:, None])[:, 0], ids[best].int().view(torch.float32)), -1))

@@ -6,6 +6,7 @@ summed over such an axis is partial. Where a partial value is needed whole, an `
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mpk_spec.errors import SpecError
@@ -15,7 +16,7 @@ from mpk_spec.planner.environment import Environment
 from mpk_spec.planner.model import BoundOp, Model, Section
 from mpk_spec.planner.plan import State
 from mpk_spec.planner.weights import bind_weights
-from mpk_spec.schema import Spec, expression_of
+from mpk_spec.schema import Expression, Spec, expression_of
 
 STEP_INPUTS = {"token_ids": TensorType((Axis(1),), dtype="i32")}
 KEEPS_PARTIAL = frozenset({"combine", "all_reduce", "split_k_reduce"})
@@ -23,16 +24,10 @@ KEEPS_PARTIAL = frozenset({"combine", "all_reduce", "split_k_reduce"})
 
 def bind(spec: Spec, config: dict[str, Any], *, tp: int, batch: int, context: int) -> Model:
     """Raises SpecError with every problem found: requirements, sizes, shapes, degrees."""
-    env = Environment(spec, config, tp)
-    for index, requirement in enumerate(spec.model.requires):
-        if env.evaluate(requirement, ("model", "requires", index), env.names(requirement, None)) is False:
-            env.problems.append(
-                spec.problem(
-                    ("model", "requires", index),
-                    f"this config does not meet: {requirement.text}",
-                    "another spec may fit; this one would compute something else",
-                )
-            )
+    env = Environment(spec, config, tp, batch, context)
+    if set(spec.dims) - env.dims.keys():
+        env.check()
+    _check_requirements(spec, env)
     env.check()
     weights, weight_types = bind_weights(spec, env)
     env.check()
@@ -43,9 +38,24 @@ def bind(spec: Spec, config: dict[str, Any], *, tp: int, batch: int, context: in
     env.check()
     return Model(
         sections=sections, types=binder.types, weights={n: w for n, w in weights.items() if n in binder.used},
-        states=states, dims=env.local, carries=frozenset(binder.carries), cache_state=binder.cache_state, config=env.config, tp=tp,
-        all_reduces=sum((s.layers or 1) * sum(o.op.op == "all_reduce" for o in s.ops) for s in sections) if tp > 1 else 0,
+        states=states, dims=env.local, carries=frozenset(binder.carries), cache_state=binder.cache_state,
+        origins=binder.origins, config=env.config, tp=tp,
+        all_reduces=sum((s.layers or 1) * sum(o.op.op == "all_reduce" for o in s.ops) for s in sections),
     )  # fmt: skip
+
+
+def _check_requirements(spec: Spec, env: Environment) -> None:
+    for index, requirement in enumerate(spec.model.requires):
+        path, known = ("model", "requires", index), len(env.problems)
+        met = env.evaluate(requirement, path, env.names(requirement, None))
+        if not met and len(env.problems) == known:
+            env.problems.append(
+                spec.problem(
+                    path,
+                    f"this config does not meet: {requirement.text}",
+                    "another spec may fit; this one would compute something else",
+                )
+            )
 
 
 def _states(spec: Spec, env: Environment, batch: int, context: int) -> dict[str, State]:
@@ -57,7 +67,7 @@ def _states(spec: Spec, env: Environment, batch: int, context: int) -> dict[str,
         for dim in decl.per:
             layers *= env.dims.get(dim, 1)
         if len(shape) != 2:
-            env.problems.append(spec.problem(path, "a kv_cache is [kv_heads, head_dim]"))
+            env.problems.append(spec.problem(path, f"a kv_cache is [kv_heads, head_dim], got {shape}"))
         elif None not in shape:
             found[name] = State(name, shape[0], shape[1], layers, context, batch)
     return found
@@ -72,75 +82,148 @@ class _Binder:
         self.used: set[str] = set()
         self.carries: list[str] = []
         self.cache_state: dict[str, str] = {}
+        self.origins: dict[str, str] = {}
 
     def sections(self) -> tuple[Section, ...]:
-        """Operators before, in and after each repeat."""
+        """Operators before, in and after the repeat."""
         done: list[Section] = []
         plain: list[BoundOp] = []
-        carried_in = {item.input: name for name, item in self.spec.layers.items() if not isinstance(item, Op)}
-        renamed: dict[str, str] = {}
+        self._check_repeats()
+        carried = {item.input: name for name, item in self.spec.layers.items() if not isinstance(item, Op)}
+        names: dict[str, str] = {}
         for name, item in self.spec.layers.items():
             if isinstance(item, Op):
-                output = carried_in.get(name, name)
-                self._add(plain, name, item, renamed, output, ("layers", name), None)
-                renamed[name] = output
+                self._add(plain, name, item, names, name, carried.get(name, name), ("layers", name), None)
                 continue
             if plain:
                 done.append(Section(f"before_{name}", tuple(plain)))
                 plain = []
-            done.append(self._repeat(name, item, renamed))
-            renamed[name] = name
+            done.append(self._repeat(name, item, names))
+            names[name] = name
         if plain:
             done.append(Section("head" if done else "model", tuple(plain)))
         return tuple(done)
 
-    def _repeat(self, name: str, item, renamed: dict[str, str]) -> Section:
+    def _check_repeats(self) -> None:
+        """One repeat, of blocks that differ, whose input is nobody else's: the layers overwrite it."""
+        repeats = {name: item for name, item in self.spec.layers.items() if not isinstance(item, Op)}
+        for name in list(repeats)[1:]:
+            self._note(("layers", name), "a second 'repeat'", "a model has one; put the blocks of both into it")
+        for name, item in repeats.items():
+            for n, block in enumerate(item.blocks):
+                if block in item.blocks[:n]:
+                    self._note(("layers", name, "blocks", n), f"block '{block}' is in this repeat already")
+            for other, op in self.spec.layers.items():
+                if isinstance(op, Op) and item.input in op.operands():
+                    self._note(
+                        ("layers", other), f"'{other}' reads '{item.input}', which the layers of '{name}' change"
+                    )
+        self.env.check()
+
+    def _note(self, path: tuple, message: str, hint: str | None = None) -> None:
+        self.env.problems.append(self.spec.problem(path, message, hint))
+
+    def _repeat(self, name: str, item, names: dict[str, str]) -> Section:
+        """One layer. Its result takes the repeat's name, so that the next layer finds it where its input was."""
         layers = self.env.dims[item.over]
         ops: list[BoundOp] = []
         self.carries.append(name)
-        if name not in self.types:  # the input is a step input or comes under its own name
-            self.types[name] = self.types[renamed.get(item.input, item.input)]
-        source = name
-        for position, block in enumerate(item.blocks):
-            last = position == len(item.blocks) - 1
-            names = {"x": source}
+        source = names.get(item.input, item.input)
+        if source != name:  # a step input, or what an operator that `when` leaves out would have made
+            self._note(("layers", name), f"'{item.input}' is no value of an operator before the layers")
+            raise SpecError(self.env.problems)
+        given = self.types[name]
+        for block in item.blocks:
+            seen = {"x": source}
             for key, op in self.spec.blocks[block].items():
-                output = name if last and key == "out" else f"{block}.{key}"
-                self._add(ops, f"{block}.{key}", op, names, output, ("blocks", block, key), layers)
-                names[key] = names.pop("=", output)
-            source = names["out"]
-        return Section(name, tuple(ops), layers)
+                self._add(ops, f"{block}.{key}", op, seen, key, f"{block}.{key}", ("blocks", block, key), layers)
+            source = seen["out"]
+        source = self._whole(ops, source, ("blocks", item.blocks[-1], "out"))
+        if source == name:
+            self._note(("layers", name), "no operator of these blocks is left for this config")
+            raise SpecError(self.env.problems)
+        made = self.types.pop(source)
+        self.origins[name] = source
+        if made.shape != given.shape:
+            self._note(
+                ("layers", name),
+                f"a layer takes {list(given.shape)} and makes {list(made.shape)}: it cannot be repeated",
+            )
+        self.types[name] = self._declared(name, made) if name in self.spec.tensors else made
+        return Section(name, tuple(_renamed(o, source, name) for o in ops), layers)
+
+    def _left_out(self, op: Op, path: tuple, operands: list[str]) -> bool:
+        """Whether `when` leaves the operator out; a sum over ranks also goes where there is nothing to sum."""
+        when = self.spec.op_when.get(path[1:] if path[0] == "blocks" else path)
+        if when is not None and self.env.mentions_layer(when):
+            self._note((*path, "when"), "all layers have the same operators: this cannot depend on the layer")
+            return False
+        if when is not None and not self.env.evaluate(when, (*path, "when"), self.env.names(when, None)):
+            return True
+        return op.op == "all_reduce" and not self.types[operands[0]].partial
 
     def _add(
-        self, ops: list[BoundOp], name: str, op: Op, names: dict[str, str], output: str, path: tuple, layers
+        self, ops: list[BoundOp], name: str, op: Op, names: dict[str, str], key: str, output: str, path: tuple, layers
     ) -> None:
-        """Binds one operator and appends it (and an all_reduce before it where an operand is partial)."""
-        when = self.spec.op_when.get(path[1:] if path[0] == "blocks" else ("layers", path[1]))
-        if when is not None and not self.env.evaluate(when, (*path, "when"), self.env.names(when, None)):
-            names["="] = names.get(op.operands()[0], op.operands()[0])
-            return
+        """Binds one operator and appends it, an all_reduce before it where an operand is partial. `names` gets what
+        `key` stands for: `output`, or the operator's first operand where it is left out."""
         operands = [names.get(o, o) for o in op.operands()]
+        if self._left_out(op, path, operands):
+            names[key] = operands[0]
+            return
         if op.op not in KEEPS_PARTIAL:
             operands = [self._whole(ops, o, path) for o in operands]
         values, per_layer = self._values(op, path, layers)
-        roles = {f: getattr(op, f) for f in _fields(op, "weight") if getattr(op, f) is not None}
-        if any(w not in self.weight_types for w in roles.values()):
-            roles = {f: w for f, w in roles.items() if w in self.weight_types}  # left out by its own `when`
+        roles = self._weights_of(op, path)
         self.used |= set(roles.values())
-        first = {k: v[0] if k in per_layer else v for k, v in values.items()}
-        try:
-            result = op.infer(
-                [self.types[o] for o in operands], {r: self.weight_types[w] for r, w in roles.items()}, first
-            )
-        except OpError as error:
-            at = (*path, error.field) if error.field else path
-            self.env.problems.append(self.spec.problem(at, error.message, error.hint))
-            raise SpecError(self.env.problems) from None
+        types = [self.types[o] for o in operands]
+        given = {r: self.weight_types[w] for r, w in roles.items()}
+        for layer in range(layers) if per_layer else [0]:
+            try:
+                result = op.infer(types, given, {k: v[layer] if k in per_layer else v for k, v in values.items()})
+            except OpError as error:
+                at = (*path, error.field) if error.field else path
+                self._note(at, error.message, error.hint)
+                raise SpecError(self.env.problems) from None
         if op.op == "kv_append":
             self.cache_state[output] = op.state
-        bound = BoundOp(name, op, tuple(operands), output, roles, values, frozenset(per_layer), path)
-        self.types[output] = self._declared(name, path, result, output)
-        ops.append(bound)
+        if op.op == "attention":
+            self._check_heads(types, path)
+        self.types[output] = self._declared(name if name in self.spec.tensors else output, result)
+        names[key] = output
+        ops.append(BoundOp(name, op, tuple(operands), output, roles, values, frozenset(per_layer), path))
+
+    def _weights_of(self, op: Op, path: tuple) -> dict[str, str]:
+        """Weights by role; an optional one may be left out by its own `when`."""
+        found = {f: getattr(op, f) for f in _fields(op, "weight") if getattr(op, f) is not None}
+        for field, weight in found.items():
+            if weight not in self.weight_types and type(op).model_fields[field].is_required():
+                self._note((*path, field), f"weight '{weight}' does not exist for this config: its 'when' is false")
+                raise SpecError(self.env.problems)
+        return {f: w for f, w in found.items() if w in self.weight_types}
+
+    def _check_heads(self, types: list[TensorType], path: tuple) -> None:
+        """Every rank's query heads must meet the KV heads that are theirs."""
+        for dim in types[0].axes[0].split | types[1].axes[0].split:
+            if self.env.dims[dim] % self.env.parts(dim):
+                self._note(path, f"{self.env.dims[dim]} {dim} over {self.env.tp} ranks: heads cannot be padded")
+                raise SpecError(self.env.problems)
+        (q, q_step, q_all), (kv, kv_step, kv_all) = (self._heads(t.axes[0]) for t in types)
+        for rank in range(self.env.tp):
+            for n in range(q):
+                head, has = rank // q_step * q + n, rank // kv_step * kv + n // (q // kv)
+                if q_all % kv_all or head // (q_all // kv_all) != has:
+                    self._note(
+                        path,
+                        f"at degree {self.env.tp}, query head {head} would meet KV head {has} on rank {rank}",
+                        "in 'shard', split the query heads and use 'split_or_replicate' for the KV heads",
+                    )
+                    raise SpecError(self.env.problems)
+
+    def _heads(self, axis: Axis) -> tuple[int, int, int]:
+        """(heads of a rank, ranks that share them, heads of all ranks)."""
+        parts = max([1, *(self.env.parts(d) for d in axis.split)])
+        return axis.size, self.env.tp // parts, axis.size * parts
 
     def _whole(self, ops: list[BoundOp], value: str, path: tuple) -> str:
         """The value itself, or the sum over ranks of a partial one."""
@@ -150,7 +233,7 @@ class _Binder:
         summed = f"{value}.all_reduce"
         if summed not in self.types:
             op = all_ops()["all_reduce"](all_reduce=value)
-            self.types[summed] = op.infer([kind], {}, {})
+            self.types[summed] = self._declared(summed, op.infer([kind], {}, {}))
             ops.append(BoundOp(summed, op, (value,), summed, {}, {}, path=path))
         return summed
 
@@ -174,28 +257,32 @@ class _Binder:
                 values[field] = self.env.evaluate(expression, at, self.env.names(expression, None, local=True))
         return values, per_layer
 
-    def _declared(self, name: str, path: tuple, result: TensorType, output: str) -> TensorType:
+    def _declared(self, name: str, result: TensorType) -> TensorType:
         """Applies what `tensors:` says of the value; its shape is checked, not believed."""
-        from dataclasses import replace
-
-        decl = self.spec.tensors.get(name) or self.spec.tensors.get(output)
+        default = self.spec.tensor_default.dtype
+        if default and result.dtype == TensorType(()).dtype and result.kind == "tensor":
+            result = replace(result, dtype=default)
+        decl = self.spec.tensors.get(name)
         if decl is None:
             return result
         if decl.shape is not None:
-            wanted = [
-                self.env.evaluate(
-                    e, ("tensors", name, "shape", n), {"tokens": 1, **self.env.names(e, None, local=True)}
-                )
-                for n, e in enumerate(decl.shape)
-            ][1:]
-            if tuple(wanted) != result.shape:
-                self.env.problems.append(
-                    self.spec.problem(
-                        ("tensors", name, "shape"),
-                        f"'{name}' is [tokens, {', '.join(map(str, result.shape))}], not {['tokens', *wanted]}",
-                    )
-                )
+            self._check_shape(name, decl.shape, result)
         return replace(result, dtype=decl.dtype) if decl.dtype else result
+
+    def _check_shape(self, name: str, shape: list[Expression], result: TensorType) -> None:
+        path, known = ("tensors", name, "shape"), len(self.env.problems)
+        first, *rest = shape
+        wanted = [self.env.evaluate(e, (*path, n), self.env.names(e, None, local=True)) for n, e in enumerate(rest, 1)]
+        made = [*([result.routed] if result.routed else []), *result.shape]
+        if len(self.env.problems) == known and (first.text != "tokens" or wanted != made):
+            said = ", ".join([first.text, *map(str, wanted)])
+            self._note(path, f"'{name}' is [{', '.join(['tokens', *map(str, made)])}], not [{said}]")
+
+
+def _renamed(op: BoundOp, old: str, new: str) -> BoundOp:
+    return replace(
+        op, inputs=tuple(new if i == old else i for i in op.inputs), output=new if op.output == old else op.output
+    )
 
 
 def _fields(op: Op, kind: str) -> list[str]:

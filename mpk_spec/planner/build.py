@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpk_spec.errors import SpecError
-from mpk_spec.ops.base import TensorType
 from mpk_spec.planner.assign import assign
 from mpk_spec.planner.bind import bind
 from mpk_spec.planner.events import StageOrder, connect, enter
@@ -20,8 +19,6 @@ from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, outputs, smem_bytes, tile
 from mpk_spec.schema import Spec
-
-FEEDS = {"token_ids": "next_ids"}
 
 
 @dataclass(frozen=True)
@@ -59,29 +56,27 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     """Raises SpecError with positions for everything that cannot be planned."""
     model = bind(spec, config, tp=request.tp, batch=request.batch, context=request.context)
     sections = fuse(spec, model)
-    known = {op.name for s in model.sections for op in s.ops} | {g.name for s in sections for g in s.groups}
-    lowered: dict[str, list[_Section]] = {}
-    problems: list = []
     ring, chunk = _ring(request, sections, model)
+    lowered: dict[str, _Lowering] = {}
+    problems: list = []
     for kind in request.steps:
         scheduler = Scheduler(
-            spec, model, request.target, request.size, request.batch, request.context, kind, ring, problems
-        )
-        lowered[kind] = [_lower_section(s, model, scheduler) for s in sections]
-        known |= {i.group.name for s in lowered[kind] for i in s.items}
-        problems += _strangers(spec, scheduler, known)
+            spec, replace(model, types=dict(model.types), slots={}), request.target, request.size, request.batch,
+            request.context, kind, request.tokens(kind), ring, problems,
+        )  # fmt: skip
+        lowered[kind] = _lowering(sections, scheduler)
+    splits = _kv_splits(spec, lowered, problems)
     if problems:
         raise SpecError(problems)
-    drafts = [_draft(kind, request, model, lowered[kind]) for kind in request.steps]
-    tensors, arenas = _place(spec, model, lowered, drafts, request)
-    splits = _kv_splits(lowered, model)
+    drafts = [_draft(kind, request, lowered[kind], splits) for kind in request.steps]
+    tensors, arenas = _place(spec, lowered, drafts, request)
     states = {n: replace(s, extent=s.kv_heads * splits.get(n, 1)) for n, s in model.states.items()}
-    first = lowered[request.steps[0]]
+    first = lowered[request.steps[0]].sections
     return Plan(
-        name=f"{spec.name}-{request.size}", spec=spec.name, size=request.size, target=request.target.name, tp=request.tp,
-        batch=request.batch, context=request.context, num_sms=request.target.num_sms, config=model.config,
+        name=f"{spec.name}-{request.size}", spec=spec.name, size=request.size, target=request.target.name,
+        tp=request.tp, batch=request.batch, context=request.context, num_sms=request.target.num_sms, config=model.config,
         architecture=architecture, steps={d.kind: _step(d, request) for d in drafts}, tensors=tensors,
-        weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=dict(FEEDS),
+        weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
         notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * chunk,
         chunk_bytes=chunk, prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
@@ -97,9 +92,22 @@ class _Section:
     first: list[Lowered]
 
 
-def _lower_section(section: FusedSection, model: Model, scheduler: Scheduler) -> _Section:
-    items = lower(section.groups, model, scheduler)
-    return _Section(section, items, lower(section.first, model, scheduler) if section.first else items)
+@dataclass
+class _Lowering:
+    """One step kind: its sections, and a model with the types that its splits made."""
+
+    model: Model
+    sections: list[_Section]
+
+
+def _lowering(sections: list[FusedSection], scheduler: Scheduler) -> _Lowering:
+    model, done = scheduler.model, []
+    for section in sections:
+        items = lower(section.groups, model, scheduler)
+        done.append(_Section(section, items, lower(section.first, model, scheduler) if section.first else items))
+    known = {i.group.name for s in done for i in [*s.items, *s.first]}
+    scheduler.problems += scheduler.strangers(known)
+    return _Lowering(model, done)
 
 
 def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple[int, int]:
@@ -111,42 +119,32 @@ def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple
     return max(1, (request.target.smem_bytes - widest) // chunk), chunk
 
 
-def _strangers(spec: Spec, scheduler: Scheduler, known: set[str]) -> list:
-    """Rules that apply here and set groups that this plan does not have."""
-    found = []
-    for group, settings in scheduler.asked.items():
-        if group != "*" and group not in known:
-            path = next(iter(settings.values()))[1][:-1]
-            hint = f"groups here: {', '.join(sorted(known))}"
-            found.append(
-                spec.problem(
-                    path, f"this rule matches nothing: there is no group '{group}' in this plan", hint, on="key"
+def _kv_splits(spec: Spec, lowered: dict[str, _Lowering], problems: list) -> dict[str, int]:
+    """How each state is divided for its attention: alike in all steps, or a row's sum would depend on its step."""
+    found: dict[str, tuple[int, str, str]] = {}
+    for kind, lowering in lowered.items():
+        for item in (i for s in lowering.sections for i in [*s.items, *s.first] if i.group.kind == "attention"):
+            state, splits = lowering.model.cache_state[item.group.body[0].inputs[1]], item.settings.kv_splits
+            other, group, step = found.setdefault(state, (splits, item.group.name, kind))
+            if splits != other:
+                problems.append(
+                    spec.problem(
+                        ("state", state),
+                        f"'{item.group.name}' of the {kind} step divides state '{state}' into {splits} splits, "
+                        f"'{group}' of the {step} step into {other}",
+                        "pin one 'kv_splits' for both: the order of a row's sum must not depend on the step",
+                        on="key",
+                    )
                 )
-            )
-    return found
+    return {state: splits for state, (splits, _, _) in found.items()}
 
 
-def _kv_splits(lowered: dict[str, list[_Section]], model: Model) -> dict[str, int]:
-    """How each state is divided for its attention."""
-    found: dict[str, int] = {}
-    for sections in lowered.values():
-        appends = {
-            o.output: o.op.state for s in sections for i in s.items for o in i.group.ops if o.op.role == "append"
-        }
-        for section in sections:
-            for item in section.items:
-                if item.group.kind == "attention":
-                    found[model.cache_state[item.group.body[0].inputs[1]]] = item.settings.kv_splits
-    return found
-
-
-def _draft(kind: str, request: Request, model: Model, sections: list[_Section]) -> _Drafted:
-    tokens = request.tokens(kind)
-    splits = _kv_splits({kind: sections}, model)
-    inboxes = frozenset(v for s in sections for i in [*s.items, *s.first] for v in _inboxes(i.group, model))
+def _draft(kind: str, request: Request, lowering: _Lowering, splits: dict[str, int]) -> _Drafted:
+    tokens, model = request.tokens(kind), lowering.model
+    inboxes = frozenset(v for s in lowering.sections for i in [*s.items, *s.first] for v in _inboxes(i.group, model))
     made: dict[str, tuple[str, StageOrder]] = {}
     stages = []
-    for section in sections:
+    for section in lowering.sections:
         base = section.fused.section
         for layer in range(base.layers) if base.layers else [None]:
             items = section.first if layer == 0 else section.items
@@ -172,29 +170,45 @@ def _inboxes(group: Fused, model: Model) -> list[str]:
     ]
 
 
-def _place(spec: Spec, model: Model, lowered, drafts: list[_Drafted], request: Request):
+def _feeds(model: Model) -> dict[str, str]:
+    """The next step's input and what this step's sample calls it."""
+    return {"token_ids": o.output for s in model.sections for o in s.ops if o.op.op == "sample"}
+
+
+def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], request: Request):
     """Tensors of all steps, with the room that the largest step needs."""
-    stored: dict[str, TensorType] = {}
-    inboxes: set[str] = set()
-    for sections in lowered.values():
-        for section in sections:
-            for item in [*section.items, *section.first]:
-                stored |= {v: model.types[v] for v in outputs(item.group, model)}
-                inboxes |= set(_inboxes(item.group, model)) if request.tp > 1 else set()
-    tensors = {name: _tensor(spec, model, name, kind, name in inboxes, request) for name, kind in stored.items()}
-    read_elsewhere = _crossing(drafts)
-    # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
-    kept = model.carries | set(FEEDS.values()) | read_elsewhere | inboxes | (stored.keys() & {"logits"})
+    tensors: dict[str, Tensor] = {}
+    kept: set[str] = set()
+    for lowering in lowered.values():
+        model = lowering.model
+        items = [i for s in lowering.sections for i in [*s.items, *s.first]]
+        inboxes = {v for i in items for v in _inboxes(i.group, model)} if request.tp > 1 else set()
+        for name in (v for i in items for v in outputs(i.group, model)):
+            made = _tensor(spec, model, name, name in inboxes, request)
+            tensors[name] = max(tensors.get(name, made), made, key=lambda t: t.extent)
+        # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
+        kept |= (
+            model.carries | inboxes | {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}
+        )
     tokens = max(d.tokens for d in drafts)
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
-    return place(tensors, orders.values(), frozenset(kept), tokens, request.tp)
+    return place(tensors, orders.values(), frozenset(kept | _crossing(drafts)), tokens, request.tp)
 
 
-def _tensor(spec: Spec, model: Model, name: str, kind: TensorType, inbox: bool, request: Request) -> Tensor:
-    decl = spec.tensors.get(name)
-    wanted = (decl.placement if decl and decl.placement else spec.tensor_default.placement) or "auto"
+def _tensor(spec: Spec, model: Model, name: str, inbox: bool, request: Request) -> Tensor:
+    kind = model.types[name]
+    decl = spec.tensors.get(model.origins.get(name, name)) or spec.tensors.get(name)
+    wanted = (decl.placement if decl else None) or spec.tensor_default.placement or "auto"
+    if inbox and decl and decl.placement in ("cuda", "host"):
+        raise SpecError(
+            spec.problem(
+                ("tensors", model.origins.get(name, name), "placement"),
+                f"'{name}' is summed over {request.tp} ranks: each writes its part into the others' memory",
+                "nvshmem, or auto",
+            )
+        )
     placement = "nvshmem" if inbox else "cuda"
-    if wanted == "host" or (wanted == "nvshmem" and request.tp > 1):
+    if not inbox and (wanted == "host" or (wanted == "nvshmem" and request.tp > 1)):
         placement = wanted
     shape = (kind.routed, *kind.shape) if kind.routed else kind.shape
     extent = kind.features * model.slots.get(name, 1)

@@ -11,14 +11,16 @@ from mpk_spec.schema import Expression, ExpressionError, Spec
 class Environment:
     """Evaluates expressions of one spec for one config; `problems` collects what goes wrong, each cause once."""
 
-    def __init__(self, spec: Spec, config: dict[str, Any], tp: int):
+    def __init__(self, spec: Spec, config: dict[str, Any], tp: int, batch: int = 1, context: int = 1):
         self.spec, self.tp = spec, tp
+        self.built_in = {"batch": batch, "context": context}
         self.problems: list[Problem] = []
         self.config = self._text_config(config)
         self.dims: dict[str, int] = {}
         self._broken: set[str] = set()
         for name in spec.dims:
             self._dim(name)
+        self._check_degree()
         self.local = {**self.dims, **{d: self._share(d) for d in self.split_dims()}}
 
     def _text_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -46,20 +48,26 @@ class Environment:
         return min(self.tp, self.dims[dim]) if rule == "split_or_replicate" else self.tp
 
     def _share(self, dim: str) -> int:
-        size, parts, rule = self.dims[dim], self.parts(dim), self.split_dims()[dim]
-        if rule == "split_padded":
-            return -(-size // parts)
-        divides = size % self.tp == 0 or (rule == "split_or_replicate" and self.tp % size == 0)
-        if not divides:
-            works = [str(d) for d in (1, 2, 4, 8) if size % d == 0 or (rule == "split_or_replicate" and d % size == 0)]
+        """A rank's part of a dim; the last rank's may be smaller where the rule pads."""
+        return -(-self.dims[dim] // self.parts(dim))
+
+    def _check_degree(self) -> None:
+        """Notes the first dim that the degree does not divide, with the degrees that all dims allow."""
+        wrong = next((d for d in self.split_dims() if not self._divides(d, self.tp)), None)
+        if wrong is not None:
+            works = [str(n) for n in range(1, 9) if all(self._divides(d, n) for d in self.split_dims())]
             self.problems.append(
                 self.spec.problem(
-                    ("shard", "tp", dim),
-                    f"{size} {dim} do not divide over {self.tp} ranks",
+                    ("shard", "tp", wrong),
+                    f"{self.dims[wrong]} {wrong} do not divide over {self.tp} ranks",
                     f"degrees that work: {', '.join(works)}",
                 )
             )
-        return max(1, size // parts)
+
+    def _divides(self, dim: str, degree: int) -> bool:
+        size, rule = self.dims[dim], self.split_dims()[dim]
+        replicates = rule == "split_or_replicate" and degree % size == 0
+        return rule == "split_padded" or size % degree == 0 or replicates
 
     def _dim(self, name: str) -> int:
         if name not in self.dims and name not in self._broken:
@@ -68,7 +76,7 @@ class Environment:
                 expression, ("dims", name), {n: self._dim(n) for n in expression.names if n in self.spec.dims}
             )
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                if name not in self._broken and value is not None:
+                if name not in self._broken:
                     self.problems.append(
                         self.spec.problem(("dims", name), f"a dim is a positive whole number, '{name}' is {value!r}")
                     )
@@ -85,6 +93,7 @@ class Environment:
         """The names that an expression uses; dims are a rank's share where `local`."""
         dims = self.local if local else self.dims
         found: dict[str, Any] = {n: dims[n] for n in expression.names if n in dims}
+        found |= {n: self.built_in[n] for n in expression.names if n in self.built_in}
         found |= {n: self.value(n, layer) for n in expression.names if n in self.spec.values}
         return found
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from mpk_spec.errors import Problem, SpecError, did_you_mean
 from mpk_spec.planner.model import BoundOp, Model, Section
-from mpk_spec.schema import Spec
+from mpk_spec.schema import ExpressionError, Spec
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _fuse_section(spec: Spec, model: Model, section: Section, readers, problems:
                     spec.problem(("fusions", name, "of"), f"fusion '{name}' is illegal: {wrong[0]}", wrong[1])
                 )
                 break
-            packing = _packing(spec, model, name, decl) if part_name == name else ("concat", 1)
+            packing = _packing(spec, model, name, decl, ops, problems) if part_name == name else ("concat", 1)
             groups.append(Fused(part_name, tuple(ops), *packing, published=_published(ops, readers, model)))
             notes.append(f"fusion {part_name}: applied, {' + '.join(o.op.op for o in ops)}")
         taken |= {o.name for o in [*members, *between]}
@@ -147,14 +148,49 @@ def _cut_at_collectives(name: str, ops: list[BoundOp]) -> list[tuple[str, list[B
     return parts
 
 
-def _packing(spec: Spec, model: Model, name: str, decl) -> tuple[str, int]:
+def _packing(spec: Spec, model: Model, name: str, decl, ops: Sequence[BoundOp], problems: list[Problem]):
+    """(layout, groups of rows); notes what the group's weights do not allow."""
     if decl.pack is None:
         return "concat", 1
-    groups = 1
+    linears = [o for o in ops if o.op.role == "linear"]
+    rows = {o.name: model.weights[o.weights["weight"]].shape[-2] for o in linears}
+    groups, path = 1, ("fusions", name, "pack", "groups")
     if decl.pack.groups is not None:
-        names = {n: model.dims[n] for n in decl.pack.groups.names if n in model.dims}
-        groups = decl.pack.groups.evaluate({"config": model.config, **names})
-    return decl.pack.layout, groups
+        try:
+            names = {n: model.dims[n] for n in decl.pack.groups.names if n in model.dims}
+            groups = decl.pack.groups.evaluate({"config": model.config, **names})
+        except ExpressionError as error:
+            problems.append(spec.problem(path, error.message, error.hint, inside=(error.offset, error.length)))
+            return "concat", 1
+    uneven = [n for n, size in rows.items() if not _is_count(groups) or size % groups]
+    gated = any(o.op.op == "gated_act" for o in ops)
+    if not linears:
+        problems.append(
+            spec.problem(path[:3], f"fusion '{name}' has no linears whose weights could be packed", on="key")
+        )
+    elif uneven:
+        problems.append(
+            spec.problem(path, f"{rows[uneven[0]]} rows of '{uneven[0]}' do not divide into {groups} groups")
+        )
+    elif decl.pack.layout == "interleave" and not gated:
+        problems.append(
+            spec.problem(
+                (*path[:3], "layout"),
+                f"fusion '{name}' has no gated_act, whose two weights 'interleave' is for",
+                "concat",
+            )
+        )
+    elif groups > 1 and gated:
+        problems.append(
+            spec.problem(path, "the rows of a gated_act's weights are not packed in groups", "leave it out")
+        )
+    else:
+        return decl.pack.layout, groups
+    return "concat", 1
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _published(ops: Sequence[BoundOp], readers, model: Model) -> tuple[str, ...]:
@@ -174,7 +210,7 @@ def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | 
     roles = {o.op.role for o in fused.body}
     if len(roles) > 1:
         return "a group has one kind of body, this one has a linear and an attention", "fuse them apart"
-    for before, op in zip(ops, ops[1:], strict=False):
+    for before, op in pairwise(ops):
         linked = set(op.inputs) & {o.output for o in ops} or set(op.inputs) & set(before.inputs)
         if not linked and op.op.role != "attention" and not any(op.output in o.inputs for o in ops):
             return f"'{op.name}' has nothing to do with the rest of it", None
@@ -196,8 +232,8 @@ def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | 
                 f"'{op.name}' ({op.op.op}) cannot follow '{fused.body[-1].name}' ({fused.kind}) in one task",
                 "it needs more of the row than one task makes" if op.op.op == "rmsnorm" else None,
             )
-    if fused.epilogue:
-        for op in [*fused.body, *fused.epilogue[:-1]]:
+    if fused.epilogue or not fused.body:
+        for op in [*fused.body, *fused.epilogue[:-1]] if fused.body else ops[:-1]:
             outside = readers.get(op.output, set()) - names
             if outside:
                 return (

@@ -1,4 +1,4 @@
-"""Groups + schedule -> groups that tasks can be cut from: splits get their merges and reductions, sampling its two stages.
+"""Groups + schedule -> groups that tasks can be cut from: splits get their merges and reductions, sampling two stages.
 
 A merge of attention splits is recomputed by the linear that reads it (one hop less); where something else reads the
 attention it is a group of its own.
@@ -52,13 +52,17 @@ def _stages_of_sample(group: Fused, model: Model, scheduler: Scheduler) -> list[
     kind = model.types[logits]
     slices = min(scheduler.target.num_sms, -(-kind.features // 16))
     per_slice = -(-kind.features // slices)
-    partial = all_ops()["argmax_partial"](
-        argmax_partial=logits, slice=per_slice, vocab=kind.features, valid=_vocab(logits, model)
-    )
+    split = bool(kind.axes[0].split)
+    values = {
+        "slice": per_slice,
+        "vocab": kind.features,
+        "valid": _vocab(logits, model),
+        "rank_stride": kind.features if split else 0,
+    }
+    partial = all_ops()["argmax_partial"](argmax_partial=logits, **values)
     name = f"{op.name}.partial"
-    model.types[name] = replace(partial.infer([kind], {}, {}), partial=bool(kind.axes[0].split))
+    model.types[name] = replace(partial.infer([kind], {}, {}), partial=split)
     reduce = all_ops()["argmax_reduce"](argmax_reduce=name)
-    values = {"slice": per_slice, "vocab": kind.features, "valid": partial.valid}
     return [
         Fused(name, (BoundOp(name, partial, (logits,), name, {}, values, path=op.path),)),
         Fused(group.name, (*group.ops[:-1], BoundOp(op.name, reduce, (name,), op.output, {}, {}, path=op.path))),

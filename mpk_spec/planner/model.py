@@ -55,6 +55,8 @@ class Model:
     all_reduces: int = 0
     cache_state: dict[str, str] = field(default_factory=dict)
     """Which state a cache value stands for."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """The operator in the layers that makes a carried value: {"y": "mlp.out"}."""
     slots: dict[str, int] = field(default_factory=dict)
     """Values whose experts are claimed at run time: how many of them may be active."""
     notes: list[str] = field(default_factory=list)

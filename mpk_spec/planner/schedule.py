@@ -126,9 +126,8 @@ class Scheduler:
         tiles = linear_tiles(group, self.model)
         slots = self._slots(group, common["launch"])
         split = self._split_k(group, pins, tiles, slots)
-        most = max(1, min(tiles, self.target.num_sms // (split * slots)))
-        if slots > 1:
-            most = max(1, min(tiles, -(-self.target.num_sms // slots)))
+        sms = self.target.num_sms
+        most = max(1, min(tiles, sms // split if slots == 1 else -(-sms // slots)))
         x = self._grid(pins, most, tiles, "row tiles", split * slots)
         partition = self._partition(pins, tiles, x, "row tiles")
         return Settings((x, split * slots, 1), split_k=split, partition=partition, **common)
@@ -179,7 +178,7 @@ class Scheduler:
     def _attention(self, group: Fused, pins, common) -> Settings:
         self._no_pin(pins, "split_k", group, "a linear")
         cache = self.model.types[group.body[0].inputs[1]]
-        kv_heads, head_dim = cache.shape
+        kv_heads = cache.shape[0]
         state = self.model.states[self.model.cache_state[group.body[0].inputs[1]]]
         blocks = -(-state.context // state.kv_block)
         most = max(1, min(blocks, self.target.num_sms // kv_heads))

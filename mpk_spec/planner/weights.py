@@ -18,6 +18,11 @@ def bind_weights(spec: Spec, env: Environment) -> tuple[dict[str, Weight], dict[
     gains = _gains(spec)
     for name, decl in spec.weights.items():
         path = ("weights", "layer", name) if decl.layer else ("weights", name)
+        if decl.when is not None and env.mentions_layer(decl.when):
+            env.problems.append(
+                spec.problem((*path, "when"), "all layers have the same weights: this cannot depend on the layer")
+            )
+            continue
         if decl.when is not None and not env.evaluate(decl.when, (*path, "when"), env.names(decl.when, None)):
             continue
         bound = _bind_one(spec, env, name, decl, path, gains)
@@ -70,7 +75,7 @@ def _bind_one(spec, env, name, decl, path, gains):
 
 
 def _gains(spec: Spec) -> dict[str, tuple[str, float]]:
-    """What random weights need to know: gains (of heads or rows), biases, embeddings; read off the operators."""
+    """What random weights need to know: gains (of heads or rows), biases, embeddings, what makes queries and keys."""
     found: dict[str, tuple[str, float]] = {}
     for block in [*spec.blocks.values(), spec.layers]:
         attended = {o for op in block.values() if getattr(op, "op", "") == "rope" for o in op.operands()}
@@ -80,8 +85,11 @@ def _gains(spec: Spec) -> dict[str, tuple[str, float]]:
                 found[op.weight] = ("qk_gain" if key in attended else "gain", float(bool(op.weight_offset)))
             elif name == "embedding":
                 found[op.weight] = ("embedding", 0.0)
-            elif name == "linear" and op.bias:
-                found[op.bias] = ("bias", 0.0)
+            elif name == "linear":
+                if key in attended:
+                    found[op.weight] = ("qk_linear", 0.0)
+                if op.bias:
+                    found[op.bias] = ("bias", 0.0)
     return found
 
 
