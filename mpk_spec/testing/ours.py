@@ -1,0 +1,71 @@
+"""Our side of a comparison: a backend on the checkpoint, with a defect planted in it if one is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mpk_spec.errors import UserError
+
+if TYPE_CHECKING:
+    from mpk_spec.planner.plan import Plan
+    from mpk_spec.runtime.backend import Backend
+    from mpk_spec.schema import Spec
+    from mpk_spec.testing.defects import Defect
+    from mpk_spec.weights import Checkpoint
+
+CHUNK = 16  # tokens of a prefill step, so that even short sequences are read back from the cache
+
+
+def plan_ours(
+    spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1, defect: Defect | None = None
+) -> Plan:
+    """The plan that is judged, for the CPU; proved, unless a defect is planted in it."""
+    from mpk_spec.planner import plan
+
+    changed = spec if defect is None else defect.spec(spec)
+    made = plan(
+        changed,
+        size=size,
+        config=checkpoint.config,
+        architecture=checkpoint.architecture,
+        target="cpu",
+        tp=tp,
+        context=context,
+        chunk=CHUNK,
+        verified=defect is None,
+    )
+    # a dropped operator leaves its weights unread, which would be refused
+    return made if defect is None else replace(defect.plan(made), ignore=(*made.ignore, "*"))
+
+
+def open_ours(
+    spec: Spec,
+    size: str | None,
+    checkpoint: Checkpoint,
+    backend: str = "cpu",
+    context: int = 512,
+    tp: int = 1,
+    defect: Defect | None = None,
+) -> Backend:
+    """A backend to judge. Raises UserError for what it cannot do: a defect or a degree that only plans have."""
+    if backend in ("auto", "cpu"):
+        return _cpu(plan_ours(spec, size, checkpoint, context, tp, defect), checkpoint, defect)
+    if defect is not None:
+        raise UserError(f"defects are planted into plans; the backend '{backend}' runs none", "--backend cpu")
+    if tp > 1:
+        raise UserError(f"the backend '{backend}' runs on one rank", "--backend cpu runs all ranks in one process")
+    from mpk_spec.runtime.select import open_backend
+
+    return open_backend(spec, size, checkpoint, backend, context)
+
+
+def _cpu(plan: Plan, checkpoint: Checkpoint, defect: Defect | None) -> Any:
+    from mpk_spec.runtime.engine import Engine
+
+    if defect is None:
+        return Engine(plan, checkpoint)
+    engine = Engine(plan, defect.weights(checkpoint, plan))
+    if defect.executor is not None:
+        engine.backend.executor = defect.executor(engine.backend.executor)
+    return engine
