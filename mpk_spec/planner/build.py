@@ -192,6 +192,7 @@ def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], re
         )
     tokens = max(d.tokens for d in drafts)
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
+    kept |= set(FEEDS.values())  # read by the next step
     return place(tensors, orders.values(), frozenset(kept | _crossing(drafts)), tokens, request.tp)
 
 
