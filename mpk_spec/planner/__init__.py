@@ -79,14 +79,14 @@ def _positions(config: dict[str, Any]) -> int:
     return int(config.get("max_position_embeddings") or inner.get("max_position_embeddings") or 1 << 20)
 
 
-def check(spec: Spec) -> None:
+def check(spec: Spec, *, verified: bool = True) -> None:
     """Plans every size on the default target; raises SpecError with all that is wrong."""
     from mpk_spec.planner.schedule import unmatched_rules
 
     problems = list(unmatched_rules(spec, set(spec.sizes)))
     for size in spec.sizes:
         try:
-            plan(spec, size=size)
+            plan(spec, size=size, verified=verified)
         except SpecError as error:
             problems += error.problems
     if problems:
