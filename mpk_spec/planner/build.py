@@ -187,12 +187,10 @@ def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], re
             made = _tensor(spec, model, name, name in inboxes, request)
             tensors[name] = max(tensors.get(name, made), made, key=lambda t: t.extent)
         # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
-        kept |= (
-            model.carries | inboxes | {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}
-        )
+        kept |= {*model.carries, *inboxes, *_feeds(model).values()}
+        kept |= {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}
     tokens = max(d.tokens for d in drafts)
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
-    kept |= set(FEEDS.values())  # read by the next step
     return place(tensors, orders.values(), frozenset(kept | _crossing(drafts)), tokens, request.tp)
 
 
