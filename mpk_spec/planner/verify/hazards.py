@@ -163,7 +163,7 @@ class Hazards:
             return f"after '{segment.tensor}' took its memory"
         if source:
             return None if segment.step < stage.step else f"after this step has written '{source}', which feeds it"
-        return None if segment.step == stage.step else f"{part} of the step before, which this step does not write"
+        return None if segment.step == stage.step else f"of the step before: this step does not write {part}"
 
     def _write(self, stage: Stage, tensor: str, spans, own: list[int], peers: list[int]) -> None:
         buffer = self._buffer(tensor, stage.layer)
@@ -176,21 +176,23 @@ class Hazards:
         for lo, hi, n in spans:
             while segments[at].hi <= lo:
                 at += 1
-            readers = writers = 0
+            readers = writers = alien = 0
             for i in range(at, len(segments)):
                 segment = segments[i]
                 if segment.lo >= hi:
                     break
                 readers |= segment.readers
                 writers |= segment.writers
+                if segment.tensor != tensor:
+                    alien |= segment.readers | segment.writers
             need = readers | writers | others
             if need & own[n] != need and need & ~own[n] & ~(1 << (base + n)):
                 late = need & ~own[n] & ~(1 << (base + n))
-                self._tell_write(stage, n, tensor, lo, hi, late, readers, others, "")
+                self._tell_write(stage, n, tensor, lo, hi, late, readers, others | alien, "")
             need = (readers | others) if buffer.inbox else abroad
             if self.plan.tp > 1 and need & peers[n] != need:
                 late = need & ~peers[n]
-                self._tell_write(stage, n, tensor, lo, hi, late, readers, others, " of the other ranks")
+                self._tell_write(stage, n, tensor, lo, hi, late, readers, others | alien, " of the other ranks")
             fresh.append(Segment(lo, hi, tensor, stage.step, 1 << (base + n), 0))
         self._replace(buffer, fresh)
         for key in buffer.overlaps or ():

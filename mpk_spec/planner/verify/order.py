@@ -99,19 +99,20 @@ def _report_cycle(code: Code, graph: _Graph, done: list[bool], report: Report) -
         path.append(item)
         stuck = [b for b in graph.before[item] if not done[b]]
         if stuck:
-            item, reasons[item] = stuck[0], "order"
+            reasons[item] = "comes after"
+            item = stuck[0]
             continue
         for event in graph.events[item]:
             open_tasks = [s for s in code.signallers.get(event, ()) if not done[s]]
             if open_tasks:
-                reasons[item] = f"'{event}'"
+                reasons[item] = f"waits for '{event}' of"
                 item = open_tasks[0]
                 break
-    steps = []
-    for i in path[path.index(item) :]:
-        steps.append(f"{graph.names.get(i) or code.name(i)} waits ({reasons[i]}) for")
+    cycle = [*path[path.index(item) :], item]
+    names = [graph.names.get(i) or code.name(i) for i in cycle]
+    steps = [f" {reasons[i]} {name}" for i, name in zip(cycle, names[1:], strict=False)]
     where = f"{code.kind}, template '{code.template.name}'"
-    report.add(f"{where}: wait cycle: {' '.join(steps[:12])} {graph.names.get(item) or code.name(item)}")
+    report.add(f"{where}: wait cycle: {names[0]}{', which'.join(steps)}")
 
 
 @dataclass
