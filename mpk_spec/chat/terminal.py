@@ -38,6 +38,9 @@ def interactive(session: ChatSession, read: Callable[[str], str] = input) -> Non
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            _note(f"that was not {error.encoding} text")
+            continue
         except KeyboardInterrupt:
             print()
             if warned:

@@ -12,6 +12,8 @@ from mpk_spec import errors
 
 def guarded(program: Callable[[], object], arguments: list[str] | None = None) -> int:
     """Calls `program` and returns the exit code that belongs to how it ended (`errors.EXIT_CODES`)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without emoji shows "?" rather than ending the chat
     try:
         code = _exit_code_of(program)
         sys.stdout.flush()

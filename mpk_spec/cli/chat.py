@@ -46,8 +46,8 @@ def command(
 
     commands.refuse_temperature(temp)
     question = prompt if prompt is not None else _piped()
-    if question is not None and not question.strip():
-        raise UserError("the question is empty")
+    if question is not None:
+        _check_question(question)
     session = open_session(model, size, weights, spec, backend, context)
     session.system = system
     session.settings.max_new_tokens = max_new_tokens
@@ -62,7 +62,21 @@ def command(
 
 def _piped() -> str | None:
     """What was piped or redirected to standard input; None where a person sits there."""
-    return None if sys.stdin.isatty() else sys.stdin.read()
+    if sys.stdin.isatty():
+        return None
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text") from None
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise UserError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no text come as lone surrogates
+        raise UserError("the question is not UTF-8 text") from None
 
 
 def open_session(

@@ -71,6 +71,14 @@ def test_ctrl_c_twice_at_the_prompt_leaves(make_session, capsys):
     assert len(session.messages) == 2
 
 
+def test_a_line_that_is_no_text_is_said_and_skipped(make_session, capsys):
+    bad = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    terminal.interactive(make_session("one"), reader(bad, "hi"))
+    shown = capsys.readouterr()
+    assert "[that was not utf-8 text]" in shown.err
+    assert shown.out == "one\n\n"
+
+
 def test_commands_and_their_mistakes_do_not_end_the_chat(make_session, capsys):
     session = make_session("one", "two")
     terminal.interactive(session, reader("/hlep", "hi", "/regen", "/exit", "never"))

@@ -67,6 +67,19 @@ def test_piped_text_is_a_prompt(opened, capsys, monkeypatch):
     assert capsys.readouterr().out == "user=two\nlines\n;\n"
 
 
+def test_piped_bytes_that_are_no_text_are_refused(opened, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert main(["chat", "smollm2"]) == errors.EXIT_BAD_INPUT
+    assert capsys.readouterr().err == "error: standard input is not utf-8 text\n"
+
+
+def test_a_terminal_that_cannot_show_an_emoji_shows_a_question_mark(opened, monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert main(["chat", "smollm2", "-p", "é🎉"]) == errors.EXIT_OK
+    assert narrow.buffer.getvalue().decode("latin-1") == "user=é?;\n"
+
+
 def test_a_prompt_leaves_stdin_alone(opened, capsys, monkeypatch):
     stdin = io.StringIO("unread")
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -102,6 +115,7 @@ def test_options_reach_their_places(opened, capsys):
         (["--temp", "0.8", "-p", "a"], "a temperature of 0.8 needs sampling, which this version does not have"),
         (["--think", "-p", "a"], "the chat template of this checkpoint has no thinking mode"),
         (["-p", " "], "the question is empty"),
+        (["-p", "a\udcff"], "the question is not UTF-8 text"),
         (["-p", "a" * 300], "the context is full: with this turn the conversation has 306 tokens"),
     ],
 )
