@@ -34,6 +34,7 @@ def bind(spec: Spec, config: dict[str, Any], *, tp: int, batch: int, context: in
     binder = _Binder(spec, env, weight_types)
     sections = binder.sections()
     env.check()
+    weights |= {n: replace(weights[n], once=True) for n in binder.once}
     states = _states(spec, env, batch, context)
     env.check()
     return Model(
@@ -83,6 +84,7 @@ class _Binder:
         self.carries: list[str] = []
         self.cache_state: dict[str, str] = {}
         self.origins: dict[str, str] = {}
+        self.once: set[str] = set()
 
     def sections(self) -> tuple[Section, ...]:
         """Operators before, in and after the repeat."""
@@ -185,6 +187,8 @@ class _Binder:
                 at = (*path, error.field) if error.field else path
                 self._note(at, error.message, error.hint)
                 raise SpecError(self.env.problems) from None
+        if "bias" in roles and result.partial:
+            self.once.add(roles["bias"])
         if op.op == "kv_append":
             self.cache_state[output] = op.state
         if op.op == "attention":

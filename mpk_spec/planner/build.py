@@ -74,8 +74,9 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     first = lowered[request.steps[0]].sections
     return Plan(
         name=f"{spec.name}-{request.size}", spec=spec.name, size=request.size, target=request.target.name,
-        tp=request.tp, batch=request.batch, context=request.context, num_sms=request.target.num_sms, config=model.config,
-        architecture=architecture, steps={d.kind: _step(d, request) for d in drafts}, tensors=tensors,
+        tp=request.tp, batch=request.batch, context=request.context, num_sms=request.target.num_sms,
+        config=model.config, architecture=architecture, steps={d.kind: _step(d, request) for d in drafts},
+        tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
         notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * chunk,
         chunk_bytes=chunk, prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
@@ -172,7 +173,7 @@ def _inboxes(group: Fused, model: Model) -> list[str]:
 
 def _feeds(model: Model) -> dict[str, str]:
     """The next step's input and what this step's sample calls it."""
-    return {"token_ids": o.output for s in model.sections for o in s.ops if o.op.op == "sample"}
+    return {"token_ids": next(o.output for s in model.sections for o in s.ops if o.op.op == "sample")}
 
 
 def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], request: Request):

@@ -1,14 +1,14 @@
 """The plan: what the kernel executes, the reference executes, the profiler names and the verifier proves.
 
-Three levels. *Kernel*: `Group`, one fused operator over whole tensors. *Block*: `Task`, one piece of a group that one SM
-computes, with the spans it reads and writes. *Thread*: `Group.task`, the CUDA template, with its tile constants.
+Three levels. *Kernel*: `Group`, one fused operator over whole tensors. *Block*: `Task`, one piece of a group that one
+SM computes, with the spans it reads and writes. *Thread*: `Group.task`, the CUDA template, with its tile constants.
 
 A step is a sequence of `Stage`s; each instantiates a `Template` (a layer's groups, events and queues) for one layer, so
 that 80 equal layers are written down once and a layer that differs is its own template.
 
 Spans are one-dimensional: `[lo, hi)` in the *extent* of a tensor. For an activation the extent is the features of one
 token (`heads * head_dim` flattened; every task covers all tokens of the step). For the KV cache it is
-`kv_heads * kv_splits`, where split `s` holds the positions whose block of `kv_block` positions is `s` modulo `kv_splits`.
+`kv_heads * kv_splits`, where split `s` holds the positions whose block of `kv_block` is `s` modulo `kv_splits`.
 For split results it is `splits * features`, for values routed through a claim pool `experts * features`.
 """
 
@@ -49,7 +49,7 @@ class Wait:
 class Task:
     """One piece of a group.
 
-    `out` is the span of the group's output that it computes, `k` the part of the summed axis (split-K, KV split worker).
+    `out` is the span of the group's output that it computes, `k` the part of the summed axis (K split, KV split).
     `load_bytes` flow through the shared-memory ring in `load_chunks` pieces, in the order of the queue.
     """
 
@@ -67,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator inside a group. `values` holds its evaluated expressions; layers that differ have other templates."""
+    """One operator in a group. `values` holds its evaluated expressions; layers that differ have other templates."""
 
     name: str
     op: str
@@ -106,7 +106,7 @@ class Group:
 @dataclass(frozen=True)
 class Template:
     """The groups of one stage. `queues[sm]` lists (group, task) in the order the SM's workers run them, `loads[sm]` the
-    order in which its loader streams them. (group, -1) stands for "claim tasks of this dynamic group until none is left".
+    order in which its loader streams them. (group, -1) means "claim tasks of this dynamic group until none is left".
     """
 
     name: str
@@ -172,6 +172,8 @@ class Weight:
     parts: int = 1
     ranks_per_part: int = 1
     pad: int = 0
+    once: bool = False
+    """An addend of a sum over ranks: rank 0 holds it, the others zeros."""
     kind: str = "linear"
     offset: float = 0.0
     storage: dict[str, Any] = field(default_factory=dict)
@@ -179,7 +181,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the weights of a fusion lie in memory: rows of its linears, interleaved in `groups` groups, cut into tiles."""
+    """How a fusion's weights lie in memory: rows of its linears, alternating in `groups` groups, cut into tiles."""
 
     group: str
     weights: tuple[str, ...]

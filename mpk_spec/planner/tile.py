@@ -255,8 +255,8 @@ def _attention(group: Fused, settings: Settings, model: Model, tokens: int, kv_s
                 for value in append.inputs:
                     trace(group, model, value, (kv_head * head_dim, (kv_head + 1) * head_dim), found)
                 wrote.append(cached)
-            yield Task(kv_head * splits + split, q_span, (*spans(found, model), cached), tuple(wrote), k=(split, split + 1),
-                       flops=0)  # fmt: skip
+            reads = (*spans(found, model), cached)
+            yield Task(kv_head * splits + split, q_span, reads, tuple(wrote), k=(split, split + 1))
 
 
 def _attention_writes(

@@ -26,7 +26,7 @@ def append(rank: Rank, state: State, layer, heads: range, split: Split, keys, va
         slots, positions, keys, values = slots[mine], positions[mine], keys[mine], values[mine]
     for store, new in ((cache.keys, keys), (cache.values, values)):
         rows = round_to(new, cache.dtype).unflatten(-1, (len(heads), state.head_dim))
-        store[layer, slots, heads.start : heads.stop, positions] = rows
+        store[layer or 0, slots, heads.start : heads.stop, positions] = rows
 
 
 def attend(rank: Rank, state: State, layer, heads: range, split: Split, queries, values: dict[str, Any], step):
@@ -66,7 +66,7 @@ def _one_sequence(
         if block % split[1] != split[0]:
             continue
         lo, hi = block * state.kv_block, min((block + 1) * state.kv_block, last + 1)
-        keys = cache.keys[layer, slot, heads.start : heads.stop, lo:hi]
+        keys = cache.keys[layer or 0, slot, heads.start : heads.stop, lo:hi]
         scores = rows @ keys.transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -79,7 +79,7 @@ def _one_sequence(
         safe = new_peak if covered else new_peak.masked_fill(new_peak.isinf(), 0.0)
         weights, kept = torch.exp(scores - safe), torch.exp(peak - safe)
         total = total * kept + weights.sum(-1, keepdim=True)
-        summed = summed * kept + weights @ cache.values[layer, slot, heads.start : heads.stop, lo:hi]
+        summed = summed * kept + weights @ cache.values[layer or 0, slot, heads.start : heads.stop, lo:hi]
         peak = new_peak
     done = torch.cat((summed, peak, total), -1).unflatten(1, (-1, q.shape[2])).permute(1, 0, 2, 3)
     return done[:tokens]

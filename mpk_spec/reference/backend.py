@@ -26,6 +26,8 @@ class ReferenceBackend:
         decode = plan.steps["decode"]
         tasks = sum(len(g.tasks) for s in decode.stages for g in decode.templates[s.template].groups)
         self.description = f"cpu reference, {len(decode.stages)} stages, {tasks} tasks a token, context {self.context}"
+        nodes = (n for t in decode.templates for g in t.groups for n in g.nodes)
+        self._logits = next(n.inputs[0] for n in nodes if n.op == "argmax_partial")
         self._cached: list[int] = []
 
     @property
@@ -83,7 +85,7 @@ class ReferenceBackend:
         chunk, parts = self.plan.steps["prefill"].tokens, []
         for start in range(0, len(ids), chunk):
             self._step("prefill", list(ids[start : start + chunk]))
-            parts.append(self.executor.value("logits")[:, : self.vocab_size])
+            parts.append(self.executor.value(self._logits)[:, : self.vocab_size])
         return torch.cat(parts)
 
     def reset(self) -> None:

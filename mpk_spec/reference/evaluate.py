@@ -133,7 +133,7 @@ class GroupRun:
         return [(n, *self.group.tasks[n * per].k) for n in range(self.group.split_k)]
 
     def _linear_input(self, node: Node, part) -> torch.Tensor:
-        """The input, rounded once as the tensor cores take it; `[tokens, K]`, or `[tokens, choices, K]` of routed rows."""
+        """The input, rounded once as tensor cores take it; `[tokens, K]`, or `[tokens, choices, K]` of routed rows."""
         name = node.inputs[0]
         x = self._whole(name)
         if name in self.made or self.plan.tensors[name].dtype != "bf16":
@@ -147,10 +147,8 @@ class GroupRun:
             return self._experts(node, x, weight, bias, lo, hi)
         weight = weight[lo:hi] if part is None else weight[lo:hi, part[1] : part[2]]
         y = product(x, weight, self.step.decode)
-        # a sum over ranks or K splits takes its bias once
+        # a sum over K splits takes its bias once; of one over ranks, all but one hold zeros
         takes_bias = bias is not None and (part is None or part[0] == 0)
-        if takes_bias and self.plan.weights[node.weights["weight"]].split == 1:
-            takes_bias = self.rank.index == 0
         return y + bias[lo:hi].float() if takes_bias else y
 
     def _experts(self, node: Node, x: torch.Tensor, weight, bias, lo: int, hi: int) -> torch.Tensor:
@@ -200,7 +198,7 @@ class GroupRun:
     def _scope(self, node: Node, span: tuple[int, int]) -> Scope:
         extras = {"rank": self.rank.index}
         if node.op == "rope":
-            extras["rope_rows"] = self.step.rope_rows(self.rank.rope, node.values["parameters"])
+            extras["rope_rows"] = self.step.rope_rows(self.rank.rope, rope_key(node))
             extras["head_dim"] = node.values["head_dim"]
         return Scope(self.step.positions, self.step.slots, node.values, span, extras)
 
@@ -254,6 +252,11 @@ class GroupRun:
 
 
 WHOLE_INPUT = frozenset({"top_k", "argmax_reduce", "attention_merge", "split_k_reduce"})
+
+
+def rope_key(node: Node) -> str:
+    """Nodes with the same key share their cos and sin tables."""
+    return repr((node.values["head_dim"], node.values["parameters"]))
 
 
 def op_of(node: Node) -> Op:

@@ -10,13 +10,13 @@ import torch
 
 from mpk_spec.ops.rope import rope_table
 from mpk_spec.planner.plan import Group, Plan, Step, Task
-from mpk_spec.reference.evaluate import GroupRun
+from mpk_spec.reference.evaluate import GroupRun, rope_key
 from mpk_spec.reference.state import Cache, load_ranks
 
 
 @dataclass
 class StepInput:
-    """The step descriptor: for each token its id, its position and the sequence (slot) it belongs to; int64 `[tokens]`."""
+    """The step descriptor: for each token its id, its position and its sequence (slot); int64 `[tokens]`."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -31,9 +31,8 @@ class StepInput:
             return [(slot, slice(n, n + 1)) for n, slot in enumerate(self.slots.tolist())]
         return [(int(s), (self.slots == s).nonzero()[:, 0]) for s in self.slots.unique()]
 
-    def rope_rows(self, tables: dict, parameters: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope_rows(self, tables: dict, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of these tokens, float32 `[tokens, 1, rotated dims]`."""
-        key = repr(parameters)
         if key not in self._rope_rows:
             cos, sin = tables[key]
             self._rope_rows[key] = cos[self.positions, None], sin[self.positions, None]
@@ -65,7 +64,7 @@ class Executor:
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for step in self.plan.steps.values():
             for node in (n for t in step.templates for g in t.groups for n in g.nodes if n.op == "rope"):
-                key = repr(node.values["parameters"])
+                key = rope_key(node)
                 if key not in found:
                     found[key] = rope_table(
                         node.values["parameters"], node.values["head_dim"], self.plan.config, self.plan.context
@@ -95,7 +94,7 @@ class Executor:
         """Per stage: whether it comes after the layers, and the groups of all ranks in order. Made once."""
         if kind not in self._programs:
             step = self.plan.steps[kind]
-            last_layer = max((n for n, s in enumerate(step.stages) if s.layer is not None), default=-1)
+            last_layer = max((n for n, s in enumerate(step.stages) if s.layer is not None), default=len(step.stages))
             self._programs[kind] = [
                 (
                     n > last_layer,
@@ -108,9 +107,13 @@ class Executor:
     def value(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor after the step, all ranks' shares of the vocabulary joined: float32 `[tokens, features]`."""
         parts = [r.buffers[name] for r in self.ranks]
-        split = self.plan.tp > 1 and name == "logits"
-        joined = torch.cat(parts, -1) if split else parts[0]
+        joined = torch.cat(parts, -1) if self._split_over_ranks(name) else parts[0]
         return joined if rows is None else joined[rows]
+
+    def _split_over_ranks(self, name: str) -> bool:
+        """Whether a value is logits of which every rank has a share."""
+        nodes = (n for s in self.plan.steps.values() for t in s.templates for g in t.groups for n in g.nodes)
+        return any(n.op == "argmax_partial" and n.inputs[0] == name and n.values["rank_stride"] for n in nodes)
 
 
 class _Shuffled:

@@ -18,7 +18,7 @@ FULL_COPY_LIMIT = 6 << 30  # weights up to this size (as float32) are widened on
 
 @dataclass
 class Cache:
-    """Keys and values of one state, float32 `[layers, sequences, kv_heads, context, head_dim]`, rounded to its dtype."""
+    """One state, float32 `[layers, sequences, kv_heads, context, head_dim]`, rounded to its dtype."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -46,7 +46,7 @@ class Rank:
         self.buffers = {n: poisoned(self.plan, n, tokens) for n in self.plan.tensors}
 
     def read(self, span: Span) -> torch.Tensor:
-        """`[tokens, features]` of a tensor, `[ranks, tokens, features]` of an inbox, `[tokens, k, features]` if routed."""
+        """`[tokens, features]`; `[ranks, tokens, features]` of an inbox, `[tokens, k, features]` of routed rows."""
         buffer = self.buffers[span.tensor]
         tokens_axis = 1 if span.tensor in self.plan.tensors and self.plan.tensors[span.tensor].inbox else 0
         if self.rows is not None:
@@ -82,17 +82,20 @@ def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:
     ranks = [Rank(plan, r, {}) for r in range(plan.tp)]
     for rank in ranks:
         rank.peers = ranks
-    layers = max((s.layers for s in plan.states.values()), default=0)
+    layers = layer_count(plan)
     total = sum(layers if w.per_layer else 1 for w in plan.weights.values())
     done, shared = 0, {}
     widen = 4 * sum(prod(w.shape) * (layers if w.per_layer else 1) for w in plan.weights.values()) <= FULL_COPY_LIMIT
     for weight in plan.weights.values():
         for layer in range(layers) if weight.per_layer else [None]:
             for rank in ranks:
-                key = (weight.source, layer, share_of(weight, rank.index), weight.pad)
+                empty = weight.once and rank.index > 0
+                key = (weight.source, layer, share_of(weight, rank.index), weight.pad, empty)
                 if key not in shared:
                     part = read_share(checkpoint, prefix, weight, layer, rank.index)
                     shared[key] = part.float() if widen else part
+                    if empty:
+                        shared[key] = torch.zeros_like(shared[key])
                 rank.weights[weight.name, layer] = shared[key]
             done += 1
             if progress is not None:
@@ -100,8 +103,13 @@ def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:
     return ranks
 
 
+def layer_count(plan: Plan) -> int:
+    """How many layers a plan has."""
+    return 1 + max((s.layer for step in plan.steps.values() for s in step.stages if s.layer is not None), default=-1)
+
+
 def find_prefix(plan: Plan, names: set[str], checkpoint: Any) -> str:
-    """The first of the plan's prefixes under which the checkpoint has the weights; UserError naming what is missing."""
+    """The first of the plan's prefixes under which the checkpoint has the weights; UserError where none has."""
     wanted = [w for w in plan.weights.values()]
     for prefix in plan.prefixes:
         if all(source_names(w, 0 if w.per_layer else None, prefix)[0] in names for w in wanted):
@@ -109,7 +117,8 @@ def find_prefix(plan: Plan, names: set[str], checkpoint: Any) -> str:
     first = next(w for w in wanted if source_names(w, 0 if w.per_layer else None, plan.prefixes[0])[0] not in names)
     missing = source_names(first, 0 if first.per_layer else None, plan.prefixes[0])[0]
     raise UserError(
-        f"{checkpoint.source}: there is no tensor '{missing}', which weight '{first.name}' of spec '{plan.spec}' is read from",
+        f"{checkpoint.source}: there is no tensor '{missing}', "
+        f"which weight '{first.name}' of spec '{plan.spec}' is read from",
         f"the checkpoint has {len(names)} tensors, such as {', '.join(sorted(names)[:3])}",
     )
 
@@ -157,12 +166,12 @@ def read_share(checkpoint: Any, prefix: str, weight: Weight, layer: int | None, 
 
 
 def unread_tensors(plan: Plan, checkpoint: Any) -> list[str]:
-    """Tensors of the checkpoint that no weight reads and the spec does not ignore: a spec that computes something else."""
+    """Tensors of the checkpoint that no weight reads and the spec does not ignore: it computes something else."""
     from fnmatch import fnmatchcase
 
     names = set(checkpoint.names())
     prefix = find_prefix(plan, names, checkpoint)
-    layers = max((s.layers for s in plan.states.values()), default=0)
+    layers = layer_count(plan)
     read = {
         name
         for weight in plan.weights.values()

@@ -43,7 +43,7 @@ def _check_node(plan: Plan, node: Node, partial: set[str]) -> str | None:
         return f"{what} '{addends[0]}' on every rank before it is summed over the ranks"
     if node.op == "linear" and _splits_k(plan, node):
         partial.add(node.output)
-        if "bias" in node.weights:
+        if "bias" in node.weights and not plan.weights[node.weights["bias"]].once:
             return "adds its bias on every rank"
     return None
 
