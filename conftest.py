@@ -1,0 +1,10 @@
+"""Lets pytest collect specs when mpk-spec runs from its source tree; installed, its entry point does."""
+
+from __future__ import annotations
+
+
+def pytest_configure(config) -> None:
+    from mpk_spec.testing import pytest_plugin
+
+    if not config.pluginmanager.is_registered(pytest_plugin):
+        config.pluginmanager.register(pytest_plugin, "mpk_spec")

@@ -1,0 +1,81 @@
+"""All checks of a spec as a list of items: the built-in ones, golden summaries, the spec's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpk_spec.errors import Position, SpecError
+from mpk_spec.testing.bench import Bench
+from mpk_spec.testing.checks import Outcome, guarded
+
+if TYPE_CHECKING:
+    from mpk_spec.schema import Spec
+
+REFERENCE_SIZE = "tiny"  # small enough to run anywhere
+
+
+@dataclass(frozen=True)
+class Item:
+    """A check that can be run. `position`: where the spec file asks for it."""
+
+    spec: str
+    name: str
+    position: Position
+    run: Callable[[], Outcome]
+
+    def outcome(self) -> Outcome:
+        return guarded(self.run)
+
+
+def collect(spec: Spec, size: str | None = None, update: bool = False) -> list[Item]:
+    """Every check of a spec. size: only what is about that size. update: golden summaries are written, not compared.
+
+    Raises SpecError for checks that cannot be read.
+    """
+    from mpk_spec.testing import checks
+
+    bench = Bench(spec)
+    items = []
+    for name in spec.sizes:
+        place = spec.position("sizes", name, on="key")
+        items.append((name, Item(spec.name, f"plans[{name}]", place, _bound(checks.plans, bench, name))))
+        items.append((name, Item(spec.name, f"golden[{name}]", place, _bound(_golden, bench, name, update))))
+    for tp in (1, 2) if REFERENCE_SIZE in spec.sizes else ():
+        place = spec.position("sizes", REFERENCE_SIZE, on="key")
+        run = _bound(checks.equals_huggingface, bench, REFERENCE_SIZE, tp)
+        items.append((REFERENCE_SIZE, Item(spec.name, f"huggingface[{REFERENCE_SIZE}, tp {tp}]", place, run)))
+    problems = []
+    for name in spec.checks:
+        try:
+            kind, given = checks.read_parameters(spec, name)
+        except SpecError as error:
+            problems += error.problems
+            continue
+        items.append(
+            (given.size, Item(spec.name, name, spec.position("checks", name, on="key"), _bound(kind.run, bench, given)))
+        )
+    if problems:
+        raise SpecError(problems)
+    return [item for about, item in items if size in (None, about)]
+
+
+def _bound(function: Callable, *arguments: object) -> Callable[[], Outcome]:
+    return lambda: function(*arguments)
+
+
+def _golden(bench: Bench, size: str, update: bool) -> Outcome:
+    from mpk_spec.testing.golden import difference, golden_path, golden_text, write_golden
+
+    path = golden_path(bench.spec, size)
+    if not path.parent.is_dir() and not update:
+        return Outcome("", "", "skip", f"{path.parent} does not exist; 'mpk-spec test --update' writes it")
+    text = golden_text(bench.plan(size))
+    differs = difference(path, text)
+    if differs and update:
+        write_golden(path, text)
+        return Outcome(path.name, "written", "pass")
+    if differs:
+        return Outcome(path.name, "differs", "fail", differs)
+    return Outcome(path.name, "the same", "pass")
