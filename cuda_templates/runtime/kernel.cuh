@@ -12,7 +12,7 @@ __device__ void set_up(const Params& params, Shared& shared) {
   for (u32 i = threadIdx.x; i < sizeof(Params) / 4; i += block_threads)
     reinterpret_cast<u32*>(&shared.params)[i] = reinterpret_cast<const u32*>(&params)[i];
   if (threadIdx.x == 0) {
-    for (u32 i = 0; i < plan::ring_slots; ++i) {
+    for (u32 i = 0; i < ring_slots; ++i) {
       ptx::barrier_init(&shared.full[i], ptx::copy_arrivals);
       ptx::barrier_init(&shared.empty[i], worker_warps);
     }
@@ -64,6 +64,10 @@ __device__ void run_worker(const Params& params, const Shared& shared) {
 }
 
 }  // namespace mpk
+
+// For the host, which has its own idea of these: shared memory, threads, and the sizes of what both sides write.
+extern "C" __device__ const mpk::u32 megakernel_sizes[6] = {
+    mpk::shared_bytes, mpk::block_threads, sizeof(mpk::Params), sizeof(mpk::Control), sizeof(mpk::Report), sizeof(mpk::Step)};
 
 extern "C" __global__ void __launch_bounds__(mpk::block_threads, 1) megakernel(const __grid_constant__ mpk::Params params) {
   using namespace mpk;

@@ -80,14 +80,14 @@ __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 l
   while (going) {
     while (going && !ptx::barrier_try(&shared.empty[slot], parity ^ 1)) going = !leaving(shared);
     if (!going) break;
-    if (issued >= plan::copies_in_flight) {
-      const u32 oldest = issued - plan::copies_in_flight;
-      u64* bar = &shared.full[oldest % plan::ring_slots];
-      while (!ptx::barrier_try(bar, oldest / plan::ring_slots % 2)) {}  // a copy that was issued always lands
+    if (issued >= copies_in_flight) {
+      const u32 oldest = issued - copies_in_flight;
+      u64* bar = &shared.full[oldest % ring_slots];
+      while (!ptx::barrier_try(bar, oldest / ring_slots % 2)) {}  // a copy that was issued always lands
     }
     ptx::copy_to_shared(ring + slot * plan::slot_bytes, cursor.from, cursor.bytes, &shared.full[slot], lane);
     ++issued;
-    if (++slot == plan::ring_slots) {
+    if (++slot == ring_slots) {
       slot = 0;
       parity ^= 1;
     }
@@ -95,9 +95,9 @@ __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 l
     __syncwarp();
   }
   // Shared memory must not be given back while copies are on their way.
-  const u32 open = min_of<u32>(issued, plan::copies_in_flight);
+  const u32 open = min_of<u32>(issued, copies_in_flight);
   for (u32 i = issued - open; i < issued; ++i)
-    while (!ptx::barrier_try(&shared.full[i % plan::ring_slots], i / plan::ring_slots % 2)) {}
+    while (!ptx::barrier_try(&shared.full[i % ring_slots], i / ring_slots % 2)) {}
 }
 
 }  // namespace mpk

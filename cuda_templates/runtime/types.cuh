@@ -19,7 +19,7 @@ constexpr u32 all_lanes = 0xffffffffu;
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
 
 template <class T>
-__device__ __forceinline__ T min_of(T a, T b) { return a < b ? a : b; }
+__host__ __device__ __forceinline__ constexpr T min_of(T a, T b) { return a < b ? a : b; }
 
 template <class T>
 __device__ __forceinline__ T max_of(T a, T b) { return a > b ? a : b; }

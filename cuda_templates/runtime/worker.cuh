@@ -38,13 +38,18 @@ struct Shared {
   alignas(16) plan::Program program;
 };
 
-constexpr u32 ring_bytes = plan::ring_slots * plan::slot_bytes;
 constexpr u32 activation_bytes = 24832;  // 16 tokens x (768 + 8) x 2 bytes
 constexpr u32 partial_bytes = 32768;  // 8 row tiles x 8 warps x 16 tokens x 8 rows x 4 bytes
 constexpr u32 scratch_bytes = activation_bytes + partial_bytes;
+
+// The plan's ring, or what the rest leaves of it.
+constexpr u32 room_for_ring = plan::shared_limit - scratch_bytes - sizeof(Shared);
+constexpr u32 ring_slots = min_of<u32>(plan::ring_slots, room_for_ring / plan::slot_bytes);
+constexpr u32 copies_in_flight = min_of<u32>(plan::copies_in_flight, ring_slots);
+constexpr u32 ring_bytes = ring_slots * plan::slot_bytes;
 constexpr u32 shared_bytes = ring_bytes + scratch_bytes + sizeof(Shared);
 static_assert(plan::slot_bytes % 128 == 0, "ring slots are aligned to 128 bytes");
-static_assert(shared_bytes <= plan::shared_limit, "the ring and the scratch do not fit into shared memory");
+static_assert(scratch_bytes + sizeof(Shared) + 2 * plan::slot_bytes <= plan::shared_limit, "two chunks fit beside the scratch");
 
 // Waits for a phase of an mbarrier. After an abort it returns at once.
 __device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32 parity) {
@@ -112,7 +117,7 @@ struct Worker : Progress {
   __device__ __forceinline__ void free_chunk() {
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(&shared.empty[slot]);
-    if (++slot == plan::ring_slots) {
+    if (++slot == ring_slots) {
       slot = 0;
       slot_parity ^= 1;
     }

@@ -13,6 +13,7 @@ from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.planner.targets import find_target
 
 EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow the signals of another
+MAX_SLOTS = 64
 COPIES_IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
 
 
@@ -76,7 +77,7 @@ def slots(plan: Plan, layout: Layout) -> tuple[int, int]:
     if largest > plan.chunk_bytes:
         raise UserError(f"a chunk of {largest} bytes exceeds the plan's {plan.chunk_bytes}")
     size = -(-largest // 128) * 128
-    return plan.ring_bytes // size, size
+    return min(plan.ring_bytes // size, MAX_SLOTS), size
 
 
 def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], programs: Programs) -> str:

@@ -1,0 +1,267 @@
+"""The kernel on a GPU: its module, the memory it works in, and one launch of it.
+
+The structures below mirror cuda_templates/runtime/program.cuh; the kernel exports their sizes and a launch refuses to run
+if the two sides disagree.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+
+from mpk_spec.emit.source import EVENT_STRIDE, Emitted
+from mpk_spec.errors import UserError
+
+MAX_TOKENS, MAX_STOP_IDS, STEP_SLOTS = 16, 16, 4
+STEP = np.dtype(
+    [("tokens", "<u4"), ("position", "<u4"), ("emitted", "<u4"), ("spare", "<u4"), ("ids", "<i4", MAX_TOKENS)]
+)
+CONTROL = np.dtype(
+    [("published", "<u4"), ("pad0", "<u4", 31), ("abort", "<u4"), ("pad1", "<u4", 31), ("steps", STEP, STEP_SLOTS)]
+)
+REPORT_FIELDS = ("set", "given", "taken", "step", "stage", "group", "task", "event", "seen", "wanted")
+REPORT = np.dtype([(name, "<u4") for name in REPORT_FIELDS])
+POINTERS = (
+    "weights", "arena", "cache", "pages", "rope", "program", "events", "control", "reports", "prompt", "host", "trace",
+)  # fmt: skip
+NUMBERS = (
+    "first_step", "prompt_end", "max_new", "context", "chunk", "num_stop_ids", "trace_step", "num_pages",
+)  # fmt: skip
+PARAMS = np.dtype(
+    [(n, "<u8") for n in (*POINTERS, "timeout_ns")]
+    + [(n, "<u4") for n in NUMBERS]
+    + [("stop_ids", "<i4", MAX_STOP_IDS)]
+)
+SIZES = ("shared_bytes", "block_threads", "params", "control", "report", "step")
+HOST_WORDS = 32  # before the ring's tokens: count, stop, padding
+TIMEOUT_S = 10.0
+
+
+def check(result: tuple) -> Any:
+    """The values of a driver call; UserError with the driver's own words where it failed."""
+    from cuda.bindings import driver
+
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(error)
+        raise UserError(f"the CUDA driver says: {text.decode() if text else error}")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+class KernelModule:
+    """A loaded cubin. Checks that this machine is the one that the plan was made for."""
+
+    def __init__(self, emitted: Emitted, cubin: bytes, device: int = 0):
+        from cuda.bindings import driver
+
+        check(driver.cuInit(0))
+        self.device = check(driver.cuDeviceGet(device))
+        _check_device(emitted, self.device)
+        self.module = check(driver.cuModuleLoadData(cubin))
+        self.function = check(driver.cuModuleGetFunction(self.module, b"megakernel"))
+        self.sizes = self._sizes()
+        self.num_sms = emitted.plan.num_sms
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(self.function, attribute, self.sizes["shared_bytes"]))
+
+    def _sizes(self) -> dict[str, int]:
+        from cuda.bindings import driver
+
+        address, size = check(driver.cuModuleGetGlobal(self.module, b"megakernel_sizes"))
+        words = np.zeros(size // 4, np.uint32)
+        check(driver.cuMemcpyDtoH(words.ctypes.data, address, size))
+        sizes = dict(zip(SIZES, words.tolist(), strict=True))
+        ours = {"params": PARAMS, "control": CONTROL, "report": REPORT, "step": STEP}
+        for name, dtype in ours.items():
+            if sizes[name] != dtype.itemsize:
+                raise RuntimeError(f"the kernel's '{name}' has {sizes[name]} bytes, the host's {dtype.itemsize}")
+        return sizes
+
+    def launch(self, params: np.ndarray, stream: int) -> None:
+        """One cooperative launch: every SM gets its block or none does."""
+        from cuda.bindings import driver
+
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        attribute.value.cooperative = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self.num_sms, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.sizes["block_threads"], 1, 1
+        config.sharedMemBytes, config.hStream = self.sizes["shared_bytes"], stream
+        config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * 1)(params.ctypes.data)
+        check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+
+
+def _check_device(emitted: Emitted, device) -> None:
+    from cuda.bindings import driver
+
+    from mpk_spec.planner.targets import find_target
+
+    kind = driver.CUdevice_attribute
+    target = find_target(emitted.plan.target)
+    major = check(driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
+    minor = check(driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
+    sms = check(driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device))
+    if f"sm_{major}{minor}" != target.arch.rstrip("a"):
+        raise UserError(f"the plan is for {target.title} ({target.arch}), this GPU is sm_{major}{minor}")
+    if sms != emitted.plan.num_sms:
+        raise UserError(
+            f"the plan is for {emitted.plan.num_sms} SMs, this GPU has {sms}", "one block per SM: plan for this GPU"
+        )
+
+
+class Memory:
+    """What the kernel works in beside weights: events, programs, activations, cache, the host's ring."""
+
+    def __init__(self, emitted: Emitted, device):
+        import torch
+
+        from mpk_spec.runtime.cuda_weights import rope_tables
+
+        plan, layout = emitted.plan, emitted.layout
+        state = next(iter(plan.states.values()))
+        self.num_pages = -(-state.context // state.page)
+
+        def room(size: int) -> torch.Tensor:
+            return torch.empty(max(size, 256), dtype=torch.uint8, device=device)
+
+        self.arena = room(plan.arena_bytes.get("cuda", 0)).fill_(0xFF)  # NaN: what nobody wrote shows
+        self.cache = room(layout.cache_bytes).fill_(0xFF)
+        self.pages = torch.arange(self.num_pages, dtype=torch.int32, device=device)
+        self.rope = rope_tables(plan, layout).to(device)
+        blob = np.frombuffer(emitted.programs.blob, np.uint8).copy()
+        self.program = torch.from_numpy(blob).to(device)
+        self.events = torch.zeros(emitted.num_events * EVENT_STRIDE, dtype=torch.int32, device=device)
+        self.control = torch.zeros(CONTROL.itemsize, dtype=torch.uint8, device=device)
+        self.reports = torch.zeros(plan.num_sms * REPORT.itemsize, dtype=torch.uint8, device=device)
+        self.prompt = torch.zeros(plan.context, dtype=torch.int32, device=device)
+        self.host = torch.zeros(HOST_WORDS + plan.context + 1, dtype=torch.int32).pin_memory()
+        self.ring = self.host.numpy()
+
+    def addresses(self) -> dict[str, int]:
+        names = ("arena", "cache", "pages", "rope", "program", "events", "control", "reports", "prompt", "host")
+        return {name: getattr(self, name).data_ptr() for name in names}
+
+
+class Launcher:
+    """Starts the kernel for a stretch of tokens and watches its ring. Steps are counted from when events were last zero."""
+
+    def __init__(self, emitted: Emitted, module: KernelModule, memory: Memory, weights):
+        import torch
+
+        self.emitted, self.module, self.memory, self.weights = emitted, module, memory, weights
+        self.stream = torch.cuda.Stream()
+        self.steps = 0
+        self.timeout_s = TIMEOUT_S
+        self.trace, self.trace_step = None, 0
+        torch.cuda.synchronize()  # all that was prepared on other streams is there
+
+    def start(self, prompt: list[int], position: int, max_new: int, stop: frozenset[int] = frozenset()) -> None:
+        """Launches: `prompt` from `position` on, then up to `max_new` tokens."""
+        import torch
+
+        chunk = max(s.tokens for s in self.emitted.plan.steps.values())
+        first = np.zeros((), STEP)
+        count = min(chunk, len(prompt))
+        first["tokens"], first["position"] = count, position
+        first["ids"][:count] = prompt[:count]
+        control = np.zeros((), CONTROL)
+        control["published"] = (self.steps + 1) & 0xFFFFFFFF
+        control["steps"][self.steps % STEP_SLOTS] = first
+        self.memory.ring[:HOST_WORDS] = 0
+        with torch.cuda.stream(self.stream):
+            ids = torch.tensor(prompt, dtype=torch.int32)
+            self.memory.prompt[position : position + len(prompt)].copy_(ids)
+            self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
+        self.module.launch(self._params(position + len(prompt), max_new, stop, chunk), self.stream.cuda_stream)
+
+    def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
+        params = np.zeros((), PARAMS)
+        for name, address in self.memory.addresses().items():
+            params[name] = address
+        params["weights"] = self.weights.data_ptr()
+        params["trace"] = 0 if self.trace is None else self.trace.data_ptr()
+        params["timeout_ns"] = int(self.timeout_s * 1e9)
+        params["first_step"], params["prompt_end"], params["max_new"] = self.steps & 0xFFFFFFFF, prompt_end, max_new
+        params["context"], params["chunk"], params["num_pages"] = self.emitted.plan.context, chunk, self.memory.num_pages
+        ids = sorted(stop)
+        if len(ids) > MAX_STOP_IDS:
+            raise UserError(f"the CUDA kernel knows {MAX_STOP_IDS} stop tokens, {len(ids)} were given")
+        params["num_stop_ids"] = len(ids)
+        params["stop_ids"][: len(ids)] = ids
+        params["trace_step"] = self.trace_step
+        return params
+
+    def tokens(self):
+        """Yields tokens as the kernel publishes them, until it ends."""
+        ring, seen = self.memory.ring, 0
+        idle = 0
+        while True:
+            done = self.stream.query()
+            count = int(ring[0])
+            while seen < count:
+                yield int(ring[HOST_WORDS + seen])
+                seen += 1
+                idle = 0
+            if done and seen == int(ring[0]):
+                return
+            idle += 1
+            if idle > 50:
+                time.sleep(20e-6)
+
+    def stop(self) -> None:
+        """Asks the kernel to end after its step."""
+        self.memory.ring[1] = 1
+
+    def finish(self) -> int:
+        """Waits for the end of the launch and returns the steps it ran. Raises UserError after an abort."""
+        self.stream.synchronize()
+        control = np.frombuffer(self.memory.control.cpu().numpy().tobytes(), CONTROL)[0]
+        if control["abort"]:
+            message = self._blame()
+            self.reset_events()
+            raise UserError(f"the kernel was aborted: {message}", "this is a bug of the kernel or its plan")
+        ran = (int(control["published"]) - 1 - self.steps) & 0xFFFFFFFF
+        self.steps = (self.steps + ran) & 0xFFFFFFFF
+        return ran
+
+    def reset_events(self, steps: int = 0) -> None:
+        """Sets every counter to what it holds after `steps` steps, and forgets an abort."""
+        import torch
+
+        programs, step = self.emitted.programs, self.emitted.step
+        totals = torch.tensor([programs.event_total[s.template] for s in step.stages], dtype=torch.int64)
+        counters = torch.zeros(totals.numel(), EVENT_STRIDE, dtype=torch.int64)
+        counters[:, 0] = totals.flatten() * steps
+        self.memory.events.copy_(((counters + 2**31) % 2**32 - 2**31).to(torch.int32).flatten())
+        self.memory.control.zero_()
+        self.memory.reports.zero_()
+        self.steps = steps
+        torch.cuda.synchronize()
+
+    def _blame(self) -> str:
+        """The SM that is furthest behind, in the plan's names."""
+        reports = np.frombuffer(self.memory.reports.cpu().numpy().tobytes(), REPORT)
+        order = sorted((int(r["step"]), int(r["stage"]), int(r["group"]), sm) for sm, r in enumerate(reports) if r["set"])
+        if not order:
+            return "no SM left a report"
+        sm = order[0][3]
+        report = {name: int(reports[sm][name]) for name in REPORT_FIELDS}
+        step = self.emitted.step
+        where = f"SM {sm} in step {report['step']}"
+        if report["stage"] >= len(step.stages):
+            return f"{where} waits for the next step's descriptor"
+        stage = step.stages[report["stage"]]
+        template = step.templates[stage.template]
+        group = template.groups[report["group"]].name
+        at, event = divmod(report["event"], len(self.emitted.programs.events))
+        what = f"{where}, stage {report['stage']} ({template.name}, layer {stage.layer}), task {report['task']} of '{group}'"
+        if report["given"] > report["taken"]:
+            return f"{what}: its workers do not move"
+        seen, wanted = report["seen"], report["wanted"]
+        name = self.emitted.programs.events[event]
+        return f"{what}: event '{name}' of stage {at} stands at {seen}, wanted {wanted}"
