@@ -224,9 +224,12 @@ def _query_ropes(plan: Plan) -> set[str]:
 
 def _late_tables(executor: Executor) -> Executor:
     """The queries' tables one position late; the last row, which no position past the context would follow, twice."""
+    from mpk_spec.reference.evaluate import rope_key
+
     queries = _query_ropes(executor.plan)
-    late = {repr(n.values["parameters"]) for n in _nodes(executor.plan) if n.output in queries}
+    late = {rope_key(n) for n in _nodes(executor.plan) if n.output in queries}
     for rank in executor.ranks:
+        assert late <= rank.rope.keys()  # else nothing would be planted
         rank.rope = {
             key: tuple(table[[*range(1, len(table)), -1]] for table in tables) if key in late else tables
             for key, tables in rank.rope.items()
