@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -44,7 +43,7 @@ class CommandTable(TyperGroup):
     def get_command(self, ctx, cmd_name):
         if cmd_name not in COMMANDS:
             return None
-        if self.commands[cmd_name] is None and find_spec(f"mpk_spec.cli.{cmd_name}") is not None:
+        if self.commands[cmd_name] is None:
             self.commands[cmd_name] = load(cmd_name)
         return self.commands[cmd_name]
 
