@@ -57,7 +57,14 @@ def open_target(
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `name` means weights rather than a spec. An OWNER/NAME that is no file here is a hub id."""
+    """Whether `name` means weights rather than a spec. An OWNER/NAME that is no file here is a hub id.
+
+    The bare name of a spec means that spec also where a folder of the same name lies: './qwen3' means the folder.
+    """
+    from mpk_spec.schema import spec_names
+
+    if name in spec_names():
+        return False
     path = Path(name).expanduser()
     if name.startswith(SOURCE_SCHEMES) or name.endswith(".gguf") or path.is_dir():
         return True

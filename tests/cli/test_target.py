@@ -65,6 +65,13 @@ def test_specs_and_checkpoints_are_told_apart(name, expected):
     assert is_checkpoint(name) is expected
 
 
+def test_a_folder_named_like_a_spec_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert not is_checkpoint("smollm2")
+    assert is_checkpoint("./smollm2")
+
+
 def test_the_default_size_has_weights_and_is_no_stand_in():
     assert default_size(load_spec("smollm2")) == "135m"
     assert default_size(load_spec("qwen3")) == "0.6b"
