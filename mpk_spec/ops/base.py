@@ -10,7 +10,7 @@ Features: an activation is `[tokens, *shape]`; its features are `shape` flattene
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -80,7 +80,7 @@ class TensorType:
 
 
 class OpError(Exception):
-    """What is wrong with an operator in its place; the binder adds the position. `field` names the YAML key to blame."""
+    """What is wrong with an operator in its place; the binder adds the position. `field`: the YAML key to blame."""
 
     def __init__(self, message: str, field: str | None = None, hint: str | None = None):
         super().__init__(message)
@@ -181,6 +181,19 @@ def round_to(x: torch.Tensor, dtype: str) -> torch.Tensor:
     if dtype == "f32" or not _rounding.get():
         return x
     return x.to({"bf16": torch.bfloat16, "f16": torch.float16}[dtype]).to(torch.float32)
+
+
+LANES = 64  # elements; whole vectors of every CPU
+
+
+def elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`function(x)`, each element's bits independent of the shape: torch has other code for the rest of a vector."""
+    from torch.nn.functional import pad
+
+    count = x.numel()
+    if count % LANES == 0 and x.is_contiguous():
+        return function(x)
+    return function(pad(x.reshape(-1), (0, -count % LANES)))[:count].view(x.shape)
 
 
 def same_features(op: str, inputs: Sequence[TensorType]) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mpk_spec.ops.base import Op, OpError, Refs, TensorType, register, same_features
+from mpk_spec.ops.base import Op, OpError, Refs, TensorType, elementwise, register, same_features
 
 
 @register
@@ -57,9 +57,11 @@ class GatedAct(Op):
         return TensorType(inputs[0].axes, routed=inputs[0].routed)
 
     def compute(self, inputs, weights, scope):
+        from functools import partial
+
         import torch.nn.functional as F
 
         gate, up = inputs
         if self.fn == "gelu_tanh":
-            return F.gelu(gate, approximate="tanh") * up
-        return getattr(F, self.fn)(gate) * up
+            return elementwise(partial(F.gelu, approximate="tanh"), gate) * up
+        return elementwise(getattr(F, self.fn), gate) * up

@@ -18,8 +18,8 @@ class Rope(Op):
     """Rotates each head by its token's position, in float32.
 
     The cos and sin tables are made by transformers' own rope functions from `parameters` (the config's
-    `rope_parameters`), so every `rope_type` it knows works, partial rotation included. Types whose frequencies depend on
-    the length (`dynamic`, `longrope`) are evaluated at the plan's context length.
+    `rope_parameters`), so every `rope_type` it knows works, partial rotation included. Types whose frequencies depend
+    on the length (`dynamic`, `longrope`) are evaluated at the plan's context length.
     """
 
     op: ClassVar[str] = "rope"

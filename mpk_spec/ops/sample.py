@@ -33,8 +33,8 @@ class Sample(Op):
 class ArgmaxPartial(Op):
     """For each slice of `slice` logits its maximum and the id of that: `[tokens, slices, 2]` as float32 and int32 bits.
 
-    A rank's ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); ids at `valid` or above are
-    padding.
+    A rank's ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); ids at `valid` or above
+    are padding.
     """
 
     op: ClassVar[str] = "argmax_partial"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpk_spec.ops.base import round_to
+from mpk_spec.ops.base import elementwise, round_to
 from mpk_spec.planner.plan import State
 from mpk_spec.reference.state import Rank
 
@@ -67,19 +67,23 @@ def _one_sequence(
             continue
         lo, hi = block * state.kv_block, min((block + 1) * state.kv_block, last + 1)
         keys = cache.keys[layer or 0, slot, heads.start : heads.stop, lo:hi]
+        seen_values = cache.values[layer or 0, slot, heads.start : heads.stop, lo:hi]
+        if not decode:  # blocks of one size, so that a sum does not depend on where the chunk ends
+            missing = (0, 0, 0, lo + state.kv_block - hi)
+            keys, seen_values = torch.nn.functional.pad(keys, missing), torch.nn.functional.pad(seen_values, missing)
         scores = rows @ keys.transpose(1, 2) * scale
         if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+            scores = softcap * elementwise(torch.tanh, scores / softcap)
         if not covered:
-            where = torch.arange(lo, hi)
+            where = torch.arange(lo, lo + keys.shape[1])
             hidden = where > at if window is None else (where > at) | (where <= at - window)
             scores = scores.masked_fill(hidden, float("-inf"))
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
         # a token that has seen nothing of this split yet has no maximum to subtract
         safe = new_peak if covered else new_peak.masked_fill(new_peak.isinf(), 0.0)
-        weights, kept = torch.exp(scores - safe), torch.exp(peak - safe)
+        weights, kept = elementwise(torch.exp, scores - safe), elementwise(torch.exp, peak - safe)
         total = total * kept + weights.sum(-1, keepdim=True)
-        summed = summed * kept + weights @ cache.values[layer or 0, slot, heads.start : heads.stop, lo:hi]
+        summed = summed * kept + weights @ seen_values
         peak = new_peak
     done = torch.cat((summed, peak, total), -1).unflatten(1, (-1, q.shape[2])).permute(1, 0, 2, 3)
     return done[:tokens]

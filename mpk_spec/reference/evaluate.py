@@ -145,11 +145,16 @@ class GroupRun:
         bias = self.rank.weight(node.weights["bias"], self.layer) if "bias" in node.weights else None
         if len(node.inputs) == 2:
             return self._experts(node, x, weight, bias, lo, hi)
-        weight = weight[lo:hi] if part is None else weight[lo:hi, part[1] : part[2]]
-        y = product(x, weight, self.step.decode)
+        y = self._rows_product(x, weight if part is None else weight[:, part[1] : part[2]], lo, hi)
         # a sum over K splits takes its bias once; of one over ranks, all but one hold zeros
         takes_bias = bias is not None and (part is None or part[0] == 0)
         return y + bias[lo:hi].float() if takes_bias else y
+
+    def _rows_product(self, x: torch.Tensor, weight: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+        """Rows [lo, hi) of the product. A single task multiplies by all rows: BLAS has other bits for few of them."""
+        if self.task is not None:
+            return product(x, weight, self.step.decode)[..., lo:hi]
+        return product(x, weight[lo:hi], self.step.decode)
 
     def _experts(self, node: Node, x: torch.Tensor, weight, bias, lo: int, hi: int) -> torch.Tensor:
         """Routed rows `[tokens, choices, hi - lo]`; a claimed task computes just its slot's expert, the rest is NaN."""
@@ -163,7 +168,7 @@ class GroupRun:
             active = active[self.task.k[0] : self.task.k[1]]
         for expert in active:
             chosen = ids == expert
-            y = product(rows[chosen], weight[expert, lo:hi], self.step.decode)
+            y = self._rows_product(rows[chosen], weight[expert], lo, hi)
             out[chosen] = y if bias is None else y + bias[expert, lo:hi].float()
         return out
 

@@ -123,6 +123,8 @@ class _Shuffled:
         self.executor, self.step, self.input, self.choose = executor, step, step_input, choose
         ranks, sms = range(len(executor.ranks)), range(executor.plan.num_sms)
         self.queues = {(r, sm): self._entries(sm) for r in ranks for sm in sms}
+        self.ready = [where for where, queue in self.queues.items() if queue]
+        self.parked: dict[tuple[int, int, str], list[tuple[int, int]]] = {}  # by the event that they wait for
         self.counts: dict[tuple[int, int, str], int] = {}
         self.pools: dict[tuple[int, int, int], list[int]] = {}
 
@@ -136,42 +138,44 @@ class _Shuffled:
         return found[::-1]
 
     def run(self) -> None:
-        idle: set[tuple[int, int]] = set()
-        while any(self.queues.values()):
-            ready = [k for k, q in self.queues.items() if q and k not in idle]
-            if not ready:
-                raise RuntimeError(f"deadlock: {sum(map(len, self.queues.values()))} tasks wait for one another")
-            where = self.choose.choice(ready)
-            if self._advance(where):
-                idle.clear()
-            else:
-                idle.add(where)
+        while self.ready:
+            n = self.choose.randrange(len(self.ready))
+            where = self.ready[n]
+            event = self._advance(where)
+            if event is not None or not self.queues[where]:
+                self.ready[n] = self.ready[-1]
+                self.ready.pop()
+            if event is not None:
+                self.parked.setdefault(event, []).append(where)
+        left = sum(map(len, self.queues.values()))
+        if left:
+            raise RuntimeError(f"deadlock: {left} tasks wait for one another")
 
-    def _advance(self, where: tuple[int, int]) -> bool:
+    def _advance(self, where: tuple[int, int]) -> tuple[int, int, str] | None:
+        """Runs the next task of a queue, or returns an event that it waits for."""
         rank, _ = where
-        stage, number, task_index = self.queues[where][-1]
+        stage, number, index = self.queues[where][-1]
         group = self.step.templates[self.step.stages[stage].template].groups[number]
-        if task_index < 0:
-            pool = self.pools.setdefault((rank, stage, number), list(range(len(group.tasks))))
-            if not pool:
+        pool = self.pools.setdefault((rank, stage, number), list(range(len(group.tasks)))) if index < 0 else [index]
+        if not pool:
+            self.queues[where].pop()
+            return None
+        task = group.tasks[pool[0]]
+        event = self._missing(rank, stage, task)
+        if event is None:
+            pool.pop(0)
+            if index >= 0:
                 self.queues[where].pop()
-                return True
-            if not self._may_start(rank, stage, group.tasks[pool[0]]):
-                return False
-            self._do(rank, stage, group, group.tasks[pool.pop(0)])
-            return True
-        task = group.tasks[task_index]
-        if not self._may_start(rank, stage, task):
-            return False
-        self.queues[where].pop()
-        self._do(rank, stage, group, task)
-        return True
+            self._do(rank, stage, group, task)
+        return event
 
-    def _may_start(self, rank: int, stage: int, task: Task) -> bool:
-        """Stages before the first belong to the step before, which is over."""
-        return all(
-            stage + w.stage < 0 or self.counts.get((rank, stage + w.stage, w.event), 0) >= w.count for w in task.waits
-        )
+    def _missing(self, rank: int, stage: int, task: Task) -> tuple[int, int, str] | None:
+        """An event that the task waits for. Stages before the first belong to the step before, which is over."""
+        for wait in task.waits:
+            event = (rank, stage + wait.stage, wait.event)
+            if event[1] >= 0 and self.counts.get(event, 0) < wait.count:
+                return event
+        return None
 
     def _do(self, rank: int, stage: int, group: Group, task: Task) -> None:
         GroupRun(self.executor.ranks[rank], group, self.step.stages[stage].layer, task).run(self.input)
@@ -182,3 +186,4 @@ class _Shuffled:
             for event in task.signals:
                 key = (peer, stage, event)
                 self.counts[key] = self.counts.get(key, 0) + 1
+                self.ready += self.parked.pop(key, [])
