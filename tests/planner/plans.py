@@ -125,7 +125,7 @@ def _layer(s: Shape, name: str, tiles: int, first: bool, before: Builder) -> Bui
         tasks.append(((lo, hi), entry, [("qkv", lo, hi), *more], (), heads))
     if publish and len(tasks) < len(shares):
         raise ValueError("more shares than tasks")
-    b.add("qkv", "linear", tasks, (entry_wait,), 2, weights={"weight": "qkv"}, inputs=["x"], output="qkv")
+    b.add("qkv", "linear", tasks, (entry_wait,), 2, weights={"weight": "w_qkv"}, inputs=["x"], output="qkv")
     tasks = []
     for h in range(s.heads):
         for split in range(s.splits):
@@ -139,7 +139,7 @@ def _layer(s: Shape, name: str, tiles: int, first: bool, before: Builder) -> Bui
         tasks = [((lo, hi), [whole], [("o_in", lo, hi)], (), ()) for lo, hi in tile(HIDDEN, s.tiles)]
     else:
         tasks = [((lo, hi), [whole, ("r0", lo, hi)], [("r1", lo, hi)], (), ()) for lo, hi in tile(HIDDEN, s.tiles)]
-    common = {"cross": parallel, "weights": {"weight": "o"}, "inputs": ["a"]}
+    common = {"cross": parallel, "weights": {"weight": "w_o"}, "inputs": ["a"]}
     b.add("o", "linear", tasks, (b.wait("attend"),), 1, output="o", **common)
     entry = [("o_in", 0, HIDDEN), ("r0", 0, HIDDEN)] if parallel else [("r1", 0, HIDDEN)]
     cuts, shares = tile(INTER, tiles), tile(HIDDEN, tiles)
@@ -163,7 +163,7 @@ def _head(s: Shape, before: Builder) -> Builder:
     entry = [("r1", 0, HIDDEN), ("d_in", 0, HIDDEN)] if parallel else [("r0", 0, HIDDEN)]
     tasks = [((lo, hi), entry, [("best", lo, hi)], (), ()) for lo, hi in tile(VOCAB, s.tiles + 1)]
     waits = (before.wait("down", -1),)
-    b.add("head", "linear", tasks, waits, 2, cross=parallel, weights={"weight": "head"}, inputs=["d"], output="best")
+    b.add("head", "linear", tasks, waits, 2, cross=parallel, weights={"weight": "w_head"}, inputs=["d"], output="best")
     tasks = [((0, 1), [("best", 0, VOCAB)], [("next_ids", 0, 1)], (), ())]
     b.add("sample", "argmax_reduce", tasks, (b.wait("head"),), inputs=["best"], output="next_ids")
     return b
@@ -196,9 +196,9 @@ def make_plan(s: Shape) -> Plan:
         arenas[t.placement] = max(arenas.get(t.placement, 0), t.offset + t.bytes)
     split = {"split": 1, "parts": s.tp} if s.tp > 1 else {}
     weights = {
-        "qkv": Weight("qkv", "qkv", (s.heads * 6, HIDDEN), (s.heads * 6, HIDDEN), per_layer=True),
-        "o": Weight("o", "o", (HIDDEN, 8), (HIDDEN, 8 * s.tp), per_layer=True, **split),
-        "head": Weight("head", "head", (VOCAB, HIDDEN), (VOCAB, HIDDEN)),
+        "w_qkv": Weight("w_qkv", "qkv", (s.heads * 6, HIDDEN), (s.heads * 6, HIDDEN), per_layer=True),
+        "w_o": Weight("w_o", "o", (HIDDEN, 8), (HIDDEN, 8 * s.tp), per_layer=True, **split),
+        "w_head": Weight("w_head", "head", (VOCAB, HIDDEN), (VOCAB, HIDDEN)),
     }
     return Plan(
         name="synthetic",

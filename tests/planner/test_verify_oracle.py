@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import execute, unordered, wrong_in_order
 from plans import Shape, edit_group, edit_template, make_plan
 
-from mpk_spec.planner.plan import Plan
+from mpk_spec.planner.plan import Plan, Template
 from mpk_spec.planner.verify import PlanError, verify
 
 TINY = (
@@ -29,9 +29,9 @@ def steps_of(shape: Shape) -> tuple[str, ...]:
     return (shape.kinds[0], shape.kinds[-1], shape.kinds[0])
 
 
-def accepted(plan: Plan) -> bool:
+def accepted(plan: Plan, full: bool = False) -> bool:
     try:
-        verify(plan)
+        verify(plan, full)
     except PlanError:
         return False
     return True
@@ -61,52 +61,64 @@ def test_some_execution_of_a_defect_goes_wrong(defect):
     assert seen
 
 
-def drop_wait(plan: Plan, random: Random) -> Plan:
+def drop_wait(template: Template, random: Random) -> Template:
     """A random task no longer waits for one of its events."""
+    waiting = [g for g in template.groups if any(t.waits for t in g.tasks)]
+    if not waiting:
+        return template
+    group = random.choice(waiting)
+    task = random.choice([t for t in group.tasks if t.waits])
+    waits = list(task.waits)
+    waits.remove(random.choice(waits))
+    tasks = tuple(replace(t, waits=tuple(waits)) if t is task else t for t in group.tasks)
+    return edit_group(template, group.name, lambda g: replace(g, tasks=tasks))
 
-    def change(template):
-        group = random.choice([g for g in template.groups if any(t.waits for t in g.tasks)])
-        task = random.choice([t for t in group.tasks if t.waits])
-        waits = list(task.waits)
-        waits.remove(random.choice(waits))
-        tasks = tuple(replace(t, waits=tuple(waits)) if t is task else t for t in group.tasks)
-        return edit_group(template, group.name, lambda g: replace(g, tasks=tasks))
 
-    return edit_template(plan, "decode", random.randrange(len(plan.steps["decode"].stages)), change)
-
-
-def move_task(plan: Plan, random: Random) -> Plan:
+def move_task(template: Template, random: Random) -> Template:
     """A random task goes to a random place of a random queue (and of its load order)."""
-
-    def change(template):
-        queues = [list(q) for q in template.queues]
-        source = random.choice([q for q in queues if q])
-        entry = random.choice([e for e in source if e[1] >= 0] or [None])
-        if entry is None:
-            return template
-        source.remove(entry)
-        target = random.choice(queues)
-        target.insert(random.randint(0, len(target)), entry)
-        loaded = {e for loads in template.loads for e in loads}
-        loads = tuple(tuple(e for e in q if e in loaded) for q in queues)
-        return replace(template, queues=tuple(map(tuple, queues)), loads=loads)
-
-    return edit_template(plan, "decode", random.randrange(len(plan.steps["decode"].stages)), change)
+    queues = [list(q) for q in template.queues]
+    source = random.choice([q for q in queues if q])
+    entry = random.choice([e for e in source if e[1] >= 0] or [None])
+    if entry is None:
+        return template
+    source.remove(entry)
+    target = random.choice(queues)
+    target.insert(random.randint(0, len(target)), entry)
+    loaded = {e for loads in template.loads for e in loads}
+    loads = tuple(tuple(e for e in q if e in loaded) for q in queues)
+    return replace(template, queues=tuple(map(tuple, queues)), loads=loads)
 
 
-def goes_wrong(plan: Plan, kinds: tuple[str, ...]) -> bool:
+def change_one_stage(plan: Plan, random: Random) -> Plan:
+    change = random.choice((drop_wait, move_task))
+    stage = random.randrange(len(plan.steps["decode"].stages))
+    return edit_template(plan, "decode", stage, lambda t: change(t, random))
+
+
+def change_all_alike(plan: Plan, random: Random) -> Plan:
+    """The same change in all layers that share a template."""
+    step = plan.steps["decode"]
+    number = random.randrange(len(step.templates))
+    changed = random.choice((drop_wait, move_task))(step.templates[number], random)
+    templates = (*step.templates[:number], changed, *step.templates[number + 1 :])
+    return replace(plan, steps={**plan.steps, "decode": replace(step, templates=templates)})
+
+
+def goes_wrong(plan: Plan, kinds: tuple[str, ...], tries: int) -> bool:
     """By the slow judges: an unordered pair, a wrong value in program order, or an execution that stands still."""
     if wrong_in_order(plan, kinds) or unordered(plan, kinds):
         return True
-    return any(execute(plan, kinds, seed) for seed in range(3))
+    return any(execute(plan, kinds, seed) for seed in range(tries))
 
 
 def agree(seed: int, shape: Shape, changes: int) -> None:
     random = Random(seed)
     plan = make_plan(shape)
     for _ in range(changes):
-        plan = random.choice((drop_wait, move_task))(plan, random)
-    assert accepted(plan) != goes_wrong(plan, ("decode",) * 3)
+        plan = change_one_stage(plan, random)
+    good = accepted(plan)
+    tries = 3 if good else 80  # who claims from a pool is chance
+    assert good != goes_wrong(plan, ("decode",) * 3, tries)
 
 
 @given(
@@ -116,10 +128,11 @@ def agree(seed: int, shape: Shape, changes: int) -> None:
     sms=st.integers(1, 3),
     tp=st.sampled_from((1, 2)),
     fine=st.booleans(),
+    pool=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
-def test_verdicts_are_those_of_the_oracle_after_random_changes(seed, changes, layers, sms, tp, fine):
-    agree(seed, Shape(layers=layers, sms=sms, tp=tp, fine=fine, tiles=2, reuse=False), changes)
+@settings(max_examples=100, deadline=None)
+def test_verdicts_are_those_of_the_oracle_after_random_changes(seed, changes, layers, sms, tp, fine, pool):
+    agree(seed, Shape(layers=layers, sms=sms, tp=tp, fine=fine, pool=pool, tiles=2, reuse=False), changes)
 
 
 @pytest.mark.slow
@@ -130,7 +143,26 @@ def test_verdicts_are_those_of_the_oracle_after_random_changes(seed, changes, la
     sms=st.integers(1, 4),
     tp=st.sampled_from((1, 2, 3)),
     fine=st.booleans(),
+    pool=st.booleans(),
 )
 @settings(max_examples=3000, deadline=None)
-def test_verdicts_are_those_of_the_oracle_thousands_of_times(seed, changes, layers, sms, tp, fine):
-    agree(seed, Shape(layers=layers, sms=sms, tp=tp, fine=fine, tiles=3, reuse=False), changes)
+def test_verdicts_are_those_of_the_oracle_thousands_of_times(seed, changes, layers, sms, tp, fine, pool):
+    agree(seed, Shape(layers=layers, sms=sms, tp=tp, fine=fine, pool=pool, tiles=3, reuse=False), changes)
+
+
+@given(
+    seed=st.integers(0, 10**9),
+    changes=st.integers(1, 2),
+    layers=st.integers(6, 20),
+    sms=st.integers(1, 4),
+    tp=st.sampled_from((1, 2)),
+    pool=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_induction_gives_the_verdict_of_the_full_walk(seed, changes, layers, sms, tp, pool):
+    """Also where a layer no longer waits for all of the layer before, so that work of several layers is under way."""
+    random = Random(seed)
+    plan = make_plan(Shape(layers=layers, sms=sms, tp=tp, pool=pool, period=random.choice((1, 2, 6)), splits=2))
+    for _ in range(changes):
+        plan = change_all_alike(plan, random)
+    assert accepted(plan) == accepted(plan, full=True)

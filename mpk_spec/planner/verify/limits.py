@@ -88,9 +88,9 @@ def _check_spans(plan: Plan, where: str, group: Group, report: Report) -> bool:
     written: dict[str, list[tuple[int, int, int]]] = {name: [] for name in group.outputs if name in plan.tensors}
     for task in group.tasks:
         for span, verb in [(s, "reads") for s in task.reads] + [(s, "writes") for s in task.writes]:
-            if verb == "reads" and span.tensor in plan.weights:
-                continue
             size = extent(plan, span.tensor)
+            if size is None and verb == "reads" and span.tensor in plan.weights:
+                continue
             if size is None or (verb == "writes" and span.tensor in plan.feeds):
                 sound = False
                 report.add(
