@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: one thread each, set before torch reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure(config) -> None:
     from mpk_spec.testing import pytest_plugin
