@@ -47,9 +47,9 @@ def test_all_kinds_of_steps(steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("tp", range(1, 9))
-@pytest.mark.parametrize("batch", (1, 5, 16))
-@pytest.mark.parametrize("target", ("a100", "h100", "b200", "rtx4090"))
+@pytest.mark.parametrize("tp", (1, 2, 4, 7, 8))
+@pytest.mark.parametrize("batch", (1, 16))
+@pytest.mark.parametrize("target", ("h100", "rtx4090"))
 def test_all_sizes(name, tp, batch, target):
     from mpk_spec.errors import SpecError
 
