@@ -262,7 +262,7 @@ def equals_huggingface(bench: Bench, size: str, tp: int) -> Outcome:
     ids, truth = yardstick.ids[0], yardstick.truth[0]
     exact = Defect("unrounded", "the spec's own roundings left out", spec=unrounded)
     ours = open_ours(bench.spec, size, bench.checkpoint(size, "random:0"), "cpu", len(ids), tp, exact)
-    with without_rounding():
+    with without_rounding(), yardstick.threads():
         error = (ours.logits(ids) - truth).abs().max().item() / truth.abs().max().item()
     found = f"{error:.1e}" if torch.tensor(error).isfinite() else "not a number"
     return judged(f"relative error of logits at most {EXACT:.0e}", found, error <= EXACT)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mpk_spec.testing.defects import Defect
     from mpk_spec.weights import Checkpoint
 
-CHUNK = 16  # tokens of a prefill step, so that even short sequences are read back from the cache
+CHUNKS = 8  # at least so many steps a sequence: most of it is read back from the cache
 
 
 def plan_ours(
@@ -32,7 +32,7 @@ def plan_ours(
         target="cpu",
         tp=tp,
         context=context,
-        chunk=CHUNK,
+        chunk=max(16, context // CHUNKS),
         verified=defect is None,
     )
     # a dropped operator leaves its weights unread, which would be refused

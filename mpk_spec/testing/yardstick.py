@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mpk_spec.weights import Checkpoint
 
 POSITIONS, SEEDS = 2000, 4
+SMALL = 5_000_000  # parameters: threads that wait for one another cost more than they save
 
 
 def sequences(vocab: int, positions: int = POSITIONS, seeds: int = SEEDS, context: int = 512) -> list[list[int]]:
@@ -38,19 +40,31 @@ class Yardstick:
 
     def __init__(self, checkpoint: Checkpoint, ids: list[list[int]], progress: Callable = lambda *_: None):
         self.ids = ids
-        need_memory(checkpoint, sum(map(len, ids)))
-        truth: list[torch.Tensor] = []
-        for logits in _huggingface(checkpoint, ids, "float32", progress):
-            truth.append(logits)
-        self.truth = truth
-        self.rival: Metrics = measure(zip(truth, _huggingface(checkpoint, ids, "bfloat16", progress), strict=True))
+        self.parameters = need_memory(checkpoint, sum(map(len, ids)))
+        with self.threads():
+            self.truth = list(_huggingface(checkpoint, ids, "float32", progress))
+            rival = _huggingface(checkpoint, ids, "bfloat16", progress)
+            self.rival: Metrics = measure(zip(self.truth, rival, strict=True))
 
     def judge(self, backend: Backend, progress: Callable = lambda *_: None) -> Verdict:
         """How `backend` does on the same ids."""
         return Verdict(self.rival, self.measure(backend, progress))
 
     def measure(self, backend: Backend, progress: Callable = lambda *_: None) -> Metrics:
-        return measure(zip(self.truth, _each(backend.logits, self.ids, "running ours", progress), strict=True))
+        with self.threads():
+            return measure(zip(self.truth, _each(backend.logits, self.ids, "running ours", progress), strict=True))
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Inside it torch uses as many threads as the model's size is worth."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if self.parameters < SMALL else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _huggingface(checkpoint: Checkpoint, ids: list[list[int]], dtype: str, progress: Callable):
@@ -79,8 +93,8 @@ def _each(logits: Callable, ids: list[list[int]], what: str, progress: Callable)
     progress(what, len(ids), len(ids))
 
 
-def need_memory(checkpoint: Checkpoint, positions: int) -> None:
-    """Raises UserError where the float32 truth does not fit: weights, the copy they are read from, and logits."""
+def need_memory(checkpoint: Checkpoint, positions: int) -> int:
+    """The number of parameters. Raises UserError where the float32 truth does not fit: weights twice, and logits."""
     from mpk_spec.weights import text_config
 
     parameters = sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
@@ -91,6 +105,7 @@ def need_memory(checkpoint: Checkpoint, positions: int) -> None:
             f"the truth, Hugging Face in float32, needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             "a smaller size of the spec has the same operators; fewer --positions need less for their logits",
         )
+    return parameters
 
 
 def free_memory() -> int | None:
