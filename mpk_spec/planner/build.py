@@ -17,7 +17,7 @@ from mpk_spec.planner.model import Model
 from mpk_spec.planner.plan import Packing, Plan, Stage, Step, Template, Tensor, Weight
 from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
 from mpk_spec.planner.targets import Target
-from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, outputs, smem_bytes, tile
+from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, outputs, renamed, smem_bytes, tile
 from mpk_spec.schema import Spec
 
 
@@ -66,6 +66,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         )  # fmt: skip
         lowered[kind] = _lowering(sections, scheduler)
     splits = _kv_splits(spec, lowered, problems)
+    _check_sums(spec, lowered[request.steps[0]], problems)
     if problems:
         raise SpecError(problems)
     drafts = [_draft(kind, request, lowered[kind], splits) for kind in request.steps]
@@ -142,20 +143,56 @@ def _kv_splits(spec: Spec, lowered: dict[str, _Lowering], problems: list) -> dic
 
 def _draft(kind: str, request: Request, lowering: _Lowering, splits: dict[str, int]) -> _Drafted:
     tokens, model = request.tokens(kind), lowering.model
-    inboxes = frozenset(v for s in lowering.sections for i in [*s.items, *s.first] for v in _inboxes(i.group, model))
+    inboxes = {v for s in lowering.sections for i in [*s.items, *s.first] for v in _inboxes(i.group, model)}
+    inboxes = frozenset(v + copy for v in inboxes for copy in ("", *COPIES)) if request.tp > 1 else frozenset()
     made: dict[str, tuple[str, StageOrder]] = {}
     stages = []
     for section in lowering.sections:
         base = section.fused.section
         for layer in range(base.layers) if base.layers else [None]:
             items = section.first if layer == 0 else section.items
-            key = f"{base.name}/{layer == 0 and section.first is not section.items}/{_layer_key(items, layer)}"
+            single = _single_sum(section, model) if request.tp > 1 else None
+            copy = _copy(layer, base.layers) if single else ""
+            key = f"{base.name}{copy}/{layer == 0 and section.first is not section.items}/{_layer_key(items, layer)}"
             if key not in made:
                 groups = [tile(item.group, item.settings, model, layer, tokens, splits) for item in items]
+                groups = [renamed(g, single, single + copy) for g in groups] if copy else groups
                 name = base.name if layer is None else f"{base.name}.{layer}"
-                made[key] = (name, connect(groups, request.tp, inboxes if request.tp > 1 else frozenset()))
+                made[key] = (name, connect(groups, request.tp, inboxes))
             stages.append((layer, *made[key]))
     return _Drafted(kind, tokens, stages)
+
+
+COPIES = (".1", ".2")
+
+
+def _single_sum(section: _Section, model: Model) -> str | None:
+    """The inbox of layers that have just one. Two keep one another's ranks together: nobody writes into an inbox of
+    the next layer before all have read this layer's. One alone needs another copy in the next layer."""
+    if not section.fused.section.layers:
+        return None
+    inboxes = {v for i in section.items for v in _inboxes(i.group, model)}
+    return inboxes.pop() if len(inboxes) == 1 else None
+
+
+def _copy(layer: int, layers: int) -> str:
+    """Neighbouring layers differ, and the last one from the first one, which follows it in the next step."""
+    number = 2 if layer == layers - 1 and layer % 2 == 0 and layer else layer % 2
+    return ("", *COPIES)[number]
+
+
+def _check_sums(spec: Spec, lowering: _Lowering, problems: list) -> None:
+    """A step with one sum over ranks would write the next step's parts while a slow rank still reads this step's."""
+    model = lowering.model
+    groups = [(i.group, s.fused.section.layers or 1) for s in lowering.sections for i in s.items]
+    inboxes = [v for group, times in groups for v in _inboxes(group, model) * times]
+    if model.tp == 1 or len(inboxes) > 1:
+        return
+    said, hint = f"nothing is split over the {model.tp} ranks: each would compute everything", "plan for one rank"
+    if inboxes:
+        said = f"only '{inboxes[0]}' is exchanged between ranks: nothing keeps a fast rank out of the next step"
+        hint = "split what the layers multiply by as well"
+    problems.append(spec.problem(("shard", "tp"), said, hint, on="key"))
 
 
 def _layer_key(items: list[Lowered], layer: int | None) -> str:
@@ -187,6 +224,10 @@ def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], re
         for name in (v for i in items for v in outputs(i.group, model)):
             made = _tensor(spec, model, name, name in inboxes, request)
             tensors[name] = max(tensors.get(name, made), made, key=lambda t: t.extent)
+        copied = {v for s in lowering.sections if request.tp > 1 and (v := _single_sum(s, model))}
+        copies = {v + copy: replace(tensors[v], name=v + copy) for v in copied for copy in COPIES}
+        tensors |= copies
+        inboxes |= copies.keys()
         # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
         kept |= {*model.carries, *inboxes, *_feeds(model).values()}
         kept |= {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}

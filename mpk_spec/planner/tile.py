@@ -6,6 +6,7 @@ All regions follow from one recursion: the features of the output that a task ma
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from mpk_spec.ops.base import FeatureSpan
@@ -48,6 +49,25 @@ def _node(op: BoundOp, model: Model, layer: int | None) -> Node:
         op.name, op.op.op, op.inputs, op.output, dict(op.weights), {**op.at(layer), **fields}, kind.features,
         op.op.granule(kind),
     )  # fmt: skip
+
+
+def renamed(group: Group, old: str, new: str) -> Group:
+    """The group with another name for one of its tensors."""
+
+    def names(given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(new if n == old else n for n in given)
+
+    def spans_of(given: tuple[Span, ...]) -> tuple[Span, ...]:
+        return tuple(replace(s, tensor=new) if s.tensor == old else s for s in given)
+
+    return replace(
+        group,
+        nodes=tuple(replace(n, inputs=names(n.inputs), output=names((n.output,))[0]) for n in group.nodes),
+        inputs=names(group.inputs),
+        outputs=names(group.outputs),
+        published=names(group.published),
+        tasks=tuple(replace(t, reads=spans_of(t.reads), writes=spans_of(t.writes)) for t in group.tasks),
+    )
 
 
 def outputs(group: Fused, model: Model) -> tuple[str, ...]:
@@ -161,8 +181,6 @@ def _linear(group: Fused, settings: Settings, model: Model, tokens: int, kv_spli
 
 def _streams(group: Fused, model: Model, tokens: int, slots: int, task: Task, k: int) -> Task:
     """The task with the weight bytes that flow through its ring."""
-    from dataclasses import replace
-
     width = task.k[1] - task.k[0] if task.k and slots == 1 else k
     per_row = len(group.body) if group.epilogue and any(o.op.op == "gated_act" for o in group.epilogue) else 1
     rows = (task.out[1] - task.out[0]) * per_row
