@@ -113,14 +113,16 @@ def weight_bytes(plan) -> int:
     step = plan.steps["decode"]
     read: dict[tuple, int] = {}
     for stage in step.stages:
-        for node in (n for g in step.templates[stage.template].groups for n in g.nodes):
+        nodes = [n for g in step.templates[stage.template].groups for n in g.nodes]
+        choices = {n.output: n.values["k"] for n in nodes if n.op == "top_k"}
+        for node in nodes:
             if node.op == "embedding":
                 continue
             for name in node.weights.values():
                 weight = plan.weights[name]
                 share = prod(weight.shape) * {"bf16": 2, "f16": 2, "f32": 4}[weight.dtype]
                 if weight.stack is not None:
-                    share = share // weight.shape[0] * plan.tensors[node.output].shape[0]
+                    share = share // weight.shape[0] * choices[node.inputs[1]]
                 read[weight.source, stage.layer if weight.per_layer else None] = share
     return sum(read.values())
 
@@ -300,7 +302,8 @@ def read_parameters(spec, name: str) -> tuple[Kind, Section]:
         given = found.parameters.model_validate(check.parameters)
     except ValidationError as error:
         problems = [problem for _, problem in translated(error, found.parameters, spec.tree, path)]
-        raise SpecError(problems) from None
+        unknown = [problem for problem in problems if problem.message.startswith("unknown key")]
+        raise SpecError(unknown or problems) from None  # a key that is missing may be the one misspelt
     problems = list(_unknown_names(spec, path, given))
     if problems:
         raise SpecError(problems)
