@@ -148,10 +148,8 @@ def _verdict(target, backend, tp, positions, seeds, length, defect, report) -> R
     ours = open_ours(target.spec, target.size, target.checkpoint, backend, length, tp, defect)
     verdict = yardstick.judge(ours, report)
     planted = f", planted: {defect.says}" if defect else ""
-    title = (
-        f"{target.spec.name} {target.size or ''} with weights {target.checkpoint.source}, {ours.description}{planted}"
-    )
-    return Result(title, verdict, ids, defect)
+    name = f"{target.spec.name} {target.size or 'checkpoint'}, weights {target.checkpoint.source}"
+    return Result(f"{name}, {ours.description}{planted}", verdict, ids, defect)
 
 
 def _bisect(target, stop_after, tp, length, defect, backend):

@@ -48,7 +48,7 @@ class TorchBackend:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         import torch
 
-        check_fits(len(ids), self.context)
+        check_fits(len(ids), self.context + 1)  # no answer follows
         with torch.inference_mode():
             batch = torch.tensor([list(ids)], device=self.model.device)
             return self.model(input_ids=batch, use_cache=False).logits[0].float()
