@@ -38,7 +38,11 @@ def child(name: str, size: dict[str, Any] | None = None, **sections: Any) -> Spe
             "spec": "v1",
             "extends": f"{name}.yaml",
             "name": "child",
-            "model": {"architectures": [parent.model.architectures[0]]},
+            "model": {
+                "architectures": [parent.model.architectures[0]],
+                "prefixes": list(parent.model.prefixes),
+                "ignore": list(parent.model.ignore),
+            },
             "sizes": {"tiny": {**parent.sizes["tiny"].config, **(size or {})}},
             **sections,
         },

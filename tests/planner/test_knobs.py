@@ -1,0 +1,312 @@
+"""Each knob acts: change it in the language, and the plan changes as it should while the numbers stay right.
+
+`plan` proves each plan; the numbers are transformers', on a tiny random model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from tiny_specs import WIDE, child, exact_error, planned, spec_of
+
+from mpk_spec.errors import SpecError
+from mpk_spec.paths import specs_dir
+from mpk_spec.planner.plan import Group, Plan
+from mpk_spec.planner.report import pin
+from mpk_spec.schema import load_spec
+
+TOLERANCE = 1e-4
+GPU = {"target": "h100", "context": 256, "chunk": 16}
+
+
+def groups(made: Plan, kind: str = "decode") -> dict[str, Group]:
+    return {g.name: g for t in made.steps[kind].templates for g in t.groups}
+
+
+def ruled(name: str, group: str, size: dict | None = None, when: dict | None = None, **settings: Any):
+    """A child of the spec whose last rule sets one group."""
+    rule = {"set": {group: settings}} | ({"when": when} if when else {})
+    return child(name, size, schedule=[rule])
+
+
+def right(spec, **request) -> Plan:
+    made = planned(spec, **{**GPU, **request})
+    assert exact_error(spec, made) < TOLERANCE
+    return made
+
+
+# ---- fusions
+
+MEMBERS = {
+    "embed": {"x"},
+    "qkv": {"attention.h", "attention.q", "attention.k", "attention.v"},
+    "attend": {"attention.qn", "attention.kn", "attention.qr", "attention.kr", "attention.cache", "attention.a"},
+    "o_add": {"attention.o", "attention.out"},
+    "gate_up": {"mlp.h", "mlp.gate", "mlp.up", "mlp.act"},
+    "down_add": {"mlp.down", "mlp.out"},
+    "head": {"h", "logits"},
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("fusion", MEMBERS)
+def test_a_fusion_left_out(fusion, tp):
+    gone = {fusion: None} | ({"embed": None} if fusion == "qkv" else {})
+    before = groups(planned(spec_of("qwen3"), tp=tp, **GPU))
+    after = groups(right(child("qwen3", fusions=gone), tp=tp))
+    apart = set().union(*(MEMBERS[f] for f in gone))
+    assert apart <= after.keys()
+    assert all(len([n for n in after[name].nodes if n.op != "attention_merge"]) == 1 for name in apart)
+    same = before.keys() - gone.keys() - {"attention.a.merge"}
+    same -= {"o_add"} if fusion == "attend" else set()  # which takes over the merge of attention splits
+    assert same <= after.keys()
+    tasks = {name for name in same if before[name].grid != after[name].grid}
+    assert not tasks
+
+
+@pytest.mark.parametrize("fusion", ["embed", "qkv", "attend", "o_add", "down_add", "head"])
+def test_a_fusion_left_out_of_experts(fusion):
+    gone = {fusion: None} | ({"embed": None} if fusion == "qkv" else {})
+    rules = [{"set": {"mlp.down": {"launch": "dynamic"}}}] if fusion == "down_add" else []
+    if fusion == "down_add":
+        with pytest.raises(SpecError, match="unknown operator or fusion 'down_add'"):
+            child("qwen3_moe", fusions=gone, schedule=rules)
+        return
+    right(child("qwen3_moe", fusions=gone), tp=2)
+
+
+def test_all_fusions_left_out():
+    for name in ("qwen3", "gemma3"):
+        spec = child(name, fusions={f: None for f in spec_of(name).fusions})
+        made = right(spec, tp=2)
+        single = [g for g in groups(made).values() if len([n for n in g.nodes if n.op != "attention_merge"]) != 1]
+        assert not single
+
+
+def test_embedding_goes_into_the_first_layer():
+    first, other, *_ = planned(spec_of("qwen3"), **GPU).steps["decode"].templates
+    assert first.groups[0].nodes[0].op == "embedding" and first.groups[0].published == ("y",)
+    assert "embedding" not in [n.op for n in other.groups[0].nodes]
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_pack_groups(count):
+    made = right(child("qwen3", fusions={"qkv": {"pack": {"layout": "concat", "groups": count}}}))
+    packing = next(p for p in made.packings if p.group == "qkv")
+    assert (packing.layout, packing.groups) == ("concat", count)
+    # 256, 64 and 64 rows alternate in `count` groups
+    first = [w for t in groups(made)["qkv"].tasks for w in t.writes if w.tensor != "y"]
+    expected = [
+        (tensor, n * width)
+        for n in range(count)
+        for tensor, width in (("attention.q", 256 // count), ("attention.k", 64 // count), ("attention.v", 64 // count))
+    ]
+    assert [(s.tensor, s.lo) for s in first if (s.tensor, s.lo) in expected] == expected
+
+
+def test_pack_layout():
+    interleaved = planned(spec_of("qwen3"), **GPU)
+    apart = right(child("qwen3", fusions={"gate_up": {"pack": {"layout": "concat"}}}))
+    assert next(p.layout for p in interleaved.packings if p.group == "gate_up") == "interleave"
+    assert next(p.layout for p in apart.packings if p.group == "gate_up") == "concat"
+    # a tile of 16 packed rows is 8 features of each weight, or 16 of one
+    assert len(groups(interleaved)["gate_up"].tasks) == 256 // 8
+    assert len(groups(apart)["gate_up"].tasks) == 256 // 16
+
+
+# ---- schedule: every setting
+
+
+@pytest.mark.parametrize(
+    ("group", "grid"),
+    [("qkv", 12), ("o_add", 3), ("gate_up", 16), ("down_add", 2), ("head", 11), ("next_ids.partial", 11)],
+)
+def test_grid(group, grid):
+    made = right(ruled("qwen3", group, grid=[grid, 1, 1]))
+    for kind in made.steps:
+        found = groups(made, kind)[group]
+        assert found.grid == (grid, 1, 1) and len(found.tasks) == grid and found.partition == "even"
+    assert made.schedule[group]["grid"] == [grid, 1, 1]
+    assert groups(planned(spec_of("qwen3"), **GPU))[group].grid != (grid, 1, 1)
+
+
+def test_a_short_grid_is_filled_up():
+    assert planned(ruled("qwen3", "qkv", grid=[12]), **GPU) == planned(ruled("qwen3", "qkv", grid=[12, 1, 1]), **GPU)
+
+
+def test_block():
+    made = right(ruled("qwen3", "qkv", block=[512, 1, 1]))
+    assert groups(made)["qkv"].block == (512, 1, 1) and groups(made)["o_add"].block == (384, 1, 1)
+    assert groups(planned(ruled("qwen3", "*", block=[256]), **GPU))["o_add"].block == (256, 1, 1)
+
+
+def test_stages():
+    made = right(ruled("qwen3", "gate_up", stages=2))
+    assert groups(made)["gate_up"].stages == 2 and groups(made)["qkv"].stages > 2
+
+
+def test_launch():
+    made = right(ruled("qwen3", "gate_up", launch="dynamic"))
+    template = made.steps["decode"].templates[1]
+    n = [g.name for g in template.groups].index("gate_up")
+    assert template.groups[n].launch == "dynamic"
+    assert all((n, -1) in queue and not any(g == n and t >= 0 for g, t in queue) for queue in template.queues)
+    assert all((n, -1) in loads for loads in template.loads)
+    everything = right(ruled("qwen3", "*", launch="dynamic"), tp=2)
+    assert {g.launch for g in groups(everything).values()} == {"dynamic"}
+
+
+def test_partition():
+    uneven = right(ruled("qwen3", "qkv", grid=[7, 1, 1], partition="balanced"))
+    sizes = [t.out[1] - t.out[0] for t in groups(uneven)["qkv"].tasks]
+    assert groups(uneven)["qkv"].partition == "balanced" and sorted(set(sizes)) == [48, 64] and sum(sizes) == 384
+    assert groups(planned(ruled("qwen3", "head", partition="even"), **GPU))["head"].grid == (33, 1, 1)
+    wide = {"vocab_size": 515 * 16}
+    auto, even = (groups(planned(child("qwen3", wide, schedule=s), **GPU))["head"] for s in (
+        [], [{"set": {"head": {"partition": "even"}}}],
+    ))  # fmt: skip
+    assert (auto.grid[0], auto.partition) == (132, "balanced")
+    assert (even.grid[0], even.partition) == (103, "even")  # the most that divide 515 tiles
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2, 3, 4])
+def test_kv_splits(splits, tp):
+    made = right(ruled("gemma3", "attend", kv_splits=splits), tp=tp)
+    group = groups(made)["attend"]
+    assert group.kv_splits == splits and group.grid == (2 // tp, splits, 1)
+    assert made.states["kv"].extent == 2 // tp * splits
+    assert ("attention.a.splits" in made.tensors) == (splits > 1)
+    merges = [n.name for n in groups(made)["attention.o"].nodes if n.op == "attention_merge"]
+    assert merges == (["attention.a.merge"] if splits > 1 else [])
+
+
+@pytest.mark.parametrize(("group", "splits"), [("o_add", 2), ("down_add", 3)])
+def test_split_k(group, splits):
+    made = right(ruled("qwen3", group, WIDE, split_k=splits))
+    found = groups(made)
+    assert found[group].split_k == splits and found[group].grid[1] == splits
+    assert found[f"{group}.reduce"].nodes[0].op == "split_k_reduce"
+    k = 1024 if group == "o_add" else 1536
+    assert {t.k for t in found[group].tasks} == {(n * 512, (n + 1) * 512) for n in range(k // 512)}
+    said = ruled("qwen3", group, WIDE, grid=[3, splits, 1])  # a grid says it too
+    assert groups(planned(said, **GPU))[group].split_k == splits
+
+
+def test_split_k_differs_by_step():
+    spec = ruled("qwen3", "down_add", WIDE, when={"step": "decode"}, split_k=3)
+    made = right(spec)
+    assert groups(made)["down_add"].split_k == 3 and groups(made, "prefill")["down_add"].split_k == 1
+
+
+@pytest.mark.parametrize(
+    ("when", "request_", "applies"),
+    [
+        ({"target": "h100"}, {}, True),
+        ({"target": ["a100", "h200"]}, {}, False),
+        ({"target": "h200"}, {"target": "h200"}, True),
+        ({"tp": 2}, {"tp": 2}, True),
+        ({"tp": [4, 8]}, {"tp": 2}, False),
+        ({"size": "tiny"}, {}, True),
+        ({"batch": 4}, {"batch": 4}, True),
+        ({"batch": 4}, {"batch": 3}, False),
+        ({"context": 256}, {}, True),
+        ({"context": 128}, {}, False),
+    ],
+)
+def test_when(when, request_, applies):
+    spec = ruled("qwen3", "gate_up", when=when, stages=2)
+    made = planned(spec, **{**GPU, **request_})
+    assert (groups(made)["gate_up"].stages == 2) == applies
+
+
+def test_later_rules_win():
+    def stages(*rules):
+        return groups(planned(child("qwen3", schedule=[{"set": r} for r in rules]), **GPU))["gate_up"].stages
+
+    auto = stages({})
+    assert stages({"gate_up": {"stages": 2}}, {"gate_up": {"stages": 3}}) == 3
+    assert stages({"gate_up": {"stages": 2}}, {"*": {"stages": 3}}) == 3
+    assert stages({"*": {"stages": 3}, "gate_up": {"stages": 2}}) == 2
+    assert stages({"gate_up": {"stages": 2}}, {"gate_up": {"stages": "auto"}}) == auto
+
+
+# ---- tensors and sharding
+
+
+def test_dtypes():
+    made = right(child("qwen3", tensors={"attention.out": {"dtype": "bf16"}, "mlp.out": {"dtype": "f32"}}))
+    assert made.tensors["attention.out"].dtype == "bf16" and made.tensors["y"].dtype == "f32"
+    default = right(child("qwen3", tensors={"default": {"dtype": "f32"}}), tp=2)
+    assert {t.dtype for t in default.tensors.values()} == {"f32", "i32"}
+    assert planned(spec_of("qwen3"), **GPU).tensors["attention.q"].dtype == "bf16"
+
+
+def test_placement():
+    changes = {"mlp.out": {"placement": "host"}, "attention.q": {"placement": "nvshmem"}}
+    one, two = (right(child("qwen3", tensors=changes), tp=tp) for tp in (1, 2))
+    assert one.tensors["y"].placement == two.tensors["y"].placement == "host"
+    assert one.tensors["attention.q"].placement == "cuda" and two.tensors["attention.q"].placement == "nvshmem"
+    assert two.arena_bytes["host"] >= two.tensors["y"].bytes
+    assert two.tensors["attention.o"].inbox and two.tensors["attention.o"].placement == "nvshmem"
+
+
+@pytest.mark.parametrize(
+    ("rule", "sums", "shape"),
+    [
+        ({}, 6, {"down_proj": (96, 128), "q_proj": (128, 96), "lm_head": (258, 96)}),
+        ({"inter": "replicate"}, 3, {"down_proj": (96, 256)}),
+        ({"inter": "split_padded"}, 6, {"down_proj": (96, 128)}),
+        ({"heads": "replicate", "kv_heads": "replicate"}, 3, {"q_proj": (256, 96), "k_proj": (64, 96)}),
+        ({"kv_heads": "split"}, 6, {"k_proj": (32, 96)}),
+        ({"vocab": "replicate"}, 6, {"lm_head": (515, 96)}),
+    ],
+)
+def test_shard_rules(rule, sums, shape):
+    made = right(child("qwen3", shard={"tp": rule}), tp=2)
+    assert made.all_reduces == sums
+    assert {n: made.weights[n].shape for n in shape} == shape
+    assert made.tensors["next_ids.partial"].inbox == (rule != {"vocab": "replicate"})
+
+
+def test_weights_kept_whole():
+    kept = {
+        "layer": {
+            "prefix": "model.layers.{i}.",
+            **{n: {"shard": "replicate"} for n in ("gate_proj", "up_proj", "down_proj")},
+        }
+    }
+    made = right(child("qwen3", weights=kept), tp=2)
+    assert made.weights["down_proj"].shape == (96, 256) and made.all_reduces == 3
+
+
+# ---- pins
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gemma3"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_pinned_plan_is_the_plan(name, tp):
+    request = {**GPU, "tp": tp, "batch": 2}
+    auto = planned(spec_of(name), **request)
+    rules = yaml.safe_load(pin(auto))["schedule"]
+    again = planned(child(name, schedule=rules), **request)
+    assert again.to_json().replace('"child', f'"{name}') == auto.to_json().replace('"child', f'"{name}')
+
+
+def test_a_pinned_plan_with_splits_is_the_plan():
+    schedule = [{"set": {"attend": {"kv_splits": 3}, "down_add": {"split_k": 3}, "qkv": {"launch": "dynamic"}}}]
+    auto = planned(child("qwen3", WIDE, schedule=schedule), **GPU)
+    again = planned(child("qwen3", WIDE, schedule=yaml.safe_load(pin(auto))["schedule"]), **GPU)
+    assert again.to_json() == auto.to_json()
+
+
+def test_pins_stay_with_their_file():
+    """Rules made for a target are not inherited."""
+    pinned = yaml.safe_load(pin(planned(spec_of("llama3"), **GPU)))["schedule"]
+    assert all("target" in rule["when"] for rule in pinned)
+    assert load_spec(specs_dir() / "smollm2.yaml").schedule == load_spec(specs_dir() / "llama3.yaml").schedule
