@@ -52,12 +52,12 @@ def _template(step: Step, number: int, template: Template) -> list[str]:
     which = f", layers {_ranges(layers)}" if layers else ""
     lines = [f"  {template.name}{which}: {len(template.events)} events, tasks {_fingerprint(template)}"]
     for g in template.groups:
-        settings = f"split_k {g.split_k}, kv_splits {g.kv_splits}, stages {g.stages}, {g.partition}, {g.launch}"
-        lines.append(
-            f"    {g.name}: {g.task} grid {list(g.grid)} block {list(g.block)}, {settings}, "
-            f"{g.smem_bytes} bytes shared, {sum(t.load_bytes for t in g.tasks)} streamed: "
-            + " ".join(n.name for n in g.nodes)
-        )
+        usual = {"split_k": 1, "kv_splits": 1, "partition": "even", "launch": "static"}
+        settings = [f"{key} {getattr(g, key)}" for key, value in usual.items() if getattr(g, key) != value]
+        about = [f"grid {list(g.grid)}", f"block {list(g.block)}", f"stages {g.stages}", *settings]
+        about += [f"{g.smem_bytes} bytes shared", f"{sum(t.load_bytes for t in g.tasks)} streamed"]
+        lines.append(f"    {g.name}: {g.task}, {', '.join(about)}")
+        lines.append(f"      {' '.join(n.name for n in g.nodes)}")
     return lines
 
 

@@ -18,7 +18,7 @@ def made():
 def test_the_page_is_short_and_the_same_every_time(made):
     text = golden_text(made)
     assert text == golden_text(plan(spec_of("qwen3"), size="tiny", target="h100"))
-    assert 20 < len(text.splitlines()) < 80
+    assert 20 < len(text.splitlines()) < 100
     assert text.startswith("qwen3 tiny on h100, tp 1, batch 1, context 512\nring ")
 
 
