@@ -102,7 +102,7 @@ def test_over_a_thousand_defects_in_one_and_eighty_layers(shape, plants):
     expect_refusals(shape, plants)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @given(shapes(st.integers(1, 80), st.integers(2, 8)), planted)
 @settings(max_examples=2500, deadline=None)
 def test_twenty_thousand_defects(shape, plants):

@@ -135,7 +135,7 @@ def test_verdicts_are_those_of_the_oracle_after_random_changes(seed, changes, la
     agree(seed, Shape(layers=layers, sms=sms, tp=tp, fine=fine, pool=pool, tiles=2, reuse=False), changes)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @given(
     seed=st.integers(0, 10**9),
     changes=st.integers(1, 4),

@@ -45,7 +45,7 @@ def test_all_kinds_of_steps(steps):
     assert len(proof.transitions) == len(steps) ** 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("tp", (1, 2, 4, 7, 8))
 @pytest.mark.parametrize("batch", (1, 16))
