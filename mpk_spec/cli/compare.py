@@ -58,6 +58,9 @@ def command(
     from mpk_spec.testing.defects import find_defect
 
     defect = find_defect(plant) if plant else None
+    if backend == "auto":
+        backend = "cpu"
+        print("backend: cpu, where all that a plan computes can be looked at (--backend chooses)", file=sys.stderr)
     with progress() as report:
         target = _target(model, size, weights, spec, report)
         _check_applies(defect, target)
@@ -155,6 +158,6 @@ def _verdict(target, backend, tp, positions, seeds, length, defect, report) -> R
 def _bisect(target, stop_after, tp, length, defect, backend):
     from mpk_spec.testing.bisect import bisect
 
-    if backend not in ("auto", "cpu"):
+    if backend != "cpu":
         raise UserError(f"--stop-after looks into plans; the backend '{backend}' runs none", "--backend cpu")
     return bisect(target.spec, target.size, target.checkpoint, stop_after, tp, min(length, 64), defect)

@@ -49,7 +49,7 @@ def open_ours(
     defect: Defect | None = None,
 ) -> Backend:
     """A backend to judge. Raises UserError for what it cannot do: a defect or a degree that only plans have."""
-    if backend in ("auto", "cpu"):
+    if backend == "cpu":
         return _cpu(plan_ours(spec, size, checkpoint, context, tp, defect), checkpoint, defect)
     if defect is not None:
         raise UserError(f"defects are planted into plans; the backend '{backend}' runs none", "--backend cpu")
