@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mpk_spec.ops.base import Axis, Expr, Op, OpError, Ref, Refs, StateRef, TensorType, register
+from mpk_spec.ops.base import Axis, Expr, Op, OpError, Ref, Refs, StateRef, TensorType, number, register
 
 
 @register
@@ -65,6 +65,9 @@ class Attention(Op):
 
     def infer(self, inputs, weights, values):
         q, cache = inputs
+        number(values, "scale")
+        number(values, "window", optional=True)
+        number(values, "softcap", optional=True)
         if cache.kind != "cache":
             raise OpError(f"'{self.cache}' is no cache", "cache", "name the value of a 'kv_append' operator")
         if len(q.axes) != 2 or q.axes[1].size != cache.axes[1].size:

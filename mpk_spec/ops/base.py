@@ -196,6 +196,14 @@ def elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
     return function(pad(x.reshape(-1), (0, -count % LANES)))[:count].view(x.shape)
 
 
+def number(values: Mapping[str, Any], field: str, optional: bool = False) -> None:
+    """Raises OpError unless the value of `field` is a number (or none, where it is optional)."""
+    value = values.get(field)
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or (optional and value is None)):
+        said = "none" if value is None else repr(value)
+        raise OpError(f"'{field}' must be a number, it is {said}", field)
+
+
 def same_features(op: str, inputs: Sequence[TensorType]) -> None:
     """Raises OpError unless all inputs have the same features."""
     if any(t.shape != inputs[0].shape for t in inputs):

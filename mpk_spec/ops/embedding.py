@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mpk_spec.ops.base import Expr, Op, OpError, Ref, TensorType, WeightRef, register
+from mpk_spec.ops.base import Expr, Op, OpError, Ref, TensorType, WeightRef, number, register
 
 
 @register
@@ -28,6 +28,7 @@ class Embedding(Op):
 
     def infer(self, inputs, weights, values):
         table = weights["weight"]
+        number(values, "scale")
         if len(table.axes) != 2:
             raise OpError(f"an embedding table is [vocab, hidden], got {list(table.shape)}", "weight")
         if table.axes[0].split or table.axes[1].split:

@@ -41,8 +41,6 @@ class Linear(Op):
             want = "[experts, out, in]" if self.experts else "[out, in]"
             raise OpError(f"a linear weight is {want}, got {list(w.shape)}", "weight")
         rows, k = axes
-        if x.features != k.size:
-            raise OpError(f"the input has {x.features} features, the weight takes {k.size}", "weight")
         split_input = frozenset().union(*(a.split for a in x.axes)) if x.axes else frozenset()
         if bool(split_input) != bool(k.split):
             raise OpError(
@@ -52,6 +50,8 @@ class Linear(Op):
                 "weight",
                 "'shard' must split or replicate both",
             )
+        if x.features != k.size:
+            raise OpError(f"the input has {x.features} features, the weight takes {k.size}", "weight")
         if self.bias and weights["bias"].shape[-1:] != (rows.size,):
             raise OpError(f"the bias has shape {list(weights['bias'].shape)}, the result {[rows.size]}", "bias")
         out: tuple[Axis, ...] = (rows,)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mpk_spec.ops.base import Expr, Op, OpError, Ref, TensorType, WeightRef, register, round_to
+from mpk_spec.ops.base import Expr, Op, OpError, Ref, TensorType, WeightRef, number, register, round_to
 
 
 @register
@@ -32,6 +32,12 @@ class RMSNorm(Op):
 
     def infer(self, inputs, weights, values):
         x, gain = inputs[0], weights["weight"]
+        number(values, "eps")
+        number(values, "weight_offset")
+        if any(a.split for a in gain.axes):
+            raise OpError(
+                "a norm needs the whole row, and tensor parallelism splits the gain", "weight", "do not split its dim"
+            )
         if not x.axes or gain.shape != (x.axes[-1].size,):
             raise OpError(
                 f"the gain has shape {list(gain.shape)}, the rows that it scales {list(x.shape[-1:])}", "weight"

@@ -35,6 +35,11 @@ class Rope(Op):
 
     def infer(self, inputs, weights, values):
         x = inputs[0]
+        if not isinstance(values["parameters"], dict):
+            raise OpError(
+                f"rope parameters are a map with 'rope_type' and 'rope_theta', got {values['parameters']!r}",
+                "parameters",
+            )
         if len(x.axes) != 2:
             raise OpError(f"rope needs a value with heads, got {list(x.shape)}", "rope", "give its linear 'heads: ...'")
         if x.axes[-1].size % 2:

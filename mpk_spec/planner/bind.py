@@ -151,6 +151,7 @@ class _Binder:
                 ("layers", name),
                 f"a layer takes {list(given.shape)} and makes {list(made.shape)}: it cannot be repeated",
             )
+        self.env.check()
         self.types[name] = self._declared(name, made) if name in self.spec.tensors else made
         return Section(name, tuple(_renamed(o, source, name) for o in ops), layers)
 
@@ -210,7 +211,11 @@ class _Binder:
         """Every rank's query heads must meet the KV heads that are theirs."""
         for dim in types[0].axes[0].split | types[1].axes[0].split:
             if self.env.dims[dim] % self.env.parts(dim):
-                self._note(path, f"{self.env.dims[dim]} {dim} over {self.env.tp} ranks: heads cannot be padded")
+                self._note(
+                    path,
+                    f"{self.env.dims[dim]} {dim} over {self.env.tp} ranks: heads cannot be padded",
+                    "split them evenly",
+                )
                 raise SpecError(self.env.problems)
         (q, q_step, q_all), (kv, kv_step, kv_all) = (self._heads(t.axes[0]) for t in types)
         for rank in range(self.env.tp):

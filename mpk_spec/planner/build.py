@@ -245,7 +245,7 @@ def _tensor(spec: Spec, model: Model, name: str, inbox: bool, request: Request) 
             spec.problem(
                 ("tensors", model.origins.get(name, name), "placement"),
                 f"'{name}' is summed over {request.tp} ranks: each writes its part into the others' memory",
-                "nvshmem, or auto",
+                "write 'nvshmem' or 'auto'",
             )
         )
     placement = "nvshmem" if inbox else "cuda"

@@ -77,8 +77,9 @@ class Environment:
             )
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 if name not in self._broken:
+                    shown = "none" if value is None else repr(value)
                     self.problems.append(
-                        self.spec.problem(("dims", name), f"a dim is a positive whole number, '{name}' is {value!r}")
+                        self.spec.problem(("dims", name), f"a dim is a positive whole number, '{name}' is {shown}")
                     )
                 self._broken.add(name)
                 return 1

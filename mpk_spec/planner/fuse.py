@@ -120,11 +120,13 @@ def _fuse_section(spec: Spec, model: Model, section: Section, readers, problems:
             notes.append(f"fusion {part_name}: applied, {' + '.join(o.op.op for o in ops)}")
         taken |= {o.name for o in [*members, *between]}
     groups += [Fused(op.name, (op,)) for op in section.ops if op.name not in taken]
-    ordered = _program_order(section, groups)
-    if ordered is None:
-        names = ", ".join(g.name for g in groups if len(g.ops) > 1)
-        problems.append(Problem(f"the fusions of section '{section.name}' wait for one another: {names}"))
-        ordered = groups
+    ordered, circle = _program_order(section, groups)
+    if circle:
+        name = next(n for n in circle if n in spec.fusions)
+        loop = " -> ".join([*circle, circle[0]])
+        problems.append(
+            spec.problem(("fusions", name, "of"), f"fusion '{name}' is illegal: groups wait for one another: {loop}")
+        )
     return FusedSection(section, tuple(ordered), notes=notes)
 
 
@@ -177,7 +179,7 @@ def _packing(spec: Spec, model: Model, name: str, decl, ops: Sequence[BoundOp], 
             spec.problem(
                 (*path[:3], "layout"),
                 f"fusion '{name}' has no gated_act, whose two weights 'interleave' is for",
-                "concat",
+                "write 'concat'",
             )
         )
     elif groups > 1 and gated:
@@ -210,10 +212,6 @@ def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | 
     roles = {o.op.role for o in fused.body}
     if len(roles) > 1:
         return "a group has one kind of body, this one has a linear and an attention", "fuse them apart"
-    for before, op in pairwise(ops):
-        linked = set(op.inputs) & {o.output for o in ops} or set(op.inputs) & set(before.inputs)
-        if not linked and op.op.role != "attention" and not any(op.output in o.inputs for o in ops):
-            return f"'{op.name}' has nothing to do with the rest of it", None
     if fused.body and fused.kind == "linear":
         feeds = {o.inputs[0] for o in fused.body}
         if len(feeds) > 1:
@@ -221,6 +219,10 @@ def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | 
                 f"its linears read different values ({', '.join(sorted(feeds))})",
                 "linears fuse when they share their input",
             )
+    for before, op in pairwise(ops):
+        linked = set(op.inputs) & {o.output for o in ops} or set(op.inputs) & set(before.inputs)
+        if not linked and op.op.role != "attention" and not any(op.output in o.inputs for o in ops):
+            return f"'{op.name}' has nothing to do with the rest of it", None
     for op in fused.prologue if fused.body else ops[:-1]:
         kind = fused.kind if fused.body else "row"
         if kind not in op.op.prologue_of and not (kind == "row" and op.op.epilogue_of):
@@ -243,8 +245,9 @@ def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | 
     return None
 
 
-def _program_order(section: Section, groups: Sequence[Fused]) -> list[Fused] | None:
-    """Groups after those whose values they read; ties as the operators stand in the spec. None for a cycle."""
+def _program_order(section: Section, groups: Sequence[Fused]) -> tuple[list[Fused], list[str]]:
+    """Groups after those whose values they read; ties as the operators stand in the spec. And a circle of groups that
+    wait for one another, if there is one."""
     position = {op.name: n for n, op in enumerate(section.ops)}
     maker = {op.output: g.name for g in groups for op in g.ops}
     carried = {
@@ -255,17 +258,26 @@ def _program_order(section: Section, groups: Sequence[Fused]) -> list[Fused] | N
     waiting = sorted(groups, key=lambda g: max(position[o.name] for o in g.ops))
     done: list[Fused] = []
     placed: set[str] = set()
+    needed: dict[str, set[str]] = {}
     while waiting:
         for group in waiting:
-            needed = {maker[i] for i in group.inputs if i in maker and i not in carried} - {group.name}
-            if needed <= placed:
+            needed[group.name] = {maker[i] for i in group.inputs if i in maker and i not in carried} - {group.name}
+            if needed[group.name] <= placed:
                 break
         else:
-            return None
+            return list(groups), _circle(needed, placed)
         waiting.remove(group)
         done.append(group)
         placed.add(group.name)
-    return done
+    return done, []
+
+
+def _circle(needed: dict[str, set[str]], placed: set[str]) -> list[str]:
+    """Names that wait for one another, following from any of them what it waits for."""
+    trail = [next(n for n in needed if n not in placed)]
+    while trail.count(trail[-1]) == 1:
+        trail.append(min(needed[trail[-1]] - placed))
+    return trail[trail.index(trail[-1]) : -1]
 
 
 def _fuse_into(spec: Spec, sections: list[FusedSection], problems: list[Problem]) -> list[FusedSection]:
@@ -287,13 +299,15 @@ def _fuse_into(spec: Spec, sections: list[FusedSection], problems: list[Problem]
             continue
         moved = tuple(o for g in source.groups for o in g.ops if o.name in decl.of)
         host = next(g for g in target.groups if g.name == decl.into)
+        earlier = target.groups[: target.groups.index(host)]
         allowed = all(host.kind in o.op.prologue_of for o in moved)
+        allowed &= not any(o.output in g.inputs for o in moved for g in earlier)
         if not allowed or target.section.layers is None or moved[-1].output not in host.inputs:
             problems.append(
                 spec.problem(
                     ("fusions", name, "into"),
                     f"'{moved[-1].name}' cannot be computed inside '{decl.into}'",
-                    "it must be what that group of the first layer reads",
+                    "it must be the first group of the layers that reads it",
                 )
             )
             continue

@@ -143,19 +143,19 @@ class Scheduler:
         works = [d for d in range(1, k_tiles + 1) if k_tiles % d == 0]
         if split is None:
             return self._cheapest_split(group, tiles, k, works)
+        wrong, near = None, 1
         if split > 1 and len(group.body) > 1:
-            return self._only_one(pins, key, f"'{group.name}' has {len(group.body)} linears", "one linear alone")
-        if split > 1 and self.model.types[group.body[0].output].routed:
-            return self._only_one(pins, key, f"'{group.name}' multiplies by experts", "a dense linear")
-        if split not in works:
+            wrong = f"'{group.name}' has {len(group.body)} linears: K is split for one linear alone"
+        elif split > 1 and self.model.types[group.body[0].output].routed:
+            wrong = f"'{group.name}' multiplies by experts: K is split for a dense linear"
+        elif split not in works:
             near = min(works, key=lambda d: abs(d - split))
-            self._refuse(pins, key, f"{k_tiles} K tiles of {K_TILE} do not divide into {split} splits", str(near))
-            return 1
-        return split
-
-    def _only_one(self, pins, key: str, why: str, what: str) -> int:
-        self._refuse(pins, key, f"{why}: K is split for {what}", "1")
-        return 1
+            wrong = f"{k_tiles} K tiles of {K_TILE} do not divide into {split} splits"
+        if wrong is None:
+            return split
+        self._refuse(pins, key, wrong, str(near) if key == "split_k" else f"[{pins['grid'][0][0]}, {near}, 1]")
+        pins.pop("grid", None)  # it would be refused for the same cause
+        return near
 
     def _slots(self, group: Fused, launch: str) -> int:
         """Claimed experts: tasks per row chunk. A combine in the group needs them all in one task."""
@@ -228,7 +228,8 @@ class Scheduler:
 
     def _refuse(self, pins, key: str, message: str, nearest: str) -> None:
         if key in pins:
-            self.problems.append(self.spec.problem(pins[key][1], message, f"nearest that works: {nearest}"))
+            hint = f"nearest that works: {nearest}" if nearest[0] in "[0123456789" else nearest
+            self.problems.append(self.spec.problem(pins[key][1], message, hint))
 
     def _no_pin(self, pins, key: str, group: Fused, owner: str) -> None:
         if key in pins and pins[key][1][3] != "*" and pins[key][0] != 1:
@@ -258,7 +259,7 @@ class Scheduler:
                 pins,
                 "grid",
                 f"{units} {what} do not divide evenly into a grid of {x}",
-                f"{' or '.join(str(d) for d in sorted(works))}, or 'partition: balanced'",
+                f"{' or '.join(f'[{d}, 1, 1]' for d in sorted(works))}, or 'partition: balanced'",
             )
         return asked or ("even" if even else "balanced")
 

@@ -44,9 +44,12 @@ def _bind_one(spec, env, name, decl, path, gains):
         if size is None or share is None:
             return None
         if len(split) > 1 or (split and split_axis is not None):
-            env.problems.append(
-                spec.problem(at, f"'{name}' would be split along two dims at once: {', '.join(sorted(split))}")
-            )
+            dims = sorted({*split, *(d for a in axes for d in a.split)})
+            message = f"'{name}' would be split along two dims at once: {' and '.join(dims)}"
+            if not any(
+                "two dims at once" in p.message for p in env.problems
+            ):  # other weights are split by the same rules
+                env.problems.append(spec.problem(at, message, "only one of them can be split"))
             return None
         if split:
             split_axis, parts = n, env.parts(split[0])

@@ -19,12 +19,20 @@ SPECS = sorted(HERE.glob("*.yaml"))
 
 
 def diagnose(path: str | Path) -> str:
-    """What `mpk-spec validate` says about a spec; nothing if it is right."""
+    """What `mpk-spec validate` says about a spec; nothing if it is right.
+
+    A first line such as `# plan: size=tiny tp=3` plans for that instead of every size on one rank.
+    """
     try:
         spec = load_spec(path)
-        from mpk_spec.planner import check
+        from mpk_spec.planner import check, plan
 
-        check(spec)
+        first = Path(path).read_bytes().split(b"\n")[0].decode(errors="replace")
+        if first.startswith("# plan: "):
+            given = dict(word.split("=") for word in first.removeprefix("# plan: ").split())
+            plan(spec, **{k: int(v) if v.isdigit() else v for k, v in given.items()})
+        else:
+            check(spec)
     except MpkSpecError as error:
         return f"{error}\n"
     return ""
