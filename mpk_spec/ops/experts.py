@@ -32,6 +32,12 @@ class TopK(Op):
 
     def infer(self, inputs, weights, values):
         experts, k = inputs[0].features, values["k"]
+        if any(a.split for a in inputs[0].axes):
+            raise OpError(
+                "the scores of all experts are needed, and tensor parallelism splits them",
+                "top_k",
+                "give the router's weight 'shard: replicate'",
+            )
         if not isinstance(k, int) or not 1 <= k <= experts:
             raise OpError(f"k must be between 1 and the {experts} experts, got {k}", "k")
         return TensorType((Axis(2), Axis(k)), dtype="f32", kind="route")

@@ -56,7 +56,9 @@ class Linear(Op):
             raise OpError(f"the bias has shape {list(weights['bias'].shape)}, the result {[rows.size]}", "bias")
         out: tuple[Axis, ...] = (rows,)
         heads = values.get("heads")
-        if heads:
+        if heads is not None:
+            if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+                raise OpError(f"'heads' must be a positive whole number, it is {heads!r}", "heads")
             if rows.size % heads:
                 raise OpError(f"{rows.size} features do not fold into {heads} heads", "heads")
             out = (Axis(heads, rows.names, rows.split), Axis(rows.size // heads))
