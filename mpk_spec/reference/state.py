@@ -77,8 +77,8 @@ def poisoned(plan: Plan, name: str, tokens: int) -> torch.Tensor:
 
 def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:
     """All ranks of the plan with their shares of the checkpoint. Raises UserError for what does not fit."""
-    names = set(checkpoint.names())
-    prefix = find_prefix(plan, names, checkpoint)
+    prefix = find_prefix(plan, set(checkpoint.names()), checkpoint)
+    _check_storage(plan)
     ranks = [Rank(plan, r, {}) for r in range(plan.tp)]
     for rank in ranks:
         rank.peers = ranks
@@ -90,7 +90,7 @@ def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:
         for layer in range(layers) if weight.per_layer else [None]:
             for rank in ranks:
                 empty = weight.once and rank.index > 0
-                key = (weight.source, layer, share_of(weight, rank.index), weight.pad, empty)
+                key = (weight.source, layer, weight.shape, weight.split, share_of(weight, rank.index), empty)
                 if key not in shared:
                     part = read_share(checkpoint, prefix, weight, layer, rank.index)
                     shared[key] = part.float() if widen else part
@@ -103,24 +103,36 @@ def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:
     return ranks
 
 
+def _check_storage(plan: Plan) -> None:
+    for weight in plan.weights.values():
+        if weight.storage.get("format", "bf16") != "bf16":
+            raise UserError(
+                f"weight '{weight.name}' of spec '{plan.spec}' is stored as {weight.storage['format']}, "
+                "which the CPU reference cannot read yet"
+            )
+
+
 def layer_count(plan: Plan) -> int:
     """How many layers a plan has."""
     return 1 + max((s.layer for step in plan.steps.values() for s in step.stages if s.layer is not None), default=-1)
 
 
 def find_prefix(plan: Plan, names: set[str], checkpoint: Any) -> str:
-    """The first of the plan's prefixes under which the checkpoint has the weights; UserError where none has."""
-    wanted = [w for w in plan.weights.values()]
-    for prefix in plan.prefixes:
-        if all(source_names(w, 0 if w.per_layer else None, prefix)[0] in names for w in wanted):
-            return prefix
-    first = next(w for w in wanted if source_names(w, 0 if w.per_layer else None, plan.prefixes[0])[0] not in names)
-    missing = source_names(first, 0 if first.per_layer else None, plan.prefixes[0])[0]
-    raise UserError(
-        f"{checkpoint.source}: there is no tensor '{missing}', "
-        f"which weight '{first.name}' of spec '{plan.spec}' is read from",
-        f"the checkpoint has {len(names)} tensors, such as {', '.join(sorted(names)[:3])}",
-    )
+    """The plan's prefix under which the checkpoint has the weights. UserError for the first one that is missing."""
+    layers = layer_count(plan)
+    wanted = [(w, layer) for w in plan.weights.values() for layer in (range(layers) if w.per_layer else [None])]
+
+    def missing(prefix: str) -> list[tuple[Weight, str]]:
+        return [(w, n) for w, layer in wanted for n in source_names(w, layer, prefix) if n not in names]
+
+    prefix = min(plan.prefixes, key=lambda p: len(missing(p)))
+    for weight, name in missing(prefix):
+        raise UserError(
+            f"{checkpoint.source}: there is no tensor '{name}', "
+            f"which weight '{weight.name}' of spec '{plan.spec}' is read from",
+            f"the checkpoint has {len(names)} tensors, such as {', '.join(sorted(names)[:3])}",
+        )
+    return prefix
 
 
 def source_names(weight: Weight, layer: int | None, prefix: str) -> list[str]:
