@@ -148,8 +148,9 @@ def _verdict(target, backend, tp, positions, seeds, length, defect, report) -> R
     if len(ids) * len(ids[0]) < 1000:
         print(f"note: {len(ids) * len(ids[0])} positions say little; the rule is made for 2000", file=sys.stderr)
     yardstick = Yardstick(target.checkpoint, ids, report)
-    ours = open_ours(target.spec, target.size, target.checkpoint, backend, length, tp, defect)
-    verdict = yardstick.judge(ours, report)
+    with yardstick.threads():
+        ours = open_ours(target.spec, target.size, target.checkpoint, backend, length, tp, defect)
+        verdict = yardstick.judge(ours, report)
     planted = f", planted: {defect.says}" if defect else ""
     name = f"{target.spec.name} {target.size or 'checkpoint'}, weights {target.checkpoint.source}"
     return Result(f"{name}, {ours.description}{planted}", verdict, ids, defect)

@@ -107,19 +107,20 @@ def bisect(
     """
     import torch
 
+    from mpk_spec.testing.yardstick import count_parameters, threads_for
     from mpk_spec.weights import text_config
 
     vocab = text_config(checkpoint.config)["vocab_size"]
     ids = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(SEED))
     true_plan = _plan(spec, size, checkpoint, tokens, tp, None)
     last = _find(true_plan, stop_after)
-    with without_rounding():
-        truth = {key: value for key, _, value in _values(true_plan, checkpoint, ids, None, last)}
-    title = f"{spec.name} {size or 'checkpoint'}, weights {checkpoint.source}, tp {tp}" + (
-        f", planted: {defect.says}" if defect else ""
-    )
-    ours = _values(_plan(spec, size, checkpoint, tokens, tp, defect), checkpoint, ids, defect, last)
-    return _compared(title, truth, ours, tokens)
+    planted = f", planted: {defect.says}" if defect else ""
+    title = f"{spec.name} {size or 'checkpoint'}, weights {checkpoint.source}, tp {tp}{planted}"
+    with threads_for(count_parameters(checkpoint)):
+        with without_rounding():
+            truth = {key: value for key, _, value in _values(true_plan, checkpoint, ids, None, last)}
+        ours = _values(_plan(spec, size, checkpoint, tokens, tp, defect), checkpoint, ids, defect, last)
+        return _compared(title, truth, ours, tokens)
 
 
 def _plan(spec: Spec, size: str | None, checkpoint: Checkpoint, tokens: int, tp: int, defect: Defect | None) -> Plan:

@@ -205,7 +205,9 @@ def ratio_of(bench: Bench, given: Numeric, spec) -> float:
     checkpoint = bench.checkpoint(given.size, given.weights)
     changed = None if spec is bench.spec else Defect("dropped", "", spec=lambda _: spec)
     length = max(map(len, yardstick.ids))
-    return yardstick.judge(open_ours(bench.spec, given.size, checkpoint, "cpu", length, given.tp, changed)).kl_ratio
+    with yardstick.threads():
+        ours = open_ours(bench.spec, given.size, checkpoint, "cpu", length, given.tp, changed)
+        return yardstick.judge(ours).kl_ratio
 
 
 @kind(Planted)
@@ -263,8 +265,8 @@ def equals_huggingface(bench: Bench, size: str, tp: int) -> Outcome:
     yardstick = bench.yardstick(size, "random:0", EXACT_POSITIONS)
     ids, truth = yardstick.ids[0], yardstick.truth[0]
     exact = Defect("unrounded", "the spec's own roundings left out", spec=unrounded)
-    ours = open_ours(bench.spec, size, bench.checkpoint(size, "random:0"), "cpu", len(ids), tp, exact)
     with without_rounding(), yardstick.threads():
+        ours = open_ours(bench.spec, size, bench.checkpoint(size, "random:0"), "cpu", len(ids), tp, exact)
         error = (ours.logits(ids) - truth).abs().max().item() / truth.abs().max().item()
     found = f"{error:.1e}" if torch.tensor(error).isfinite() else "not a number"
     return judged(f"relative error of logits at most {EXACT:.0e}", found, error <= EXACT)

@@ -54,17 +54,26 @@ class Yardstick:
         with self.threads():
             return measure(zip(self.truth, _each(backend.logits, self.ids, "running ours", progress), strict=True))
 
-    @contextmanager
-    def threads(self) -> Iterator[None]:
-        """Inside it torch uses as many threads as the model's size is worth."""
-        import torch
+    def threads(self):
+        """`threads_for` the model."""
+        return threads_for(self.parameters)
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(1 if self.parameters < SMALL else before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+
+@contextmanager
+def threads_for(parameters: int) -> Iterator[None]:
+    """Inside it torch uses as many threads as a model of that size is worth."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if parameters < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def count_parameters(checkpoint: Checkpoint) -> int:
+    return sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
 def _huggingface(checkpoint: Checkpoint, ids: list[list[int]], dtype: str, progress: Callable):
@@ -97,7 +106,7 @@ def need_memory(checkpoint: Checkpoint, positions: int) -> int:
     """The number of parameters. Raises UserError where the float32 truth does not fit: weights twice, and logits."""
     from mpk_spec.weights import text_config
 
-    parameters = sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
+    parameters = count_parameters(checkpoint)
     needed = parameters * (4 + 2) + positions * text_config(checkpoint.config)["vocab_size"] * 4
     free = free_memory()
     if free is not None and needed > free:

@@ -33,5 +33,6 @@ def yardstick_of(name: str, context: int):
 def verdict_of(name: str, context: int, defect=None, tp: int = 1):
     from mpk_spec.testing.ours import open_ours
 
-    ours = open_ours(spec_of(name), "tiny", checkpoint_of(name), "cpu", context, tp, defect)
-    return yardstick_of(name, context).judge(ours)
+    yardstick = yardstick_of(name, context)
+    with yardstick.threads():
+        return yardstick.judge(open_ours(spec_of(name), "tiny", checkpoint_of(name), "cpu", context, tp, defect))
