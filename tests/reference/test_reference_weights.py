@@ -45,7 +45,8 @@ def test_a_tensor_is_missing():
     del tensors["model.layers.0.mlp.up_proj.weight"]
     assert refused("qwen3", tensors) == (
         "tensors of a test: there is no tensor 'model.layers.0.mlp.up_proj.weight', "
-        "which weight 'up_proj' of spec 'qwen3' is read from\n  hint: the checkpoint has 34 tensors, such as model.embed_tokens.weight, "
+        "which weight 'up_proj' of spec 'qwen3' is read from\n"
+        "  hint: the checkpoint has 34 tensors, such as model.embed_tokens.weight, "
         "model.layers.0.input_layernorm.weight, model.layers.0.mlp.down_proj.weight"
     )
 

@@ -1,0 +1,68 @@
+"""Operators to groups: order, names, what is published, what `--explain` tells."""
+
+from __future__ import annotations
+
+from tiny_specs import child, planned, spec_of
+
+GPU = {"target": "h100", "context": 256}
+
+
+def layer_groups(spec, **request):
+    return planned(spec, **{**GPU, **request}).steps["decode"].templates[1].groups
+
+
+def test_groups_of_a_layer():
+    assert [g.name for g in layer_groups(spec_of("qwen3"))] == ["qkv", "attend", "o_add", "gate_up", "down_add"]
+    assert [g.name for g in layer_groups(spec_of("qwen3_moe"))] == [
+        "qkv", "attend", "o_add", "router", "mlp.route", "gate_up", "down_add",
+    ]  # fmt: skip
+
+
+def test_groups_are_cut_where_ranks_add_their_parts():
+    groups = {g.name: [n.op for n in g.nodes] for g in layer_groups(spec_of("qwen3"), tp=2)}
+    assert groups["o_add"] == ["attention_merge", "linear"]
+    assert groups["attention.o.all_reduce"] == ["all_reduce", "add"]
+    assert groups["mlp.down.all_reduce"] == ["all_reduce", "add"]
+    gemma = {g.name: [n.op for n in g.nodes] for g in layer_groups(spec_of("gemma3"), tp=2)}
+    assert gemma["attention.o"] == ["attention_merge", "linear"]
+    assert gemma["attention.o.all_reduce"] == ["all_reduce"] and gemma["o_add"] == ["rmsnorm", "add"]
+
+
+def test_a_merge_is_computed_by_its_one_reader():
+    """Or by a group of its own, where it has several."""
+    alone = {g.name: [n.op for n in g.nodes] for g in layer_groups(spec_of("qwen3"))}
+    assert alone["o_add"] == ["attention_merge", "linear", "add"]
+    twice = child("qwen3", blocks={"attention": {"b": {"add": ["a", "a"]}, "o": {"linear": "b"}}})
+    groups = {g.name: [n.op for n in g.nodes] for g in layer_groups(twice)}
+    assert groups["attention.a.merge"] == ["attention_merge"] and groups["attention.b"] == ["add"]
+
+
+def test_shared_prologues_are_published():
+    """The router's norm also serves the experts: its tasks store a share of it each."""
+    router = next(g for g in layer_groups(spec_of("qwen3_moe")) if g.name == "router")
+    assert router.published == ("mlp.h",) and router.outputs == ("mlp.scores", "mlp.h")
+    shares = [next(s for s in t.writes if s.tensor == "mlp.h") for t in router.tasks]
+    assert [(s.lo, s.hi) for s in shares] == [(0, 96)]
+    first = planned(spec_of("qwen3"), **GPU).steps["decode"].templates[0].groups[0]
+    shares = [next(s for s in t.writes if s.tensor == "y") for t in first.tasks]
+    assert [s.lo for s in shares[1:]] == [s.hi for s in shares[:-1]] and shares[-1].hi == 96
+
+
+def test_what_is_explained():
+    one, two = (planned(spec_of("qwen3"), tp=tp, **GPU).notes for tp in (1, 2))
+    assert "fusion qkv: applied, rmsnorm + linear + linear + linear" in one
+    assert "fusion embed: applied in layer 0" in one and "fusion embed: applied in layer 0" in two
+    assert "fusion o_add: cut at attention.o.all_reduce: ranks add their parts there" in two
+    assert not any("cut" in note for note in one)
+
+
+def test_a_group_waits_for_what_it_reads():
+    """Groups stand in an order in which each comes after those that it reads from."""
+    for name in ("qwen3", "gemma3", "qwen3_moe"):
+        for fusions in ({}, {f: None for f in spec_of(name).fusions if f not in ("gate_up", "down_add")}):
+            made: set[str] = set()
+            groups = layer_groups(child(name, fusions=fusions), tp=2)
+            inner = {n for g in groups for n in g.outputs}
+            for group in groups:
+                assert set(group.inputs) & inner <= made | {"y"}
+                made |= set(group.outputs)
