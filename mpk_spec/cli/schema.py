@@ -5,8 +5,6 @@ from __future__ import annotations
 
 def command() -> None:
     """Print the JSON Schema of specs; a line '# yaml-language-server: $schema=PATH' points an editor to it."""
-    import json
+    from mpk_spec.schema import editor
 
-    from mpk_spec.schema import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
+    print(editor.text(), end="")
