@@ -61,7 +61,8 @@ class TensorType:
     """The type of a value: axes after the tokens axis, dtype, and what kind of thing it is.
 
     `partial`: each rank holds an addend of the true value. `route`: expert ids and weights `[tokens, k]`. `cache`: the
-    KV cache after an append. `routed`: one row per (token, chosen expert), so `[tokens, k, *axes]`.
+    KV cache after an append. `routed`: one row per (token, chosen expert), so `[tokens, k, *axes]`. `elsewhere`: rows
+    of experts that other ranks hold are zero here.
     """
 
     axes: tuple[Axis, ...]
@@ -69,6 +70,7 @@ class TensorType:
     kind: Literal["tensor", "route", "cache"] = "tensor"
     partial: bool = False
     routed: int = 0
+    elsewhere: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

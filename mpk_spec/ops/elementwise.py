@@ -54,7 +54,7 @@ class GatedAct(Op):
 
     def infer(self, inputs, weights, values):
         same_features("gated_act", inputs)
-        return TensorType(inputs[0].axes, routed=inputs[0].routed)
+        return TensorType(inputs[0].axes, routed=inputs[0].routed, elsewhere=inputs[0].elsewhere)
 
     def compute(self, inputs, weights, scope):
         from functools import partial

@@ -80,7 +80,7 @@ class Combine(Op):
             raise OpError(f"'{self.route}' is no routing", "route", "name the value of a 'top_k' operator")
         if not rows.routed:
             raise OpError(f"'{self.input}' has no row per chosen expert", "combine", "its linear needs 'experts: ...'")
-        return TensorType(rows.axes, partial=rows.partial)
+        return TensorType(rows.axes, partial=rows.partial or rows.elsewhere)
 
     def needs(self, span, output, inputs):
         return (span, (0, inputs[1].features))

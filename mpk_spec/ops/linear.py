@@ -66,7 +66,10 @@ class Linear(Op):
             return TensorType(out, partial=bool(k.split))
         if inputs[1].kind != "route":
             raise OpError(f"'{self.experts}' is no routing", "experts", "name the value of a 'top_k' operator")
-        return TensorType(out, partial=bool(k.split), routed=inputs[1].axes[-1].size)
+        elsewhere = bool(w.axes[0].split)
+        if x.elsewhere and not elsewhere:
+            raise OpError("rows of other ranks' experts, and a weight that holds all experts", "weight")
+        return TensorType(out, partial=bool(k.split), routed=inputs[1].axes[-1].size, elsewhere=elsewhere)
 
     def needs(self, span, output, inputs):
         return tuple((0, t.features) for t in inputs)

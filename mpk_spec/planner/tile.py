@@ -135,8 +135,9 @@ def spans(found: dict[str, FeatureSpan], model: Model) -> tuple[Span, ...]:
 
 
 def _published(group: Fused, model: Model, index: int, count: int) -> list[Span]:
-    """Task `index` of `count` stores its share of the prologue's values."""
-    return [Span(v, *cuts(model.types[v].features, count)[index]) for v in group.published]
+    """Task `index` of `count` stores its share of the prologue's values, if there is one for each."""
+    shares = [Span(v, *cuts(model.types[v].features, count)[index]) for v in group.published]
+    return [s for s in shares if s.lo < s.hi]
 
 
 def _rows(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits: dict[str, int]):

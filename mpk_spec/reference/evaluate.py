@@ -17,7 +17,7 @@ from mpk_spec.ops.base import Op, Scope, round_to
 from mpk_spec.planner.plan import Group, Node, Plan, Span, Task
 from mpk_spec.planner.tile import packed_segments
 from mpk_spec.reference.attend import append, attend
-from mpk_spec.reference.state import Rank
+from mpk_spec.reference.state import Rank, share_of
 
 PAD = 16
 
@@ -162,14 +162,19 @@ class GroupRun:
         ids = route[:, : route.shape[-1] // 2].long()
         rows = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, ids.shape[1], -1)
         out = torch.full((*ids.shape, hi - lo), float("nan"))
-        active = ids.unique(sorted=True).tolist()
+        held = self.plan.weights[node.weights["weight"]]
+        first = share_of(held, self.rank.index) * len(weight) if held.split == 0 else 0
+        elsewhere = (ids < first) | (ids >= first + len(weight))  # nothing of split experts that other ranks hold
+        active = ids[~elsewhere].unique(sorted=True).tolist()
         claimed = self.group.grid[1] > 1 and self.task is not None
+        if not claimed or self.task.k[0] == 0:
+            out[elsewhere] = 0.0
         if claimed:
             active = active[self.task.k[0] : self.task.k[1]]
         for expert in active:
             chosen = ids == expert
-            y = self._rows_product(rows[chosen], weight[expert], lo, hi)
-            out[chosen] = y if bias is None else y + bias[expert, lo:hi].float()
+            y = self._rows_product(rows[chosen], weight[expert - first], lo, hi)
+            out[chosen] = y if bias is None else y + bias[expert - first, lo:hi].float()
         return out
 
     # values

@@ -149,31 +149,32 @@ def share_of(weight: Weight, rank: int) -> int:
 
 def read_share(checkpoint: Any, prefix: str, weight: Weight, layer: int | None, rank: int) -> torch.Tensor:
     """A rank's part of a weight, in the checkpoint's dtype, padded rows zero."""
-    stacked = weight.stack is not None
+    stacked, split = weight.stack is not None, weight.split
+    names = source_names(weight, layer, prefix)
     full = weight.full_shape[1:] if stacked else weight.full_shape
-    parts = []
-    for name in source_names(weight, layer, prefix):
+    for name in names:
         found = tuple(checkpoint.shape(name))
         if found != tuple(full):
             raise UserError(f"{checkpoint.source}: tensor '{name}' is {list(found)}, spec and config say {list(full)}")
-        slices = None
-        if weight.split is not None and not (stacked and weight.split == 0):
-            axis = weight.split - stacked
-            size = weight.shape[weight.split]
-            start = share_of(weight, rank) * size
-            slices = tuple(
-                slice(start, min(start + size, full[axis])) if a == axis else slice(0, n) for a, n in enumerate(full)
-            )
-        parts.append(checkpoint.read(name, slices))
-    if stacked and weight.split == 0:
-        start = share_of(weight, rank) * weight.shape[0]
-        parts = parts[start : start + weight.shape[0]]
+    if split is None:
+        parts = [checkpoint.read(name) for name in names]
+        return torch.stack(parts) if stacked else parts[0]
+    lo = share_of(weight, rank) * weight.shape[split]
+    hi = min(lo + weight.shape[split], weight.full_shape[split])
+    if lo >= hi:  # all padding
+        return torch.zeros(weight.shape)
+    slices = None
+    if stacked and split == 0:
+        names = names[lo:hi]
+    else:
+        slices = tuple(slice(lo, hi) if a == split - stacked else slice(0, n) for a, n in enumerate(full))
+    parts = [checkpoint.read(name, slices) for name in names]
     tensor = torch.stack(parts) if stacked else parts[0]
-    missing = weight.shape[weight.split] - tensor.shape[weight.split] if weight.split is not None else 0
+    missing = weight.shape[split] - (hi - lo)
     if missing:
         filler = list(tensor.shape)
-        filler[weight.split] = missing
-        tensor = torch.cat((tensor, tensor.new_zeros(filler)), weight.split)
+        filler[split] = missing
+        tensor = torch.cat((tensor, tensor.new_zeros(filler)), split)
     return tensor
 
 

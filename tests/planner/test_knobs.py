@@ -274,6 +274,18 @@ def test_shard_rules(rule, sums, shape):
     assert made.tensors["next_ids.partial"].inbox == (rule != {"vocab": "replicate"})
 
 
+@pytest.mark.parametrize("tp", [2, 8])
+@pytest.mark.parametrize("count", [16, 14])
+@pytest.mark.parametrize("launch", ["static", "dynamic"])
+def test_experts_shared_out(count, tp, launch):
+    """Expert parallel: each rank has some of the experts, whole, and what it adds to the sum over ranks."""
+    rule = {"tp": {"inter": "replicate", "experts": "split_padded"}}
+    schedule = [{"set": {"gate_up": {"launch": launch}}}]
+    made = right(child("qwen3_moe", {"num_experts": count}, shard=rule, schedule=schedule), tp=tp, batch=3)
+    assert made.weights["up_proj"].shape == (-(-count // tp), 128, 96) and made.weights["router"].shape == (count, 96)
+    assert made.all_reduces == 6 and made.tensors["mlp.mix"].inbox
+
+
 def test_weights_kept_whole():
     kept = {
         "layer": {

@@ -131,6 +131,16 @@ def test_experts_are_stacked():
         assert torch.equal(up[7], expert[rank.index * 64 : (rank.index + 1) * 64])
 
 
+def test_ranks_of_padding_alone():
+    """Nine rows over eight ranks: the last ranks have none."""
+    spec = child("qwen3", {"vocab_size": 9, "tie_word_embeddings": False})
+    checkpoint = model_of(spec)[1]
+    ranks = load_ranks(planned(spec, tp=8), checkpoint)
+    whole = torch.cat([r.weight("lm_head", None) for r in ranks])
+    assert whole.shape == (16, 96) and torch.equal(whole[:9], checkpoint.read("lm_head.weight"))
+    assert not whole[9:].any()
+
+
 def test_progress_is_told():
     seen = []
     load_ranks(planned(spec_of("qwen3")), Tensors(tensors_of("qwen3")), lambda *a: seen.append(a))
