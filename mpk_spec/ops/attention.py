@@ -66,7 +66,9 @@ class Attention(Op):
     def infer(self, inputs, weights, values):
         q, cache = inputs
         number(values, "scale")
-        number(values, "window", optional=True)
+        window = values.get("window")
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise OpError(f"'window' must be a positive whole number or none, it is {window!r}", "window")
         number(values, "softcap", optional=True)
         if cache.kind != "cache":
             raise OpError(f"'{self.cache}' is no cache", "cache", "name the value of a 'kv_append' operator")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DEGREES = tuple(range(1, 9))
 MAX_BATCH = 16
+STEP_KINDS = ("decode", "prefill", "mixed", "verify")
 DEFAULT_CONTEXT = 4096
 
 
@@ -51,10 +52,14 @@ def plan(
         config = size_config(spec, size)
     architecture = architecture or spec.model.architectures[0]
     limit = _positions(config)
-    context = context or min(DEFAULT_CONTEXT, limit)
+    context = min(DEFAULT_CONTEXT, limit) if context is None else context
     if context < 1 or context > limit:
         raise UserError(f"a context of {context} positions", f"this model was made for 1 to {limit}")
-    chunk = chunk or (128 if machine.name == "cpu" else 16)
+    chunk = (128 if machine.name == "cpu" else 16) if chunk is None else chunk
+    if chunk < 1 or draft < 1:
+        raise UserError(f"a step has at least one token, got a chunk of {chunk} and a draft of {draft}")
+    if not steps or set(steps) - set(STEP_KINDS):
+        raise UserError(f"step kinds {list(steps)}", f"one or more of {', '.join(STEP_KINDS)}")
     request = Request(size or "checkpoint", machine, tp, batch, context, min(chunk, context), draft, tuple(steps))
     made = build(spec, architecture, config, request)
     if verified:

@@ -14,7 +14,7 @@ from mpk_spec.planner.fuse import Fused, FusedSection, fuse
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
-from mpk_spec.planner.plan import Packing, Plan, Stage, Step, Template, Tensor, Weight
+from mpk_spec.planner.plan import Group, Packing, Plan, Stage, Step, Template, Tensor, Weight
 from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, outputs, renamed, smem_bytes, tile
@@ -147,32 +147,57 @@ def _draft(kind: str, request: Request, lowering: _Lowering, splits: dict[str, i
     inboxes = frozenset(v + copy for v in inboxes for copy in ("", *COPIES)) if request.tp > 1 else frozenset()
     made: dict[str, tuple[str, StageOrder]] = {}
     stages = []
+    carried: dict[str, str] = {}  # where the layers' result lies after them, if not under its own name
     for section in lowering.sections:
-        base = section.fused.section
+        base, turns, lone = section.fused.section, section.fused.alternates, _lone_sums(section, model)
         for layer in range(base.layers) if base.layers else [None]:
             items = section.first if layer == 0 else section.items
-            single = _single_sum(section, model) if request.tp > 1 else None
-            copy = _copy(layer, base.layers) if single else ""
-            key = f"{base.name}{copy}/{layer == 0 and section.first is not section.items}/{_layer_key(items, layer)}"
+            copy = _copy(layer, base.layers) if lone else ""
+            variant = (copy, turns and layer % 2, layer == 0 and section.first is not section.items)
+            key = f"{base.name}/{variant}/{_layer_key(items, layer)}"
             if key not in made:
                 groups = [tile(item.group, item.settings, model, layer, tokens, splits) for item in items]
-                groups = [renamed(g, single, single + copy) for g in groups] if copy else groups
+                groups = [_turned(g, turns, layer) for g in groups] if turns else groups
+                for old, new in [*carried.items(), *((v, v + copy) for v in lone if copy)]:
+                    groups = [renamed(g, old, new) for g in groups]
                 name = base.name if layer is None else f"{base.name}.{layer}"
                 made[key] = (name, connect(groups, request.tp, inboxes))
             stages.append((layer, *made[key]))
+        if turns and base.layers % 2:
+            carried[turns] = turns + OTHER
     return _Drafted(kind, tokens, stages)
 
 
 COPIES = (".1", ".2")
+OTHER = ".other"
 
 
-def _single_sum(section: _Section, model: Model) -> str | None:
-    """The inbox of layers that have just one. Two keep one another's ranks together: nobody writes into an inbox of
-    the next layer before all have read this layer's. One alone needs another copy in the next layer."""
-    if not section.fused.section.layers:
-        return None
-    inboxes = {v for i in section.items for v in _inboxes(i.group, model)}
-    return inboxes.pop() if len(inboxes) == 1 else None
+def _turned(group: Group, carried: str, layer: int) -> Group:
+    """Even layers read the carried value under its name and write the other buffer, odd ones the other way round."""
+    if layer % 2:
+        group = renamed(group, carried, carried + OTHER)
+    return renamed(group, f"{carried}.next", carried if layer % 2 else carried + OTHER)
+
+
+def _lone_sums(section: _Section, model: Model) -> list[str]:
+    """Inboxes of a layer that need another copy in the next layer.
+
+    Where one sum over ranks comes after another, they keep the ranks together: nobody writes into an inbox of the next
+    layer before all have read this layer's. A sum that no other one comes before or after has no such guard.
+    """
+    if not section.fused.section.layers or model.tp == 1:
+        return []
+    behind: dict[str, set[str]] = {}  # value: the sums that it comes after
+    found: list[str] = []
+    for group in (i.group for i in section.items):
+        after = set().union(*(behind.get(v, set()) for v in group.inputs))
+        found += (sums := _inboxes(group, model))
+        after |= set(sums)
+        for value in outputs(group, model):
+            behind[value] = after
+    pairs = {(x, z) for x in found for z in behind.get(x, ()) if x != z}
+    guarded = {x for pair in pairs for x in pair}
+    return [x for x in found if x not in guarded]
 
 
 def _copy(layer: int, layers: int) -> str:
@@ -224,10 +249,15 @@ def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], re
         for name in (v for i in items for v in outputs(i.group, model)):
             made = _tensor(spec, model, name, name in inboxes, request)
             tensors[name] = max(tensors.get(name, made), made, key=lambda t: t.extent)
-        copied = {v for s in lowering.sections if request.tp > 1 and (v := _single_sum(s, model))}
+        copied = {v for s in lowering.sections for v in _lone_sums(s, model)}
         copies = {v + copy: replace(tensors[v], name=v + copy) for v in copied for copy in COPIES}
         tensors |= copies
         inboxes |= copies.keys()
+        for turns in (s.fused.alternates for s in lowering.sections if s.fused.alternates):
+            tensors.pop(f"{turns}.next", None)
+            tensors[turns] = _tensor(spec, model, turns, False, request)
+            tensors[turns + OTHER] = replace(tensors[turns], name=turns + OTHER)
+            kept.add(turns + OTHER)
         # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
         kept |= {*model.carries, *inboxes, *_feeds(model).values()}
         kept |= {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}

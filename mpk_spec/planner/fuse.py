@@ -70,6 +70,8 @@ class FusedSection:
     groups: tuple[Fused, ...]
     first: tuple[Fused, ...] | None = None
     notes: list[str] = field(default_factory=list)
+    alternates: str | None = None
+    """The carried value, where a group reads and writes it: layers then read one buffer and write another in turn."""
 
 
 def fuse(spec: Spec, model: Model) -> list[FusedSection]:
@@ -82,7 +84,26 @@ def fuse(spec: Spec, model: Model) -> list[FusedSection]:
     done = _fuse_into(spec, done, problems)
     if problems:
         raise SpecError(problems)
-    return done
+    return [_apart(s, model) for s in done]
+
+
+def _apart(section: FusedSection, model: Model) -> FusedSection:
+    """Calls a layer's result `NAME.next` where one group has both it and the layer's input."""
+    name = section.section.name
+    own = {o.name for o in section.section.ops}
+
+    def has_both(group: Fused) -> bool:
+        return name in group.inputs and any(o.output == name and o.name in own for o in group.ops)
+
+    def apart(group: Fused) -> Fused:
+        ops = (replace(o, output=f"{name}.next") if o.output == name and o.name in own else o for o in group.ops)
+        return replace(group, ops=tuple(ops))
+
+    if not section.section.layers or not any(map(has_both, section.groups)):
+        return section
+    model.types[f"{name}.next"] = model.types[name]
+    first = tuple(map(apart, section.first)) if section.first else None
+    return replace(section, groups=tuple(map(apart, section.groups)), first=first, alternates=name)
 
 
 def _readers(model: Model) -> dict[str, set[str]]:

@@ -115,7 +115,7 @@ CASES = {
     ),
     "window": (
         ("attention", {"cache": "c", "scale": 1}, [value(8, 16), CACHE], {}, {"scale": 1, "window": "wide"}),
-        "'window' must be a number, it is 'wide'", "window", None,
+        "'window' must be a positive whole number or none, it is 'wide'", "window", None,
     ),
     "embedding table": (
         ("embedding", {"weight": "w"}, [value(1)], {"weight": value(8)}, {"scale": 1}),

@@ -113,7 +113,11 @@ def test_every_weight_is_streamed_once():
         ({"tp": 0}, "a tensor-parallel degree is 1 to 8, got 0"),
         ({"batch": 17}, "a batch is 1 to 16, got 17"),
         ({"context": 513}, "a context of 513 positions\n  hint: this model was made for 1 to 512"),
-        ({"size": "tyni"}, "spec 'qwen3' has no size 'tyni'\n  hint: did you mean 'tiny'?"),
+        ({"context": 0}, "a context of 0 positions\n  hint: this model was made for 1 to 512"),
+        ({"chunk": 0}, "a step has at least one token, got a chunk of 0 and a draft of 3"),
+        ({"steps": ("decod",)}, "step kinds ['decod']\n  hint: one or more of decode, prefill, mixed, verify"),
+        ({"steps": ()}, "step kinds []\n  hint: one or more of decode, prefill, mixed, verify"),
+        ({"size": "tinny"}, "spec 'qwen3' has no size 'tinny'\n  hint: did you mean 'tiny'?"),
         ({"target": "h10"}, "unknown target 'h10'\n  hint: did you mean 'h100'?"),
     ],
 )

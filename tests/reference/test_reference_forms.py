@@ -23,6 +23,7 @@ from tiny_specs import (
 
 from mpk_spec.ops.base import without_rounding
 from mpk_spec.paths import specs_dir
+from mpk_spec.reference.executor import Executor
 from mpk_spec.runtime.engine import Engine
 from mpk_spec.schema import Spec, load_spec
 
@@ -211,3 +212,68 @@ def test_one_sum_over_ranks_in_a_layer(rule, layers, tp):
 
 def test_padded_shares():
     assert right(child("qwen3", {"intermediate_size": 250}, shard={"tp": {"inter": "split_padded"}}), tp=4)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("target", ["cpu", "h100"])
+def test_a_group_that_reads_and_writes_the_residual(target, layers, tp):
+    """One block whose products all read its input, as in parallel layers: the residual has two buffers in turn."""
+    block = {
+        **ATTENTION,
+        "gate": {"linear": "h", "weight": "gate_proj"},
+        "up": {"linear": "h", "weight": "up_proj"},
+        "act": {"gated_act": ["gate", "up"], "fn": "silu"},
+        "down": {"linear": "act", "weight": "down_proj"},
+        "out": {"add": ["x", "o", "down"]},
+    }
+    norm = {"layer": {"prefix": "model.layers.{i}.", "mlp_norm": None}}
+    changes = {
+        "blocks": {"attention": None, "mlp": None, "all": block},
+        "layers": {"y": {"blocks": ["all"]}},
+        "weights": norm,
+        "tensors": {"attention.o": None, "mlp.down": None},
+        "fusions": {
+            **dict.fromkeys(spec_of("llama3").fusions),
+            "head": {"of": ["h", "logits"]},
+            "last": {"of": ["all.down", "all.out"]},
+        },
+    }
+    spec = child("llama3", {"num_hidden_layers": layers}, **changes)
+    made = planned(spec, tp=tp, target=target)
+    ids = tokens(12)
+    tensors = {n: t for n, t in model_of(spec)[0].state_dict().items() if "post_attention" not in n}
+    straight, shuffled = (Executor(made, StateDictLike(tensors)) for _ in range(2))
+    with without_rounding():
+        assert error(forced(straight, ids, 10), parallel(model_of(spec)[0], ids)) < TOLERANCE
+        assert torch.equal(forced(shuffled, ids, 10, shuffle=5), forced(straight, ids, 10))
+
+
+class StateDictLike:
+    source = "tensors of a test"
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def names(self):
+        return list(self.tensors)
+
+    def shape(self, name):
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name, slices=None):
+        return self.tensors[name] if slices is None else self.tensors[name][slices]
+
+
+def parallel(model, ids: list[int]) -> torch.Tensor:
+    """Llama with attention and MLP side by side, of transformers' own modules."""
+    inner = model.model
+    with torch.no_grad():
+        x = inner.embed_tokens(torch.tensor([ids]))
+        turns = inner.rotary_emb(x, torch.arange(len(ids))[None])
+        mask = torch.full((1, 1, len(ids), len(ids)), float("-inf")).triu(1)
+        for layer in inner.layers:
+            h = layer.input_layernorm(x)
+            attended, *_ = layer.self_attn(h, position_embeddings=turns, attention_mask=mask)
+            x = x + attended + layer.mlp(h)
+        return model.lm_head(inner.norm(x))[0]
