@@ -120,3 +120,12 @@ def find_target(name: str) -> Target:
         return TARGETS[name.lower()]
     except KeyError:
         raise UserError(f"unknown target '{name}'", did_you_mean(name, TARGETS, "targets")) from None
+
+
+def target_of(name: str, arch: str, num_sms: int) -> Target:
+    """The target that a GPU is, by its name, architecture ("sm_90") and number of SMs; UserError if it is none."""
+    alike = [t for t in TARGETS.values() if t.arch.rstrip("a") == arch and t.num_sms == num_sms]
+    if not alike:
+        known = ", ".join(f"{t.title} ({t.arch}, {t.num_sms} SMs)" for t in TARGETS.values() if t.arch != "cpu")
+        raise UserError(f"no target is like this GPU: {name}, {arch}, {num_sms} SMs", f"targets: {known}")
+    return next((t for t in alike if t.name.upper() in name.upper()), alike[0])

@@ -19,7 +19,8 @@ class Engine:
 
     weights: a `Checkpoint` (see `mpk_spec.weights`) or a state dict already in memory, names as Hugging Face has them,
     whose tensors are used where they lie. progress: called with (what, done, total) while loading.
-    Raises UserError where a weight is missing or of another shape, or the checkpoint has tensors that nothing reads.
+    Raises UserError where a weight is missing or of another shape, where the checkpoint has tensors that nothing reads,
+    and for a machine or a plan that the kernel cannot run on.
     """
 
     def __init__(self, plan: Plan, weights: Any, *, progress=None):
@@ -42,10 +43,9 @@ class Engine:
     @staticmethod
     def _make(plan: Plan, checkpoint: Any, progress) -> Backend:
         if plan.target != "cpu":
-            raise UserError(
-                f"this plan is for '{plan.target}', and this version runs plans on the CPU only",
-                "plan for target 'cpu'",
-            )
+            from mpk_spec.runtime.cuda_backend import CudaBackend
+
+            return CudaBackend(plan, checkpoint, progress)
         from mpk_spec.reference.backend import ReferenceBackend
 
         return ReferenceBackend(plan, checkpoint, progress)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpk_spec.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from mpk_spec.planner.plan import Plan
     from mpk_spec.runtime.backend import Backend
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
@@ -42,8 +43,8 @@ def open_backend(
         raise UserError(f"there is no backend '{backend}'", hint=did_you_mean(backend, BACKENDS, "backends"))
     context = choose_context(context, checkpoint.config)
     if backend == "auto":
-        backend = "cpu"
-        print("backend: cpu, chosen since this version has no CUDA kernel yet (--backend chooses)", file=sys.stderr)
+        backend, why = choose_backend(spec, size, checkpoint, context)
+        print(f"backend: {backend}, chosen since {why} (--backend chooses)", file=sys.stderr)
     return OPENERS[backend](spec, size, checkpoint, context, progress)
 
 
@@ -59,11 +60,43 @@ def choose_context(wanted: int | None, config: dict) -> int:
     return wanted
 
 
-def _open_cuda(spec, size, checkpoint, context, progress) -> Backend:
-    raise UserError(
-        "the CUDA kernel is not available in this version of mpk-spec",
-        hint="--backend cpu runs the same plan on the CPU, --backend torch runs Hugging Face's own model",
+def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> tuple[str, str]:
+    """("cuda" or "cpu", why): the GPU if there is one and the kernel can run this model on it."""
+    from mpk_spec.emit.compiler import nvrtc_version
+    from mpk_spec.emit.source import emit
+
+    try:
+        emit(plan_for_gpu(spec, size, checkpoint, context))
+        nvrtc_version()
+    except UserError as error:
+        return "cpu", error.message
+    return "cuda", "there is a GPU that runs this plan"
+
+
+def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> Plan:
+    """The plan for this machine's GPU. Raises UserError where there is none, or none that plans are made for."""
+    import torch
+
+    from mpk_spec.planner import plan
+    from mpk_spec.planner.targets import target_of
+    from mpk_spec.runtime.cuda_backend import find_device
+
+    found = torch.cuda.get_device_properties(find_device())
+    target = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
+    return plan(
+        spec,
+        size=size,
+        config=checkpoint.config,
+        architecture=checkpoint.architecture,
+        target=target.name,
+        context=context,
     )
+
+
+def _open_cuda(spec, size, checkpoint, context, progress) -> Backend:
+    from mpk_spec.runtime.engine import Engine
+
+    return Engine(plan_for_gpu(spec, size, checkpoint, context), checkpoint, progress=progress)
 
 
 def _open_cpu(spec, size, checkpoint, context, progress) -> Backend:

@@ -21,12 +21,36 @@ def opened(monkeypatch):
     return calls
 
 
-def test_an_automatic_choice_is_said_in_one_line(opened, capsys):
+def test_an_automatic_choice_is_said_in_one_line(opened, capsys, monkeypatch):
+    monkeypatch.setattr(select, "choose_backend", lambda *asked: ("cpu", "it rains"))
     select.open_backend(None, None, CHECKPOINT)
     shown = capsys.readouterr()
     assert opened == [("cpu", 4096)]
     assert shown.out == ""
-    assert shown.err == "backend: cpu, chosen since this version has no CUDA kernel yet (--backend chooses)\n"
+    assert shown.err == "backend: cpu, chosen since it rains (--backend chooses)\n"
+
+
+def test_without_a_gpu_the_choice_is_the_cpu_and_says_why(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    name, why = select.choose_backend(None, None, CHECKPOINT, 512)
+    assert name == "cpu"
+    assert why in ("there is no usable NVIDIA GPU here", "this torch is built without CUDA")
+
+
+@pytest.mark.parametrize(("spec", "size", "choice"), [("qwen3", "tiny", "cuda"), ("gemma3", "tiny", "cpu")])
+def test_with_a_gpu_the_choice_is_the_kernel_if_it_can_run_the_model(monkeypatch, spec, size, choice):
+    from mpk_spec.planner import size_config
+    from mpk_spec.schema import load_spec
+
+    loaded = load_spec(spec)
+    checkpoint = SimpleNamespace(config=size_config(loaded, size), architecture=loaded.model.architectures[0])
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr("mpk_spec.runtime.cuda_backend.find_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    monkeypatch.setattr("mpk_spec.emit.compiler.nvrtc_version", lambda: "13.0")
+    name, why = select.choose_backend(loaded, size, checkpoint, 256)
+    assert name == choice, why
+    assert choice == "cuda" or "the CUDA kernel cannot" in why
 
 
 def test_a_choice_of_the_person_is_not_repeated(opened, capsys):
@@ -54,6 +78,8 @@ def test_wrong_choices_are_refused(backend, context, message):
     assert str(error.value) == message
 
 
-def test_cuda_says_what_works_instead():
-    with pytest.raises(UserError, match="the CUDA kernel is not available in this version of mpk-spec"):
+def test_cuda_without_a_gpu_says_what_works_instead(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError) as error:
         select.open_backend(None, None, CHECKPOINT, "cuda")
+    assert error.value.hint == "--backend cpu runs the same plan on the CPU"

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+
+from mpk_spec.errors import UserError
+from mpk_spec.planner.targets import find_target, target_of
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "sms", "target"),
+    [
+        ("NVIDIA H100 80GB HBM3", "sm_90", 132, "h100"),
+        ("NVIDIA H200", "sm_90", 132, "h200"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", 108, "a100"),
+        ("NVIDIA GeForce RTX 4090", "sm_89", 128, "rtx4090"),
+    ],
+)
+def test_a_gpu_is_found_among_the_targets(name, arch, sms, target):
+    assert target_of(name, arch, sms) is find_target(target)
+
+
+def test_a_gpu_of_another_size_is_no_target():
+    with pytest.raises(UserError) as error:
+        target_of("NVIDIA H100 PCIe", "sm_90", 114)
+    assert error.value.message == "no target is like this GPU: NVIDIA H100 PCIe, sm_90, 114 SMs"
+    assert "NVIDIA H100 80GB SXM (sm_90a, 132 SMs)" in error.value.hint
