@@ -1,19 +1,90 @@
-"""`mpk-spec build`: comes with the CUDA back end; says so until then."""
+"""`mpk-spec build`: the plan of a size, compiled into one CUDA kernel, on any machine."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpk_spec.errors import UserError
 
+if TYPE_CHECKING:
+    from mpk_spec.emit.compiler import Compiled
+    from mpk_spec.planner.plan import Plan
+
+FILES = ("megakernel.cubin", "megakernel.cu", "plan.json", "manifest.json")
+
 
 def command(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="A spec file or the name of one.")],
+    size: Annotated[str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first.")] = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="The GPU to compile for.")] = "h100",
+    context: Annotated[
+        int | None, typer.Option("-c", "--context", min=1, metavar="N", help="Positions of the KV cache.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Also put cubin, source and plan there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compile a plan into one CUDA kernel."""
-    raise UserError(
-        "building the CUDA kernel is not available in this version of mpk-spec",
-        hint=f"'mpk-spec plan {spec}' shows and proves the plan; 'mpk-spec chat {spec}' runs it on the CPU",
+    """Plan, prove and compile: one CUDA kernel for a spec's size. Needs NVRTC, but no GPU."""
+    import json
+
+    from mpk_spec.emit.compiler import compile_kernel
+    from mpk_spec.emit.source import emit
+    from mpk_spec.planner import plan
+    from mpk_spec.planner.targets import find_target
+    from mpk_spec.schema import load_spec
+
+    made = plan(load_spec(spec), size=size, target=target, context=context)
+    emitted = emit(made)
+    compiled = compile_kernel(made.name, emitted.source, find_target(target).arch)
+    report = manifest(made, compiled)
+    if output is not None:
+        write(output, made, emitted.source, compiled.cubin, report)
+    print(json.dumps(report, indent=2) if as_json else _readable(report, compiled))
+
+
+def manifest(plan: Plan, compiled: Compiled) -> dict[str, Any]:
+    """What was built, from what, by what."""
+    from mpk_spec import __version__
+
+    report = compiled.report
+    return {
+        "mpk_spec": __version__, "plan": plan.key, "spec": plan.spec, "size": plan.size, "target": plan.target,
+        "arch": report.arch, "context": plan.context, "compiler": report.compiler, "registers": report.registers,
+        "spill_bytes": report.spill_bytes, "ring_bytes": plan.ring_bytes, "cubin_bytes": len(compiled.cubin),
+        "compile_seconds": report.seconds, "cached": compiled.cached,
+    }  # fmt: skip
+
+
+def _readable(report: dict[str, Any], compiled: Compiled) -> str:
+    how = "from the cache" if report["cached"] else f"in {report['compile_seconds']} s"
+    return (
+        f"{report['spec']} {report['size']} for {report['target']} ({report['arch']}): compiled {how} by "
+        f"{report['compiler']}, {report['registers']} registers a thread, {report['spill_bytes']} bytes spilled, "
+        f"ring {report['ring_bytes'] // 1024} KiB, cubin {report['cubin_bytes'] // 1024} KiB\n{compiled.folder}"
     )
+
+
+def write(folder: Path, plan: Plan, source: str, cubin: bytes, report: dict[str, Any]) -> None:
+    """The folder, written aside and renamed. Replaces an earlier build; refuses a folder with anything else in it."""
+    import json
+    import shutil
+    import tempfile
+
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
+    if strangers or folder.is_file():
+        raise UserError(f"{folder} is no build: it holds {', '.join(strangers[:3]) or 'a file'}", "name a new folder")
+    contents = (cubin, source.encode(), plan.to_json().encode(), json.dumps(report, indent=2).encode())
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
+        for name, data in zip(FILES, contents, strict=True):
+            (aside / name).write_bytes(data)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None

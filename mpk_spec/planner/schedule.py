@@ -20,7 +20,6 @@ from mpk_spec.schema import Spec
 BLOCK = (384, 1, 1)  # one warpgroup that loads and schedules, two that compute
 K_TILE = 512  # columns of a weight: what K splits are counted in
 CHUNK_BYTES = 16 * 1024  # one bulk copy; smaller ones do not reach the ceiling
-SPLIT_HOP_US = 2.5  # what an extra reduction costs: reduce, store, signal, see, load
 MERGE_BYTES_PER_US = 40e3  # at which one SM reads other SMs' results from L2
 ROW_FEATURES = 64  # features of a row operator that are worth a task
 
@@ -133,7 +132,7 @@ class Scheduler:
         return Settings((x, split * slots, 1), split_k=split, partition=partition, **common)
 
     def _split_k(self, group: Fused, pins, tiles: int, slots: int) -> int:
-        """K splits: as pinned (a grid's second number says it too), else the cheapest."""
+        """K splits: as pinned (a grid's second number says it too), else none."""
         k = self.model.types[group.body[0].inputs[0]].features
         k_tiles = -(-k // K_TILE)
         key = "split_k"
@@ -142,7 +141,7 @@ class Scheduler:
             key, split = "grid", pins["grid"][0][1]
         works = [d for d in range(1, k_tiles + 1) if k_tiles % d == 0]
         if split is None:
-            return self._cheapest_split(group, tiles, k, works)
+            return 1  # `auto` never splits: the kernel has no task yet that adds up the parts
         wrong, near = None, 1
         if split > 1 and len(group.body) > 1:
             wrong = f"'{group.name}' has {len(group.body)} linears: K is split for one linear alone"
@@ -164,16 +163,6 @@ class Scheduler:
             return 1
         experts = self.model.weights[group.body[0].weights["weight"]].shape[0]
         return min(experts, routed * self.tokens)
-
-    def _cheapest_split(self, group: Fused, tiles: int, k: int, works: list[int]) -> int:
-        if len(group.body) > 1 or self.model.types[group.body[0].output].routed or self.target.name == "cpu":
-            return 1
-        us_per_tile = ROW_TILE * k * 2 / (self.target.stream_gbps / self.target.num_sms * 1e3)
-        costs = {}
-        for split in works:
-            busiest = -(-tiles * split // self.target.num_sms)
-            costs[split] = busiest * us_per_tile / split + (SPLIT_HOP_US if split > 1 else 0)
-        return min(costs, key=lambda s: (costs[s], s))
 
     def _attention(self, group: Fused, pins, common) -> Settings:
         self._no_pin(pins, "split_k", group, "a linear")

@@ -55,13 +55,10 @@ def test_exit_0_when_it_worked(capsys):
 
 
 def test_exit_1_for_a_machine_or_version_that_cannot(capsys):
-    assert main(["build", "smollm2"]) == errors.EXIT_BAD_INPUT
+    assert main(["build", "smollm2", "--target", "cpu"]) == errors.EXIT_BAD_INPUT
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err == (
-        "error: building the CUDA kernel is not available in this version of mpk-spec\n"
-        "  hint: 'mpk-spec plan smollm2' shows and proves the plan; 'mpk-spec chat smollm2' runs it on the CPU\n"
-    )
+    assert shown.err == "error: this plan is for the CPU\n  hint: plan it for a GPU: --target h100\n"
 
 
 def test_exit_1_for_a_bad_spec_with_its_position_first(capsys, build_raises):
