@@ -293,7 +293,13 @@ def row_units(group: Fused, model: Model) -> int:
 
 def unmatched_rules(spec: Spec, sizes: set[str]) -> list[Problem]:
     """Rules whose `when` no known target, size or degree can meet."""
-    known = {"target": set(TARGETS), "size": sizes, "step": {"decode", "prefill", "mixed", "verify"}}
+    known: dict[str, set] = {
+        "target": set(TARGETS),
+        "size": sizes,
+        "step": {"decode", "prefill", "mixed", "verify"},
+        "tp": set(range(1, 9)),
+        "batch": set(range(1, 17)),
+    }
     found = []
     for number, rule in enumerate(spec.schedule):
         for key, value in rule.when.items():
@@ -303,7 +309,7 @@ def unmatched_rules(spec: Spec, sizes: set[str]) -> list[Problem]:
                     spec.problem(
                         ("schedule", number, "when", key),
                         f"this rule matches nothing: no {key} '{values[0]}'",
-                        f"known: {', '.join(sorted(known[key]))}",
+                        f"known: {', '.join(map(str, sorted(known[key])))}",
                     )
                 )
     return found
