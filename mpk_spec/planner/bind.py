@@ -209,7 +209,7 @@ class _Binder:
 
     def _check_heads(self, types: list[TensorType], path: tuple) -> None:
         """Every rank's query heads must meet the KV heads that are theirs."""
-        for dim in types[0].axes[0].split | types[1].axes[0].split:
+        for dim in sorted(types[0].axes[0].split | types[1].axes[0].split):
             if self.env.dims[dim] % self.env.parts(dim):
                 self._note(
                     path,
