@@ -17,11 +17,13 @@ def command(
     """Check specs and say what is wrong with them, where: the language, then a plan of every size."""
     from mpk_spec.planner import check
     from mpk_spec.schema import load_spec
+    from mpk_spec.testing.checks import read_checks
 
     problems, reports = [], []
     for name in specs:
         try:
             spec = load_spec(name)
+            read_checks(spec)
             check(spec, verified=False)  # the proof holds the planner to account, not the spec: `plan`, `test` do it
         except SpecError as error:
             problems += error.problems

@@ -286,8 +286,21 @@ def unrounded(spec):
 # ---- reading them
 
 
+def read_checks(spec) -> dict[str, tuple[Kind, Section]]:
+    """Kind and parameters of all the spec's checks, by name. Raises SpecError with every mistake in them."""
+    found, problems = {}, []
+    for name in spec.checks:
+        try:
+            found[name] = read_parameters(spec, name)
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(problems)
+    return found
+
+
 def read_parameters(spec, name: str) -> tuple[Kind, Section]:
-    """The kind and the parameters of one of the spec's checks. Raises SpecError with every mistake in them."""
+    """Kind and parameters of one check. Raises SpecError with every mistake in them."""
     from pydantic import ValidationError
 
     from mpk_spec.schema.translate import translated

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpk_spec.errors import Position, SpecError
+from mpk_spec.errors import Position
 from mpk_spec.testing.bench import Bench
 from mpk_spec.testing.checks import Outcome, guarded
 
@@ -46,18 +46,9 @@ def collect(spec: Spec, size: str | None = None, update: bool = False) -> list[I
         place = spec.position("sizes", REFERENCE_SIZE, on="key")
         run = _bound(checks.equals_huggingface, bench, REFERENCE_SIZE, tp)
         items.append((REFERENCE_SIZE, Item(spec.name, f"huggingface[{REFERENCE_SIZE}, tp {tp}]", place, run)))
-    problems = []
-    for name in spec.checks:
-        try:
-            kind, given = checks.read_parameters(spec, name)
-        except SpecError as error:
-            problems += error.problems
-            continue
-        items.append(
-            (given.size, Item(spec.name, name, spec.position("checks", name, on="key"), _bound(kind.run, bench, given)))
-        )
-    if problems:
-        raise SpecError(problems)
+    for name, (kind, given) in checks.read_checks(spec).items():
+        place = spec.position("checks", name, on="key")
+        items.append((given.size, Item(spec.name, name, place, _bound(kind.run, bench, given))))
     return [item for about, item in items if size in (None, about)]
 
 

@@ -66,10 +66,11 @@ def test_json_has_every_check(capsys):
 def test_mistakes_of_all_specs_are_told_before_anything_runs(capsys, tmp_path, spec):
     path = tmp_path / "llama3.yaml"
     path.write_text(path.read_text().replace("checks:\n  parameters:", "checks:\n  parameter:"))
-    assert main(["test", "qwen3", spec]) == errors.EXIT_BAD_INPUT
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "unknown check 'parameter'" in shown.err and "did you mean 'parameters'?" in shown.err
+    for command in (["test", "qwen3", spec], ["validate", spec]):
+        assert main(command) == errors.EXIT_BAD_INPUT
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert "unknown check 'parameter'" in shown.err and "did you mean 'parameters'?" in shown.err
 
 
 @pytest.mark.parametrize(
