@@ -1,8 +1,8 @@
 """Checks and times the CUDA kernel on random weights, one size after another, in one go.
 
-    python benchmarks/kernel.py check qwen3:tiny smollm2:135m     # logits against Hugging Face in float32 and bf16
-    python benchmarks/kernel.py time qwen3:0.6b qwen3:8b          # ms per token, of the kernel alone
-    python benchmarks/kernel.py trace qwen3:8b                    # where the time of one layer goes
+python benchmarks/kernel.py check qwen3:tiny smollm2:135m     # logits against Hugging Face in float32 and bf16
+python benchmarks/kernel.py time qwen3:0.6b qwen3:8b          # ms per token, of the kernel alone
+python benchmarks/kernel.py trace qwen3:8b                    # where the time of one layer goes
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def check(model: str, options) -> None:
         backend.launcher.finish()
         parts.append(backend.value("logits", 1)[:, : backend.vocab_size])
     alone = torch.cat(parts)
-    print(f"  same bits token by token: {torch.equal(ours[:40], alone)} (max difference {(ours[:40] - alone).abs().max():.2e})")
+    print(
+        f"  same bits token by token: {torch.equal(ours[:40], alone)} "
+        f"(max difference {(ours[:40] - alone).abs().max():.2e})"
+    )
     results = {}
     for dtype in ("float32", "bfloat16"):
         hf = load_hf_model(checkpoint, dtype=dtype, device="cuda")
@@ -129,7 +132,8 @@ def measure(model: str, options) -> None:
     made = list(backend.stream(prompt, max_new_tokens=options.new))
     total = time.perf_counter() - started
     print(
-        f"  {ms:.4f} ms/token ({min(runs):.4f} to {max(runs[1:]):.4f}), {size / 1e9:.3f} GB, {size / ms / 1e6:.0f} GB/s; "
+        f"  {ms:.4f} ms/token ({min(runs):.4f} to {max(runs[1:]):.4f}), {size / 1e9:.3f} GB, "
+        f"{size / ms / 1e6:.0f} GB/s; "
         f"prompt of {len(prompt)}: {short:.2f} ms; {len(made)} tokens seen by the host in {total * 1e3:.1f} ms"
     )
     backend.close()
@@ -160,8 +164,10 @@ def trace(model: str, options) -> None:
             t = (torch.stack(rows) - zero).double() / 1e3
             lo, hi, mean = t.amin(0), t.amax(0), t.mean(0)
             print(
-                f"  {stage:3d} {group.name:18s} {len(rows):4d} tasks | asked {lo[0]:8.2f}-{hi[0]:8.2f} ready {lo[1]:8.2f}-{hi[1]:8.2f} "
-                f"computed {lo[2]:8.2f}-{hi[2]:8.2f} signalled {lo[3]:8.2f}-{hi[3]:8.2f} | waits {mean[1] - mean[0]:6.2f} runs {mean[2] - mean[1]:6.2f}"
+                f"  {stage:3d} {group.name:18s} {len(rows):4d} tasks | "
+                f"asked {lo[0]:8.2f}-{hi[0]:8.2f} ready {lo[1]:8.2f}-{hi[1]:8.2f} "
+                f"computed {lo[2]:8.2f}-{hi[2]:8.2f} signalled {lo[3]:8.2f}-{hi[3]:8.2f} | "
+                f"waits {mean[1] - mean[0]:6.2f} runs {mean[2] - mean[1]:6.2f}"
             )
     backend.close()
 

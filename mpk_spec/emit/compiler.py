@@ -1,4 +1,4 @@
-"""Source -> cubin with NVRTC, cached. No GPU and no CUDA installation are needed, only the wheels of cuda-core and NVRTC."""
+"""Source -> cubin with NVRTC, cached. Needs no GPU and no CUDA installation, only the wheels of cuda-core and NVRTC."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def _compile(source: str, arch: str, defines: tuple[str, ...]) -> tuple[bytes, R
 def _check_spills(name: str, report: Report) -> None:
     if report.spill_bytes:
         raise UserError(
-            f"{name}: the kernel for {report.arch} needs more registers than there are: {report.spill_bytes} bytes spill",
+            f"{name}: the kernel for {report.arch} needs more registers than there are: "
+            f"{report.spill_bytes} bytes spill",
             "smaller tiles need fewer registers",
         )
 

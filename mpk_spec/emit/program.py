@@ -112,7 +112,12 @@ class _SmDraft:
 
     def fill(self, record) -> None:
         record["queue_begin"], record["load_begin"] = self.queue_begin, self.load_begin
-        for name, rows in (("entry", self.entries), ("load", self.loads), ("wait", self.waits), ("signal", self.signals)):
+        for name, rows in (
+            ("entry", self.entries),
+            ("load", self.loads),
+            ("wait", self.waits),
+            ("signal", self.signals),
+        ):
             if rows:
                 record[name][: len(rows)] = rows
 
@@ -150,13 +155,18 @@ def check_one_schedule(plan: Plan) -> Step:
     decode = plan.steps["decode"]
     for kind, step in plan.steps.items():
         if _skeleton(step) != _skeleton(decode):
-            raise UserError(f"the CUDA kernel runs every step with the queues of 'decode'; '{kind}' is planned otherwise")
+            raise UserError(
+                f"the CUDA kernel runs every step with the queues of 'decode'; '{kind}' is planned otherwise"
+            )
     return decode
 
 
 def _skeleton(step: Step):
     groups = [
-        [(g.name, g.grid, g.split_k, g.kv_splits, [(t.out, t.k, t.waits, t.signals) for t in g.tasks]) for g in t.groups]
+        [
+            (g.name, g.grid, g.split_k, g.kv_splits, [(t.out, t.k, t.waits, t.signals) for t in g.tasks])
+            for g in t.groups
+        ]
         for t in step.templates
     ]
     return groups, [(t.events, t.queues, t.loads) for t in step.templates], step.stages

@@ -1,4 +1,4 @@
-"""Groups -> C++ types: which header a task instantiates, and with what. The only place that knows the headers' parameters."""
+"""Groups -> C++ types: which header a task takes, with what. The one place that knows the headers' parameters."""
 
 from __future__ import annotations
 

@@ -140,7 +140,8 @@ def admit(emitted, device) -> None:
     fits = int((free - fixed) / per_position) // 64 * 64
     gib = 1 << 30
     message = (
-        f"the model needs {fixed / gib:.1f} GiB and its cache {layout.cache_bytes / gib:.1f} GiB at context {plan.context}, "
+        f"the model needs {fixed / gib:.1f} GiB and its cache {layout.cache_bytes / gib:.1f} GiB "
+        f"at context {plan.context}, "
         f"the GPU has {free / gib:.1f} of {total / gib:.1f} GiB free"
     )
     raise UserError(message, f"a context of {fits} fits: -c {fits}" if fits > 0 else "a smaller model would fit")

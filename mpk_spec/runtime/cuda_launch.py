@@ -1,7 +1,7 @@
 """The kernel on a GPU: its module, the memory it works in, and one launch of it.
 
-The structures below mirror cuda_templates/runtime/program.cuh; the kernel exports their sizes and a launch refuses to run
-if the two sides disagree.
+The structures below mirror cuda_templates/runtime/program.cuh; the kernel exports their sizes and a launch refuses
+to run if the two sides disagree.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Memory:
 
 
 class Launcher:
-    """Starts the kernel for a stretch of tokens and watches its ring. Steps are counted from when events were last zero."""
+    """Starts the kernel for a stretch of tokens and watches its ring. Steps count from when events were last zero."""
 
     def __init__(self, emitted: Emitted, module: KernelModule, memory: Memory, weights):
         import torch
@@ -187,7 +187,11 @@ class Launcher:
         params["trace"] = 0 if self.trace is None else self.trace.data_ptr()
         params["timeout_ns"] = int(self.timeout_s * 1e9)
         params["first_step"], params["prompt_end"], params["max_new"] = self.steps & 0xFFFFFFFF, prompt_end, max_new
-        params["context"], params["chunk"], params["num_pages"] = self.emitted.plan.context, chunk, self.memory.num_pages
+        params["context"], params["chunk"], params["num_pages"] = (
+            self.emitted.plan.context,
+            chunk,
+            self.memory.num_pages,
+        )
         ids = sorted(stop)
         if len(ids) > MAX_STOP_IDS:
             raise UserError(f"the CUDA kernel knows {MAX_STOP_IDS} stop tokens, {len(ids)} were given")
@@ -246,7 +250,9 @@ class Launcher:
     def _blame(self) -> str:
         """The SM that is furthest behind, in the plan's names."""
         reports = np.frombuffer(self.memory.reports.cpu().numpy().tobytes(), REPORT)
-        order = sorted((int(r["step"]), int(r["stage"]), int(r["group"]), sm) for sm, r in enumerate(reports) if r["set"])
+        order = sorted(
+            (int(r["step"]), int(r["stage"]), int(r["group"]), sm) for sm, r in enumerate(reports) if r["set"]
+        )
         if not order:
             return "no SM left a report"
         sm = order[0][3]
@@ -259,7 +265,8 @@ class Launcher:
         template = step.templates[stage.template]
         group = template.groups[report["group"]].name
         at, event = divmod(report["event"], len(self.emitted.programs.events))
-        what = f"{where}, stage {report['stage']} ({template.name}, layer {stage.layer}), task {report['task']} of '{group}'"
+        where = f"{where}, stage {report['stage']} ({template.name}, layer {stage.layer})"
+        what = f"{where}, task {report['task']} of '{group}'"
         if report["given"] > report["taken"]:
             return f"{what}: its workers do not move"
         seen, wanted = report["seen"], report["wanted"]

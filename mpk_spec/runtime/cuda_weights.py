@@ -1,4 +1,4 @@
-"""A checkpoint's weights into one block of GPU memory, packed as the kernel reads them. One tensor is in flight at a time."""
+"""A checkpoint's weights into one block of GPU memory, packed as the kernel reads them, one tensor at a time."""
 
 from __future__ import annotations
 
