@@ -7,7 +7,7 @@ its neighbours nor on the chunk it came in.
 
 from __future__ import annotations
 
-from math import prod
+from math import gcd, prod
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from mpk_spec.reference.attend import append, attend
 from mpk_spec.reference.state import Rank, share_of
 
 PAD = 16
+PARTS = 8  # of a weight's rows
 
 
 class UndeclaredAccess(RuntimeError):
@@ -282,8 +283,13 @@ def product(x: torch.Tensor, weight: torch.Tensor, token_by_token: bool) -> torc
     weight = weight.float()
     if token_by_token:
         if len(x) == 1:
-            return F.linear(x, weight)
-        return torch.cat([F.linear(row, weight) for row in x.split(1)]) if len(x) else x.new_zeros(0, len(weight))
-    rows = len(x)
-    padded = F.pad(x, (0, 0, 0, -rows % PAD))
-    return F.linear(padded, weight)[:rows]
+            return _in_parts(x, weight)
+        return torch.cat([_in_parts(row, weight) for row in x.split(1)]) if len(x) else x.new_zeros(0, len(weight))
+    return _in_parts(F.pad(x, (0, 0, 0, -len(x) % PAD)), weight)[: len(x)]
+
+
+def _in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product in equal parts of the weight's rows: BLAS gives a batch to all cores, a single vector to one."""
+    parts = gcd(len(weight), PARTS)
+    y = torch.bmm(weight.unflatten(0, (parts, -1)), x.t().expand(parts, -1, -1))
+    return y.flatten(0, 1).t().contiguous()
