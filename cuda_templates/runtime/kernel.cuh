@@ -23,7 +23,6 @@ __device__ void set_up(const Params& params, Shared& shared) {
     ptx::fence_barrier_init();
     shared.stop = shared.abort = shared.host_stop = 0;
     shared.watched = {};
-    for (u32 i = 0; i < 4; ++i) shared.zeros[i] = 0;
   }
   __syncthreads();
 }
@@ -39,7 +38,7 @@ __device__ __forceinline__ u64* open_trace(const Params& params, const Progress&
 
 // Takes the next step's descriptor; false: stop.
 __device__ __forceinline__ bool take_step(Progress& progress) {
-  Worker w(progress);
+  Worker w(progress, ptx::thread_in_block<~0u>());
   w.wait_ready();
   if (ptx::named_barrier_any(1, worker_threads, w.aborted())) return false;
   const bool more = w.step->tokens != 0;

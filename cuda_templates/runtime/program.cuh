@@ -32,12 +32,14 @@ struct Wait {
   u32 count;
 };
 
-constexpr int block_rows = 64;  // rows of a weight that share one pass over the activations
+constexpr int tile_rows = 8;  // rows of a weight that one multiplication takes
+constexpr int tiles_per_block = 8;  // tiles that share one pass over the activations
+constexpr int block_rows = tile_rows * tiles_per_block;
 
 // Where a group's packed weight lies, and how its tiles are cut into chunks.
 struct WeightTiles {
   u64 offset, layer_stride;
-  u32 tile_bytes, chunk_bytes, chunks_per_tile, tile_rows;
+  u32 tile_bytes, chunk_bytes, chunks_per_tile;
 };
 
 template <int templates, int entries, int loads, int waits, int signals>

@@ -179,9 +179,16 @@ __device__ __forceinline__ bool named_barrier_any(u32 id, u32 threads, bool mine
                : "=r"(any) : "r"(id), "r"(threads), "r"(static_cast<u32>(mine)) : "memory");
   return any != 0;
 }
-__device__ __forceinline__ u32 thread_in_block() {  // volatile: read again where it is asked for
+// Read again where it is asked for: volatile, and no two with different numbers look alike to the compiler.
+template <u32 Number>
+__device__ __forceinline__ u32 thread_in_block() {
   u32 t;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)::"memory");
+  asm volatile("{ .reg .u32 unused; mov.u32 unused, %1; mov.u32 %0, %%tid.x; }" : "=r"(t) : "n"(Number) : "memory");
+  return t;
+}
+__device__ __forceinline__ u32 clock() {
+  u32 t;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
   return t;
 }
 __device__ __forceinline__ u64 now_ns() {

@@ -22,7 +22,7 @@ template <class T>
 __host__ __device__ __forceinline__ constexpr T min_of(T a, T b) { return a < b ? a : b; }
 
 template <class T>
-__device__ __forceinline__ T max_of(T a, T b) { return a > b ? a : b; }
+__host__ __device__ __forceinline__ constexpr T max_of(T a, T b) { return a > b ? a : b; }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -12,7 +12,7 @@ constexpr u32 producer_threads = 128;
 constexpr u32 worker_warps = 8;
 constexpr u32 worker_threads = worker_warps * warp_size;
 constexpr u32 block_threads = producer_threads + worker_threads;
-constexpr u32 producer_registers = 56, worker_registers = 224;  // of each thread; 168 where they cannot be moved
+constexpr u32 producer_registers = 72, worker_registers = 216;  // of each thread; 168 where they cannot be moved
 constexpr u32 ready_depth = 4;
 
 // What this SM is doing, for the watchdog: hand-overs from scheduler to workers, and the event that the scheduler waits for.
@@ -33,13 +33,12 @@ struct Shared {
   Watched watched;
   float reduce[worker_warps * max_tokens];
   float rstd[max_tokens];
-  alignas(16) u32 zeros[4];  // the row of tokens that a step does not have
-  Params params;
+  alignas(16) Params params;
   alignas(16) plan::Program program;
 };
 
-constexpr u32 activation_bytes = 24832;  // 16 tokens x (768 + 8) x 2 bytes
-constexpr u32 partial_bytes = 32768;  // 8 row tiles x 8 warps x 16 tokens x 8 rows x 4 bytes
+constexpr u32 activation_bytes = 33792;  // a chunk of 1024 columns for 16 tokens, or 16,000 columns of one token
+constexpr u32 partial_bytes = 16384;  // 8 warps x 8 tiles x 8 tokens (or 4 tiles x 16) x 8 rows x 4 bytes
 constexpr u32 scratch_bytes = activation_bytes + partial_bytes;
 
 // The plan's ring, or what the rest leaves of it.
@@ -81,9 +80,9 @@ struct Worker : Progress {
   const Step* step;
   u32 tokens, position, layer;
 
-  __device__ __forceinline__ explicit Worker(const Progress& progress)
+  __device__ __forceinline__ Worker(const Progress& progress, u32 thread_in_block)
       : Progress(progress), shared(shared_state()), params(shared.params), ring(shared_memory),
-        scratch(shared_memory + ring_bytes), thread(ptx::thread_in_block() - producer_threads) {
+        scratch(shared_memory + ring_bytes), thread(thread_in_block - producer_threads) {
     warp = thread / warp_size;
     lane = thread % warp_size;
     step = &shared.step[step_index % 2];
@@ -137,9 +136,9 @@ struct Worker : Progress {
 
 // Runs one task. The Worker is made anew each time, from its place in the block up, so that the compiler does not compute the
 // addresses of all tasks before the loop over them and run out of registers.
-template <class Task>
+template <u32 Number, class Task>
 __device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
-  Worker w(progress);
+  Worker w(progress, ptx::thread_in_block<Number>());
   Task::run(w, w.shared.program.entry[entry]);
   progress.slot = w.slot;
   progress.slot_parity = w.slot_parity;

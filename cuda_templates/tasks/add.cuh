@@ -7,31 +7,29 @@ namespace mpk {
 template <class Residual, class Out, class Bias>
 struct AddResidual {
   static_assert(Residual::features == Out::features, "a sum has the shape of its operands");
-  struct Early {  // the residual's values, asked for before the weights are waited for
-    float value[results_per_thread];
+  struct Early {  // the residual's value of this thread's first result, asked for before the weights are waited for
+    float value = 0.f;
   };
 
-  static __device__ __forceinline__ void load_early(const Worker& w, int first_sub, int subs, Early& early) {
-#pragma unroll
-    for (int n = 0; n < results_per_thread; ++n) {
-      const u32 i = w.thread + n * worker_threads;
-      if (i >= subs * 8 * w.tokens) continue;
-      const u32 rest = i / 8;
-      const int row = (first_sub + rest / w.tokens) * 8 + i % 8;
-      if (row < Out::features) early.value[n] = Residual::load(w, rest % w.tokens, row);
-    }
+  static __device__ __forceinline__ float residual(const Worker& w, int first_tile, u32 i) {
+    const auto at = Round::place<tile_rows>(i, w.tokens);
+    const int row = (first_tile + at.tile) * tile_rows + at.row;
+    return row < Out::features ? Residual::load(w, at.token, row) : 0.f;
   }
 
-  template <class Product>
-  static __device__ __forceinline__ void finish(const Worker& w, int first_sub, int subs, const Early& early) {
-#pragma unroll
-    for (int n = 0; n < results_per_thread; ++n) {
-      const u32 i = w.thread + n * worker_threads;
-      if (i >= subs * 8 * w.tokens) continue;
-      const auto at = Product::result(i, w.tokens);
-      const int row = (first_sub + at.sub) * 8 + at.row;
-      const float product = Product::sum(w, at.sub, at.row, at.token);
-      if (row < Out::features) Out::store(w, at.token, row, early.value[n] + (product + Bias::load(w, row)));
+  static __device__ __forceinline__ void load_early(const Worker& w, int first_tile, int tiles, Early& early) {
+    if (w.thread < tiles * tile_rows * w.tokens) early.value = residual(w, first_tile, w.thread);
+  }
+
+  static __device__ __forceinline__ void finish(
+      const Worker& w, int first_tile, const Round& round, const Early& early) {
+#pragma unroll 1
+    for (u32 i = round.begin<tile_rows>(w); i < round.end<tile_rows>(w); i += worker_threads) {
+      const auto at = Round::place<tile_rows>(i, w.tokens);
+      const int row = (first_tile + at.tile) * tile_rows + at.row;
+      const float product = round.sum(w, at.tile, at.row, at.token);
+      const float before = i == w.thread ? early.value : residual(w, first_tile, i);
+      if (row < Out::features) Out::store(w, at.token, row, before + (product + Bias::load(w, row)));
     }
   }
 };

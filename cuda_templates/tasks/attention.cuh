@@ -1,11 +1,12 @@
 // Head norms, RoPE, append and causal attention over one KV head's share of the cache (FlashDecoding, Dao et al. 2023).
 //
 // Entry: lo = KV head, hi = split worker. Worker w owns the blocks b of positions with b % splits == w: it appends to them and
-// nobody else reads them. A block is one page: [K rows | V rows] of one KV head. Block order and everything inside a block
-// is fixed, so a row's bits do not depend on the chunk it came in.
+// nobody else reads them. A block is one page: [K rows | V rows] of one KV head. Lanes share a position's vector, groups of
+// lanes and warps share a block's positions; every group keeps a running maximum and sum of its own over the blocks, and
+// they meet at the end: groups, then warps in order. None of it depends on the chunk that a row came in.
 //
-// Shared memory (the scratch): for at most `rows` rows of queries, q f32, sums f32, scores f32, and V bf16 of one block; new K and
-// V bf16 and RoPE rows of 16 tokens. Registers: at most 168. K and V of the first block are asked for before the event.
+// Shared memory (the scratch): queries float32, new K and V bf16, the warps' sums. Registers: at most 168. What does not
+// depend on this step (K and V of the first block, gains, rotations) is asked for before the event.
 #pragma once
 #include "tasks/linear.cuh"
 
@@ -15,21 +16,29 @@ template <int Heads, int KvHeads, int HeadDim, int Splits, int Block>
 struct AttentionShape {
   static constexpr int heads = Heads, kv_heads = KvHeads, dim = HeadDim, splits = Splits, block = Block;
   static constexpr int group = Heads / KvHeads;
-  static constexpr int rows = 16;  // query rows (tokens x group) of one pass over the cache
+  static constexpr int rows = group <= 4 ? 4 : 8;  // query rows (of tokens x group) of one pass over the cache
   static constexpr int lanes = HeadDim / 8;  // that share one position
   static constexpr int positions_per_warp = warp_size / lanes;
   static constexpr int per_lane = Block / (worker_warps * positions_per_warp);
+  static constexpr int at_once = rows > 4 ? 1 : per_lane;  // positions of a lane
   static_assert(HeadDim == 32 || HeadDim == 64 || HeadDim == 128, "head_dim is 32, 64 or 128");
   static_assert(Block == 64, "a block of positions is a page of 64");
-  static_assert(Heads % KvHeads == 0 && group <= rows, "query heads of one KV head fit one pass");
+  static_assert(Heads % KvHeads == 0, "query heads share KV heads evenly");
   static_assert(per_lane >= 1 && per_lane * worker_warps * positions_per_warp == Block, "warps share a block evenly");
 };
 
-// Head norm with a gain; rounding as in rmsnorm.cuh.
-template <class Gain, float Eps>
-struct HeadNorm {
+// Head norm with a gain; rounding as in rmsnorm.cuh. Lane l has features l * N to l * N + N - 1.
+template <class QGain, class KGain, float Eps>
+struct HeadNorms {
   template <int N>
-  static __device__ __forceinline__ void apply(const Worker& w, float (&x)[N]) {
+  static __device__ __forceinline__ void load(const Worker& w, bool key, float (&gain)[N]) {
+    const u8* from = (key ? KGain::at(w, 0) : QGain::at(w, 0)) + w.lane * N * 2;
+#pragma unroll
+    for (int i = 0; i < N; ++i) gain[i] = ptx::widen_bf16(ptx::load_constant_2(from + i * 2));
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void apply(const float (&gain)[N], float (&x)[N]) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < N; ++i) sum = fmaf(x[i], x[i], sum);
@@ -37,41 +46,60 @@ struct HeadNorm {
     for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
     const float rstd = rsqrtf(sum / (N * static_cast<int>(warp_size)) + Eps);
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      x[i] = ptx::widen_bf16(ptx::round_bf16(x[i] * rstd)) * Gain::load(w, w.lane * N + i);
+    for (int i = 0; i < N; ++i) x[i] = ptx::widen_bf16(ptx::round_bf16(x[i] * rstd)) * gain[i];
   }
 };
 
-struct NoHeadNorm {
+struct NoHeadNorms {
   template <int N>
-  static __device__ __forceinline__ void apply(const Worker&, float (&)[N]) {}
+  static __device__ __forceinline__ void load(const Worker&, bool, float (&)[N]) {}
+  template <int N>
+  static __device__ __forceinline__ void apply(const float (&)[N], float (&)[N]) {}
 };
 
 // Rotary dimensions; the table holds (cos, sin) float32 [context][Dims / 2] at element `Offset`.
 template <u64 Offset, int Dims>
 struct Rope {
   static constexpr int pairs = Dims / 2;
-  static __device__ __forceinline__ const float2* row(const Worker& w, int position) {
-    return w.params.rope + Offset + static_cast<u64>(position) * pairs;
+
+  // The rotations of lane l's features l * N to l * N + N - 1.
+  template <int N>
+  static __device__ __forceinline__ void load(const Worker& w, int position, float2 (&turn)[N]) {
+    const float2* row = w.params.rope + Offset + static_cast<u64>(position) * pairs;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const uint2 v = ptx::load_constant_8(row + (w.lane * N + i) % pairs);
+      turn[i] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+    }
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void apply(const Worker& w, const float2 (&turn)[N], float (&x)[N]) {
+    static_assert(pairs % N == 0 && (pairs / N & (pairs / N - 1)) == 0, "a pair's halves are a power of two of lanes apart");
+    constexpr int apart = pairs / N;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float other = __shfl_xor_sync(all_lanes, x[i], apart);
+      const float sine = w.lane & apart ? turn[i].y : -turn[i].y;
+      if (w.lane * N < Dims) x[i] = fmaf(x[i], turn[i].x, other * sine);
+    }
   }
 };
 
 // Output of one split: [tokens, splits, heads, head_dim + 2] float32, or the finished bf16 value where there is one split.
-template <class Shape, class Q, class K, class V, class QNorm, class KNorm, class Rotary, u64 CacheOffset, class Out, float Scale>
+template <class Shape, class Q, class K, class V, class Norms, class Rotary, u64 CacheOffset, class Out, float Scale>
 struct Attention {
   static constexpr int dim = Shape::dim, group = Shape::group, rows = Shape::rows, block = Shape::block;
   static constexpr int page_bytes = 2 * block * dim * 2;
-  static constexpr int per_lane = Shape::per_lane;
+  static constexpr int per_lane = Shape::per_lane, at_once = Shape::at_once;
+  static constexpr int per = dim / static_cast<int>(warp_size);  // features of a lane that turns a vector
 
   struct Scratch {
     float q[rows][dim];
-    float sum[rows][dim];
-    alignas(16) float score[rows][block];
-    float peak[rows], total[rows], factor[rows];
-    alignas(16) u16 value[block][dim];
-    u16 new_key[max_tokens][dim];
-    u16 new_value[max_tokens][dim];
-    float2 rope[max_tokens][Rotary::pairs];
+    float sum[worker_warps][rows][dim];
+    float peak[worker_warps][rows], total[worker_warps][rows];
+    alignas(16) u16 new_key[max_tokens][dim];
+    alignas(16) u16 new_value[max_tokens][dim];
   };
   static_assert(sizeof(Scratch) <= scratch_bytes, "attention fits into the scratch");
 
@@ -79,30 +107,27 @@ struct Attention {
     uint4 key[per_lane], value[per_lane];
   };
 
+  // Softmax of what this lane's group of lanes has seen so far, for each row: 8 features of the weighted sum.
+  struct Running {
+    float sum[rows][8], peak[rows], total[rows];
+  };
+
   static __device__ void run(Worker& w, const Entry& entry) {
     Scratch& s = *reinterpret_cast<Scratch*>(w.scratch);
     const int head = entry.lo, worker = entry.hi;
-    const int first_new = w.position, end = first_new + w.tokens;
-    const bool idle = worker * block >= end;  // none of its blocks exist yet
-    Cached cached;
-    if (!idle) {
-      load_block(w, head, worker, first_new, cached);
-      for (u32 i = w.thread; i < w.tokens * Rotary::pairs; i += worker_threads) {
-        const int token = i / Rotary::pairs, pair = i % Rotary::pairs;
-        s.rope[token][pair] = Rotary::row(w, first_new + token)[pair];
-      }
-    }
-    w.wait_ready();
-    w.sync();
-    w.release_ready();
-    if (!idle) {
-      append(w, s, head, worker);
-      constexpr int tokens_per_pass = rows / group;
-      for (int token = 0; token < static_cast<int>(w.tokens); token += tokens_per_pass) {
-        const int count = min_of(tokens_per_pass, static_cast<int>(w.tokens) - token);
-        if (token) load_block(w, head, worker, first_new, cached);
-        one_pass(w, s, head, worker, token, count, cached);
-      }
+    const int queries = w.tokens * group;
+    const bool idle = worker * block >= static_cast<int>(w.position + w.tokens);  // none of its blocks exist yet
+    for (int row = 0; row < queries; row += rows) {
+      const int used = min_of(rows, queries - row);
+      Cached cached{};  // initialised on every path, or the registers would count as in use in all other tasks too
+      if (!idle) load_block(w, head, worker, w.position, cached);
+      turn_vectors(w, s, head, worker, row, used, idle);
+      if (idle) break;
+      w.sync();
+      one_pass(w, s, head, worker, row, used, cached);
+      w.sync();
+      store(w, s, head, worker, row, used);
+      w.sync();
     }
     w.signal(entry);
   }
@@ -120,190 +145,253 @@ struct Attention {
   // Positions that an earlier step wrote; the others come from this step's own keys and values.
   static __device__ __forceinline__ void load_block(const Worker& w, int head, int index, int first_new, Cached& cached) {
     const u8* from = page(w, head, index) + w.lane % Shape::lanes * 16;
+    load_rows(w, from, index * block, first_new, cached.key);
+    load_rows(w, from + block * dim * 2, index * block, first_new, cached.value);
+  }
+  static __device__ __forceinline__ void load_rows(
+      const Worker& w, const u8* from, int first_position, int first_new, uint4 (&to)[per_lane]) {
 #pragma unroll
     for (int n = 0; n < per_lane; ++n) {
       const int at = position_in_block(w, n);
-      cached.key[n] = cached.value[n] = make_uint4(0, 0, 0, 0);
-      if (index * block + at < first_new) {
-        cached.key[n] = ptx::load_l2_16(from + at * dim * 2);
-        cached.value[n] = ptx::load_l2_16(from + (block + at) * dim * 2);
+      to[n] = make_uint4(0, 0, 0, 0);
+      if (first_position + at < first_new) to[n] = ptx::load_l2_16(from + at * dim * 2);
+    }
+  }
+
+  // --- this step's queries, keys and values, a vector to a warp
+
+  static __device__ __forceinline__ void load_vector(const Worker& w, const u8* from, float (&x)[per]) {
+    if constexpr (per == 4) {
+      const uint2 v = ptx::load_l2_8(from + w.lane * 8);
+      x[0] = ptx::low_bf16(v.x), x[1] = ptx::high_bf16(v.x), x[2] = ptx::low_bf16(v.y), x[3] = ptx::high_bf16(v.y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < per; ++i) x[i] = ptx::widen_bf16(ptx::load_l2_2(from + (w.lane * per + i) * 2));
+    }
+  }
+
+  // The pass's queries go to shared memory; in the first pass also new keys and values of the blocks that this worker owns,
+  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for.
+  static __device__ __forceinline__ void turn_vectors(
+      Worker& w, Scratch& s, int head, int worker, int first_row, int used, bool idle) {
+    const int vectors = idle ? 0 : used + (first_row ? 0 : 2 * w.tokens);
+    bool waiting = first_row == 0;
+    for (int i = w.warp; waiting || i < vectors; i += worker_warps) {
+      const int row = first_row + i, token = i < used ? row / group : (i - used) / 2;
+      const bool query = i < used, value = !query && (i - used) % 2;
+      const int position = w.position + token;
+      const bool mine = i < vectors && (query || position / block % Shape::splits == worker);
+      float gain[per] = {};
+      float2 angle[per] = {};
+      if (mine && !value) {
+        Norms::load(w, !query, gain);
+        Rotary::load(w, position, angle);
+      }
+      if (waiting) {
+        w.wait_ready();
+        w.sync();
+        w.release_ready();
+        waiting = false;
+      }
+      if (!mine) continue;
+      float x[per];
+      load_vector(w, query ? Q::at(w, token, (head * group + row % group) * dim)
+                           : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim)), x);
+      if (!value) {
+        Norms::apply(gain, x);
+        Rotary::apply(w, angle, x);
+      }
+      u16 bits[per];
+#pragma unroll
+      for (int n = 0; n < per; ++n) bits[n] = ptx::round_bf16(x[n]);
+      if (query) {
+#pragma unroll
+        for (int n = 0; n < per; ++n) s.q[i][w.lane * per + n] = ptx::widen_bf16(bits[n]);
+      } else {
+        u8* to = page(w, head, position / block) + ((value ? block : 0) + position % block) * dim * 2;
+        u16* shared = value ? s.new_value[token] : s.new_key[token];
+#pragma unroll
+        for (int n = 0; n < per; ++n) {
+          shared[w.lane * per + n] = bits[n];
+          reinterpret_cast<u16*>(to)[w.lane * per + n] = bits[n];
+        }
       }
     }
   }
 
-  // Norm and rotation of one head's vector, by one warp; leaves it, rounded to bf16 once, in `to` (shared memory).
-  template <class Norm>
-  static __device__ __forceinline__ void rotate(const Worker& w, const Scratch& s, const u8* from, int token, float* to) {
-    constexpr int per = dim / warp_size;
-    float x[per];
-#pragma unroll
-    for (int i = 0; i < per; ++i) x[i] = ptx::widen_bf16(ptx::load_l2_2(from + (w.lane * per + i) * 2));
-    Norm::apply(w, x);
-#pragma unroll
-    for (int i = 0; i < per; ++i) to[w.lane * per + i] = x[i];
-    __syncwarp();
-    for (int i = w.lane; i < Rotary::pairs; i += warp_size) {
-      const float first = to[i], second = to[i + Rotary::pairs];
-      const float2 turn = s.rope[token][i];
-      to[i] = first * turn.x - second * turn.y;
-      to[i + Rotary::pairs] = second * turn.x + first * turn.y;
-    }
-    __syncwarp();
-    for (int i = w.lane; i < dim; i += warp_size) to[i] = ptx::widen_bf16(ptx::round_bf16(to[i]));
-    __syncwarp();
-  }
+  // --- scores, softmax and sum
 
-  // New keys and values of the blocks that this worker owns go to the cache and, rounded alike, to shared memory.
-  static __device__ void append(const Worker& w, Scratch& s, int head, int worker) {
-    for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
-      const int position = w.position + token, index = position / block;
-      if (index % Shape::splits != worker) continue;
-      float* row = s.sum[w.warp];  // not in use yet
-      rotate<KNorm>(w, s, K::at(w, token, head * dim), token, row);
-      u8* to = page(w, head, index) + position % block * dim * 2;
-      for (int i = w.lane; i < dim / 2; i += warp_size) {
-        const u32 key = ptx::pack_bf16(row[2 * i], row[2 * i + 1]);
-        const u32 value = ptx::load_l2_4(V::at(w, token, head * dim + 2 * i));
-        reinterpret_cast<u32*>(s.new_key[token])[i] = key;
-        reinterpret_cast<u32*>(s.new_value[token])[i] = value;
-        reinterpret_cast<u32*>(to)[i] = key;
-        reinterpret_cast<u32*>(to + block * dim * 2)[i] = value;
-      }
-      __syncwarp();
+  static __device__ __forceinline__ void one_pass(
+      const Worker& w, Scratch& s, int head, int worker, int first_row, int used, Cached& cached) {
+    Running run;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      run.peak[r] = -infinity, run.total[r] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) run.sum[r][i] = 0.f;
     }
-  }
-
-  static __device__ void one_pass(
-      const Worker& w, Scratch& s, int head, int worker, int first_token, int tokens, Cached& cached) {
-    const int used = tokens * group;
-    w.sync();  // append is done with s.sum
-    for (int r = w.warp; r < used; r += worker_warps) {
-      const int token = first_token + r / group;
-      rotate<QNorm>(w, s, Q::at(w, token, (head * group + r % group) * dim), token, s.q[r]);
-    }
-    for (int i = w.thread; i < used * dim; i += worker_threads) s.sum[i / dim][i % dim] = 0.f;
-    if (static_cast<int>(w.thread) < used) {
-      s.peak[w.thread] = -infinity;
-      s.total[w.thread] = 0.f;
-    }
-    w.sync();
-    const int last = w.position + first_token + tokens - 1;
+    const int last = w.position + (first_row + used - 1) / group;
     for (int index = worker; index * block <= last; index += Shape::splits) {
-      scores(w, s, index, first_token, used, cached);
+      take_new(w, s, index, cached);
       const int next = index + Shape::splits;
-      if (next * block <= last) load_block(w, head, next, w.position, cached);
-      w.sync();
-      weights(w, s, used);
-      w.sync();
-      values(w, s, used);
-      w.sync();
+      const bool more = next * block <= last;
+      const u8* from = more ? page(w, head, next) + w.lane % Shape::lanes * 16 : nullptr;
+#pragma unroll
+      for (int n = 0; n < per_lane; n += at_once) {
+        float score[rows][at_once] = {};
+        scores(w, s, index, n, first_row, used, cached, score);
+        if (more && n + at_once == per_lane) load_rows(w, from, next * block, w.position, cached.key);
+        weigh(used, score, run);
+        add_values(n, used, cached, score, run);
+      }
+      if (more) load_rows(w, from + block * dim * 2, next * block, w.position, cached.value);
     }
-    store(w, s, head, worker, first_token, used);
+    join_groups(used, run);
+    leave(w, s, used, run);
+  }
+
+  // Keys and values of this step's own tokens.
+  static __device__ __forceinline__ void take_new(const Worker& w, const Scratch& s, int index, Cached& cached) {
+    const int first_dim = w.lane % Shape::lanes * 8;
+    if ((index + 1) * block <= static_cast<int>(w.position)) return;
+#pragma unroll
+    for (int n = 0; n < per_lane; ++n) {
+      const int fresh = index * block + position_in_block(w, n) - static_cast<int>(w.position);
+      if (fresh < 0 || fresh >= static_cast<int>(w.tokens)) continue;
+      cached.key[n] = *reinterpret_cast<const uint4*>(&s.new_key[fresh][first_dim]);
+      cached.value[n] = *reinterpret_cast<const uint4*>(&s.new_value[fresh][first_dim]);
+    }
   }
 
   static __device__ __forceinline__ void widen(const uint4& v, float (&to)[8]) {
     const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[2 * i] = ptx::low_bf16(words[i]);
-      to[2 * i + 1] = ptx::high_bf16(words[i]);
-    }
+    for (int i = 0; i < 4; ++i) to[2 * i] = ptx::low_bf16(words[i]), to[2 * i + 1] = ptx::high_bf16(words[i]);
   }
 
-  // s.score[row][position] = q k, scaled and masked; V goes to shared memory.
+  // score[row][i] = q k of this group's position `first + i` of the block, scaled and masked.
   static __device__ __forceinline__ void scores(
-      const Worker& w, Scratch& s, int index, int first_token, int used, Cached& cached) {
+      const Worker& w, const Scratch& s, int index, int first, int first_row, int used, const Cached& cached,
+      float (&score)[rows][at_once]) {
     const int first_dim = w.lane % Shape::lanes * 8;
-    float key[per_lane][8];
+    float key[at_once][8];
 #pragma unroll
-    for (int n = 0; n < per_lane; ++n) {
-      const int at = position_in_block(w, n), fresh = index * block + at - static_cast<int>(w.position);
-      if (fresh >= 0 && fresh < static_cast<int>(w.tokens)) {
-        cached.key[n] = *reinterpret_cast<const uint4*>(&s.new_key[fresh][first_dim]);
-        cached.value[n] = *reinterpret_cast<const uint4*>(&s.new_value[fresh][first_dim]);
-      }
-      widen(cached.key[n], key[n]);
-      *reinterpret_cast<uint4*>(&s.value[at][first_dim]) = cached.value[n];
-    }
-    for (int r = 0; r < used; ++r) {
+    for (int n = 0; n < at_once; ++n) widen(cached.key[first + n], key[n]);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      if (r >= used) continue;
       const float4 low = *reinterpret_cast<const float4*>(&s.q[r][first_dim]);
       const float4 high = *reinterpret_cast<const float4*>(&s.q[r][first_dim + 4]);
       const float q[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      const int visible = w.position + first_token + r / group - index * block;  // the last position it may see
 #pragma unroll
-      for (int n = 0; n < per_lane; ++n) {
-        float sum = 0.f;
+      for (int n = 0; n < at_once; ++n)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum = fmaf(q[i], key[n][i], sum);
+        for (int i = 0; i < 8; ++i) score[r][n] = fmaf(q[i], key[n][i], score[r][n]);
 #pragma unroll
-        for (int d = Shape::lanes / 2; d; d /= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
-        const int at = position_in_block(w, n);
-        if (first_dim == 0) s.score[r][at] = at <= visible ? sum * Scale : -infinity;
+      for (int d = Shape::lanes / 2; d; d /= 2)
+#pragma unroll
+        for (int n = 0; n < at_once; ++n) score[r][n] += __shfl_xor_sync(all_lanes, score[r][n], d);
+      const int visible = w.position + (first_row + r) / group - index * block;  // the last position it may see
+#pragma unroll
+      for (int n = 0; n < at_once; ++n)
+        score[r][n] = position_in_block(w, first + n) <= visible ? score[r][n] * Scale : -infinity;
+    }
+  }
+
+  // exp(x - peak), 0 where nothing has been seen.
+  static __device__ __forceinline__ float relative(float x, float peak) {
+    return peak == -infinity ? 0.f : ptx::exp_fast(x - peak);
+  }
+
+  // Scores become weights relative to the group's new maximum, and so does the sum.
+  static __device__ __forceinline__ void weigh(int used, float (&score)[rows][at_once], Running& run) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      if (r >= used) continue;
+      float peak = run.peak[r];
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) peak = fmaxf(peak, score[r][n]);
+      const float factor = relative(run.peak[r], peak);
+      run.peak[r] = peak;
+      run.total[r] *= factor;
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        score[r][n] = relative(score[r][n], peak);
+        run.total[r] += score[r][n];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) run.sum[r][i] *= factor;
+    }
+  }
+
+  static __device__ __forceinline__ void add_values(
+      int first, int used, const Cached& cached, const float (&weight)[rows][at_once], Running& run) {
+#pragma unroll
+    for (int n = 0; n < at_once; ++n) {
+      float value[8];
+      widen(cached.value[first + n], value);
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        if (r >= used) continue;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) run.sum[r][i] = fmaf(weight[r][n], value[i], run.sum[r][i]);
       }
     }
   }
 
-  // Scores become weights relative to the running maximum.
-  static __device__ __forceinline__ void weights(const Worker& w, Scratch& s, int used) {
-    for (int r = w.warp; r < used; r += worker_warps) {
-      const float a = s.score[r][w.lane], b = s.score[r][w.lane + warp_size];
-      float peak = fmaxf(a, b);
+  // The groups of a warp together; the first group's lanes have the result.
+  static __device__ __forceinline__ void join_groups(int used, Running& run) {
 #pragma unroll
-      for (int d = 16; d; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(all_lanes, peak, d));
-      const float before = s.peak[r];
-      peak = fmaxf(peak, before);
-      const bool blind = peak == -infinity;
-      const float x = blind ? 0.f : ptx::exp_fast(a - peak), y = blind ? 0.f : ptx::exp_fast(b - peak);
-      float total = x + y;
+    for (int d = Shape::lanes; d < static_cast<int>(warp_size); d *= 2) {
 #pragma unroll
-      for (int d = 16; d; d /= 2) total += __shfl_xor_sync(all_lanes, total, d);
-      s.score[r][w.lane] = x;
-      s.score[r][w.lane + warp_size] = y;
-      __syncwarp();
-      if (w.lane == 0) {
-        const float factor = blind ? 0.f : ptx::exp_fast(before - peak);
-        s.factor[r] = factor;
-        s.total[r] = s.total[r] * factor + total;
-        s.peak[r] = peak;
+      for (int r = 0; r < rows; ++r) {
+        if (r >= used) continue;
+        const float other = __shfl_xor_sync(all_lanes, run.peak[r], d), peak = fmaxf(run.peak[r], other);
+        const float mine = relative(run.peak[r], peak), theirs = relative(other, peak);
+        run.peak[r] = peak;
+        run.total[r] = run.total[r] * mine + __shfl_xor_sync(all_lanes, run.total[r], d) * theirs;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          run.sum[r][i] = run.sum[r][i] * mine + __shfl_xor_sync(all_lanes, run.sum[r][i], d) * theirs;
       }
     }
   }
 
-  // s.sum = s.sum * factor + weights V; a thread has two neighbouring dims of every n-th row.
-  static __device__ __forceinline__ void values(const Worker& w, Scratch& s, int used) {
-    const int pair = w.thread % (dim / 2);
-    for (int r = w.thread / (dim / 2); r < used; r += worker_threads / (dim / 2)) {
-      float2 sum = *reinterpret_cast<const float2*>(&s.sum[r][2 * pair]);
-      sum.x *= s.factor[r];
-      sum.y *= s.factor[r];
-#pragma unroll 4
-      for (int at = 0; at < block; at += 4) {
-        const float4 p = *reinterpret_cast<const float4*>(&s.score[r][at]);
-        const float weight[4] = {p.x, p.y, p.z, p.w};
+  static __device__ __forceinline__ void leave(const Worker& w, Scratch& s, int used, const Running& run) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const u32 v = *reinterpret_cast<const u32*>(&s.value[at + i][2 * pair]);
-          sum.x = fmaf(weight[i], ptx::low_bf16(v), sum.x);
-          sum.y = fmaf(weight[i], ptx::high_bf16(v), sum.y);
-        }
-      }
-      *reinterpret_cast<float2*>(&s.sum[r][2 * pair]) = sum;
+    for (int r = 0; r < rows; ++r) {
+      if (r >= used || w.lane >= Shape::lanes) continue;
+      float4* to = reinterpret_cast<float4*>(&s.sum[w.warp][r][w.lane * 8]);
+      to[0] = make_float4(run.sum[r][0], run.sum[r][1], run.sum[r][2], run.sum[r][3]);
+      to[1] = make_float4(run.sum[r][4], run.sum[r][5], run.sum[r][6], run.sum[r][7]);
+      if (w.lane == 0) s.peak[w.warp][r] = run.peak[r], s.total[w.warp][r] = run.total[r];
     }
   }
 
+  // The warps' sums together, two neighbouring features to a thread.
   static __device__ __forceinline__ void store(
-      const Worker& w, const Scratch& s, int head, int worker, int first_token, int used) {
+      const Worker& w, const Scratch& s, int head, int worker, int first_row, int used) {
     const int pair = w.thread % (dim / 2);
     for (int r = w.thread / (dim / 2); r < used; r += worker_threads / (dim / 2)) {
-      const int token = first_token + r / group, query = head * group + r % group;
-      const float2 sum = *reinterpret_cast<const float2*>(&s.sum[r][2 * pair]);
+      float peak = s.peak[0][r], total = 0.f;
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+      for (u32 i = 1; i < worker_warps; ++i) peak = fmaxf(peak, s.peak[i][r]);
+#pragma unroll
+      for (u32 i = 0; i < worker_warps; ++i) {
+        const float factor = relative(s.peak[i][r], peak);
+        const float2 part = *reinterpret_cast<const float2*>(&s.sum[i][r][2 * pair]);
+        total += s.total[i][r] * factor;
+        sum.x += part.x * factor;
+        sum.y += part.y * factor;
+      }
+      const int token = (first_row + r) / group, query = head * group + (first_row + r) % group;
       if constexpr (Shape::splits == 1) {
-        const float total = s.total[r];
         *reinterpret_cast<u32*>(Out::at(w, token, query * dim + 2 * pair)) = ptx::pack_bf16(sum.x / total, sum.y / total);
       } else {
         const int row = (worker * Shape::heads + query) * (dim + 2);
         *reinterpret_cast<float2*>(Out::at(w, token, row + 2 * pair)) = sum;
-        if (pair == 0) *reinterpret_cast<float2*>(Out::at(w, token, row + dim)) = make_float2(s.peak[r], s.total[r]);
+        if (pair == 0) *reinterpret_cast<float2*>(Out::at(w, token, row + dim)) = make_float2(peak, total);
       }
     }
   }

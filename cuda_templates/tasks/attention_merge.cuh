@@ -16,75 +16,88 @@ struct AttentionMerge {
 
   static __device__ void fill(const Worker& w, const Panel& panel) {
     const int count = (panel.hi - panel.lo) / 4;
-#pragma unroll 1
-    for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
-      const int token = i / count, feature = panel.lo + i % count * 4;
-      const int live = min_of(Splits, static_cast<int>(w.position + token) / Block + 1);
-      *reinterpret_cast<uint2*>(w.activations() + (token * panel.stride() + feature - panel.lo) * 2) =
-          live <= few ? merge_few(w, token, feature, live) : merge_many(w, token, feature, live);
+    const int total = count * w.tokens;
+    for (int i = w.thread; i < total; i += worker_threads * at_once) {
+      Item items[at_once];
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        const int it = i + n * worker_threads;
+        const int token = w.tokens == 1 ? 0 : it / count;
+        items[n].open(w, token, panel.lo + (it - token * count) * 4, it < total);
+      }
+      for (int first = 0;; first += few) {  // so many splits are loaded at once
+        bool more = false;
+#pragma unroll
+        for (int n = 0; n < at_once; ++n) more |= items[n].load(first);
+#pragma unroll
+        for (int n = 0; n < at_once; ++n) items[n].add(first);
+        if (!more) break;
+      }
+#pragma unroll
+      for (int n = 0; n < at_once; ++n)
+        if (items[n].live) panel.store_four(w, items[n].token, items[n].feature, items[n].rounded());
     }
   }
 
  private:
-  static constexpr int few = 4;  // so many splits are loaded at once
+  static constexpr int few = 4, at_once = 2;
+  static constexpr u32 split_bytes = Heads * row * 4;
 
-  static __device__ __forceinline__ const u8* at(const Worker& w, int token, int split, int head) {
-    return w.params.arena + Offset + static_cast<u64>((token * Splits + split) * Heads + head) * row * 4;
-  }
+  // Four features of one token: the running sum over splits, relative to the highest maximum so far.
+  struct Item {
+    const u8* from;  // of the first split
+    int token, feature, live;
+    float top[4], bottom, peak;
+    uint2 low[few], high[few], stats[few];
 
-  struct Sum {
-    float4 top{};
-    float bottom = 0.f;
-
-    __device__ __forceinline__ void add(uint2 low, uint2 high, float total, float factor) {
-      top.x += __uint_as_float(low.x) * factor;
-      top.y += __uint_as_float(low.y) * factor;
-      top.z += __uint_as_float(high.x) * factor;
-      top.w += __uint_as_float(high.y) * factor;
-      bottom += total * factor;
+    __device__ __forceinline__ void open(const Worker& w, int at_token, int at_feature, bool exists) {
+      token = at_token, feature = at_feature;
+      live = exists ? min_of(Splits, static_cast<int>(w.position + token) / Block + 1) : 0;
+      const int head = feature / HeadDim, dim = feature % HeadDim;
+      from = w.params.arena + Offset + static_cast<u64>(token * Splits * Heads + head) * (row * 4) + dim * 4;
+      top[0] = top[1] = top[2] = top[3] = bottom = 0.f;
+      peak = -infinity;
+    }
+    // Asks for splits `first` and following; whether there are more after them.
+    __device__ __forceinline__ bool load(int first) {
+#pragma unroll
+      for (int s = 0; s < few; ++s) {
+        low[s] = high[s] = stats[s] = make_uint2(0, 0);  // on every path, or the registers would be in use in other tasks
+        if (first + s >= live) continue;
+        const u8* at = from + (first + s) * split_bytes;
+        low[s] = ptx::load_l2_8(at);
+        high[s] = ptx::load_l2_8(at + 8);
+        stats[s] = ptx::load_l2_8(at + (HeadDim - feature % HeadDim) * 4);
+      }
+      return first + few < live;
+    }
+    __device__ __forceinline__ void add(int first) {
+      float highest = peak;
+#pragma unroll
+      for (int s = 0; s < few; ++s)
+        if (first + s < live) highest = fmaxf(highest, __uint_as_float(stats[s].x));
+      if (first) {
+        const float factor = ptx::exp_fast(peak - highest);
+        bottom *= factor;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) top[i] *= factor;
+      }
+      peak = highest;
+#pragma unroll
+      for (int s = 0; s < few; ++s) {
+        if (first + s >= live) continue;
+        const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - highest);
+        top[0] = fmaf(__uint_as_float(low[s].x), factor, top[0]);
+        top[1] = fmaf(__uint_as_float(low[s].y), factor, top[1]);
+        top[2] = fmaf(__uint_as_float(high[s].x), factor, top[2]);
+        top[3] = fmaf(__uint_as_float(high[s].y), factor, top[3]);
+        bottom = fmaf(__uint_as_float(stats[s].y), factor, bottom);
+      }
     }
     __device__ __forceinline__ uint2 rounded() const {
-      return make_uint2(ptx::pack_bf16(top.x / bottom, top.y / bottom), ptx::pack_bf16(top.z / bottom, top.w / bottom));
+      return make_uint2(ptx::pack_bf16(top[0] / bottom, top[1] / bottom), ptx::pack_bf16(top[2] / bottom, top[3] / bottom));
     }
   };
-
-  static __device__ __forceinline__ uint2 merge_few(const Worker& w, int token, int feature, int live) {
-    const int head = feature / HeadDim, dim = feature % HeadDim;
-    uint2 low[few], high[few], stats[few];
-#pragma unroll
-    for (int s = 0; s < few; ++s) {
-      if (s >= live) continue;
-      const u8* from = at(w, token, s, head);
-      low[s] = ptx::load_l2_8(from + dim * 4);
-      high[s] = ptx::load_l2_8(from + dim * 4 + 8);
-      stats[s] = ptx::load_l2_8(from + HeadDim * 4);
-    }
-    float peak = __uint_as_float(stats[0].x);
-#pragma unroll
-    for (int s = 1; s < few; ++s)
-      if (s < live) peak = fmaxf(peak, __uint_as_float(stats[s].x));
-    Sum sum;
-#pragma unroll
-    for (int s = 0; s < few; ++s)
-      if (s < live) sum.add(low[s], high[s], __uint_as_float(stats[s].y), ptx::exp_fast(__uint_as_float(stats[s].x) - peak));
-    return sum.rounded();
-  }
-
-  static __device__ __forceinline__ uint2 merge_many(const Worker& w, int token, int feature, int live) {
-    const int head = feature / HeadDim, dim = feature % HeadDim;
-    float peak = __uint_as_float(ptx::load_l2_4(at(w, token, 0, head) + HeadDim * 4));
-#pragma unroll 4
-    for (int s = 1; s < live; ++s) peak = fmaxf(peak, __uint_as_float(ptx::load_l2_4(at(w, token, s, head) + HeadDim * 4)));
-    Sum sum;
-#pragma unroll 4
-    for (int s = 0; s < live; ++s) {
-      const u8* from = at(w, token, s, head);
-      const uint2 low = ptx::load_l2_8(from + dim * 4), high = ptx::load_l2_8(from + dim * 4 + 8);
-      const uint2 stats = ptx::load_l2_8(from + HeadDim * 4);
-      sum.add(low, high, __uint_as_float(stats.y), ptx::exp_fast(__uint_as_float(stats.x) - peak));
-    }
-    return sum.rounded();
-  }
 };
 
 }  // namespace mpk

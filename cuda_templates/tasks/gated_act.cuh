@@ -1,4 +1,4 @@
-// Epilogue of two linears whose rows are interleaved by eights (8 of the gate, 8 of up): fn(gate) * up, in float32.
+// Epilogue of two linears whose rows are interleaved by fours (4 of the gate, 4 of up): fn(gate) * up, in float32.
 #pragma once
 #include "tasks/linear.cuh"
 
@@ -25,17 +25,18 @@ struct Relu {
 
 template <class Fn, class Out, class GateBias, class UpBias>
 struct GatedAct {
+  static constexpr int features = tile_rows / 2;  // of one tile
   struct Early {};
 
   static __device__ __forceinline__ void load_early(const Worker&, int, int, Early&) {}
 
-  template <class Product>
-  static __device__ __forceinline__ void finish(const Worker& w, int first_sub, int subs, const Early&) {
-    for (u32 i = w.thread; i < subs / 2 * 8 * w.tokens; i += worker_threads) {
-      const auto at = Product::result(i, w.tokens);
-      const int feature = (first_sub / 2 + at.sub) * 8 + at.row;
-      const float gate = Product::sum(w, 2 * at.sub, at.row, at.token) + GateBias::load(w, feature);
-      const float up = Product::sum(w, 2 * at.sub + 1, at.row, at.token) + UpBias::load(w, feature);
+  static __device__ __forceinline__ void finish(const Worker& w, int first_tile, const Round& round, const Early&) {
+#pragma unroll 1
+    for (u32 i = round.begin<features>(w); i < round.end<features>(w); i += worker_threads) {
+      const auto at = Round::place<features>(i, w.tokens);
+      const int feature = (first_tile + at.tile) * features + at.row;
+      const float gate = round.sum(w, at.tile, at.row, at.token) + GateBias::load(w, feature);
+      const float up = round.sum(w, at.tile, at.row + features, at.token) + UpBias::load(w, feature);
       if (feature < Out::features) Out::store(w, at.token, feature, Fn::apply(gate) * up);
     }
   }

@@ -1,71 +1,91 @@
 // Matrix product with a packed weight: [tokens, K] x [rows, K]^T for 1-16 tokens, on the tensor cores.
 //
-// Shared memory: the ring (weights), activations 33 KB, partial sums 32 KB. Registers: at most 168.
+// Shared memory: the ring (weights), activations 33 KB, partial sums 16 KB. Registers: at most 168.
 //
-// A weight tile is `tile_rows` rows, stored as chunks of `tile_k` columns, each chunk as [tile_rows / 8][tile_k / 8][8][8]:
-// core matrices that ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns.
-// Tokens are the 16 rows of mma.m16n8k16, weight rows its 8 columns, so 16 tokens cost what one costs.
-// Order of summation of a result: the blocks of 32 columns b, b + 8, ... of a chunk in two chains (halves of a block), the
-// chunks in order, then the 8 warps in order. It does not depend on the number of tokens.
+// A weight tile is 8 rows, stored as chunks of `tile_k` columns, each chunk as [tile_k / 32][4][8][8]: core matrices that
+// ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Tokens are the 16 rows
+// of mma.m16n8k16, weight rows its 8 columns, so 16 tokens cost what one costs.
+// Order of summation of a result: two chains, of the first and of the second 16 columns of the blocks b, b + 8, ... of
+// every chunk, chunks in order; their sum; then the 8 warps in order. It does not depend on the number of tokens.
+//
+// One token has a path of its own, with little code and the sums of other tiles in shared memory: a layer's tasks must fit
+// the instruction cache, or fetching them costs more than the arithmetic.
 #pragma once
 #include "runtime/worker.cuh"
 
 namespace mpk {
 
 // The shape of a packed weight.
-template <int K, int Rows, int TileRows, int TileK>
+template <int K, int Rows, int TileK>
 struct Tiles {
-  static constexpr int k = K, rows = Rows, tile_rows = TileRows, tile_k = TileK;
-  static constexpr int sub_tiles = TileRows / 8;
+  static constexpr int k = K, rows = Rows, tile_k = TileK;
   static constexpr int chunks = ceil_div(K, TileK);
-  static constexpr int tiles_per_block = block_rows / TileRows;
   static constexpr int blocks_per_warp = ceil_div(TileK / 32, worker_warps);
-  static_assert(TileRows == 8 || TileRows == 16, "a weight tile has 8 or 16 rows");
+  static constexpr bool even = K % TileK == 0 && TileK % (32 * worker_warps) == 0;  // every warp has as many blocks
   static_assert(K % 32 == 0 && TileK % 32 == 0, "columns come in blocks of 32");
-  static_assert(TileRows * TileK * 2 <= plan::slot_bytes, "a chunk fits a slot of the ring");
-  static_assert(max_tokens * (TileK + 8) * 2 <= activation_bytes, "one chunk of activations fits for all tokens");
+  static_assert(tile_rows * TileK * 2 <= plan::slot_bytes, "a chunk fits a slot of the ring");
+  static_assert(max_tokens * ((TileK * 2 + 127) / 128 * 128 + 64) <= activation_bytes, "a chunk's activations fit for all tokens");
 };
 
-// The columns [lo, hi) of the activations, bf16 [tokens][hi - lo + 8] in shared memory (8 of padding spread the banks).
+// The columns [lo, hi) of the activations, bf16, in shared memory: for each token, blocks of 32 columns of 64 bytes.
+//
+// In a block, lane q of the four that hold a token's operand of the tensor cores finds its 16 bytes at q * 16: columns
+// 2q, 2q + 1 of each group of eight. Rows are 64 bytes more than a multiple of 128 apart, so that two do not share banks.
 struct Panel {
   int lo, hi;
-  __device__ __forceinline__ int stride() const { return hi - lo + 8; }
+
+  static __device__ __forceinline__ u32 row_bytes(int columns) { return (columns * 2 + 127) / 128 * 128 + 64; }
+  __device__ __forceinline__ u32 row_bytes() const { return row_bytes(hi - lo); }
+
+  // Where the word with columns `feature`, `feature + 1` (even) of a token goes.
+  __device__ __forceinline__ u32* at(const Worker& w, u32 token, int feature) const {
+    const u32 column = feature - lo;
+    const u32 word = column / 32 * 16 + column % 8 / 2 * 4 + column % 32 / 8;
+    return reinterpret_cast<u32*>(w.activations() + token * row_bytes()) + word;
+  }
+  // Four neighbouring columns, the first a multiple of four.
+  __device__ __forceinline__ void store_four(const Worker& w, u32 token, int feature, uint2 pairs) const {
+    u32* to = at(w, token, feature);
+    to[0] = pairs.x;
+    to[4] = pairs.y;
+  }
 };
 
-// The rows of a block that one thread finishes.
-constexpr int results_per_thread = block_rows * max_tokens / worker_threads;
+// Tiles `first` to `first + count` of a block, whose partial sums lie in shared memory: [warp][tile][token][8 rows]. Result
+// `i` of a block belongs to thread i % 256.
+struct Round {
+  int first, count;
+
+  // Index of a result when a tile makes `per_tile` results of each token; the order is tile, token, result.
+  struct Place {
+    int tile, row;
+    u32 token;
+  };
+  template <int per_tile>
+  static __device__ __forceinline__ Place place(u32 index, u32 tokens) {
+    const u32 rest = index / per_tile;
+    if (tokens == 1) return {static_cast<int>(rest), static_cast<int>(index % per_tile), 0};
+    return {static_cast<int>(rest / tokens), static_cast<int>(index % per_tile), rest % tokens};
+  }
+  // This thread's first result of a round, and where they end.
+  template <int per_tile>
+  __device__ __forceinline__ u32 begin(const Worker& w) const {
+    const u32 lo = first * per_tile * w.tokens;
+    return w.thread + (lo + worker_threads - 1 - w.thread) / worker_threads * worker_threads;
+  }
+  template <int per_tile>
+  __device__ __forceinline__ u32 end(const Worker& w) const { return (first + count) * per_tile * w.tokens; }
+  __device__ __forceinline__ float sum(const Worker& w, int tile, int row, u32 token) const {
+    const float* at = w.partials() + ((tile - first) * w.tokens + token) * tile_rows + row;
+    float total = at[0];
+#pragma unroll
+    for (u32 i = 1; i < worker_warps; ++i) total += at[i * count * w.tokens * tile_rows];
+    return total;
+  }
+};
 
 template <class Shape, class Prologue, class Epilogue>
 struct Linear {
-  // A block of at most 8 sub-tiles of 8 rows, all tokens: row and token of the i-th result of this thread.
-  struct Result {
-    int sub, row, token;
-  };
-
-  static __device__ __forceinline__ Result result(u32 index, u32 tokens) {
-    const u32 rest = index / 8;
-    return {static_cast<int>(rest / tokens), static_cast<int>(index % 8), static_cast<int>(rest % tokens)};
-  }
-
-  static __device__ __forceinline__ float sum(const Worker& w, int sub, int row, int token) {
-    const float* at = w.partials() + (sub * worker_warps * w.tokens + token) * 8 + row;
-    float total = at[0];
-#pragma unroll
-    for (u32 i = 1; i < worker_warps; ++i) total += at[i * w.tokens * 8];
-    return total;
-  }
-
-  static __device__ __forceinline__ void store_partials(const Worker& w, const float (&acc)[8][4], int subs) {
-    const u32 token = w.lane / 4, row = w.lane % 4 * 2;
-#pragma unroll
-    for (int s = 0; s < 8; ++s) {
-      if (s >= subs) continue;
-      float* at = w.partials() + (s * worker_warps + w.warp) * w.tokens * 8 + row;
-      if (token < w.tokens) *reinterpret_cast<float2*>(at + token * 8) = make_float2(acc[s][0], acc[s][1]);
-      if (token + 8 < w.tokens) *reinterpret_cast<float2*>(at + (token + 8) * 8) = make_float2(acc[s][2], acc[s][3]);
-    }
-  }
-
   static __device__ void run(Worker& w, const Entry& entry) {
     w.wait_ready();
     const int panel_chunks = whole_panel(w.tokens) ? Shape::chunks : max_of(1, chunks_that_fit(w.tokens));
@@ -76,80 +96,177 @@ struct Linear {
       if (!filled) Prologue::fill(w, panel);
       w.sync();
     }
-    // This lane's row of the activation operand; tokens that the step does not have read zeros.
-    const u32 token = w.lane % 16;
-    const bool present = token < w.tokens;
-    const u32 zeros = ptx::shared_address(w.shared.zeros);
-    const u32 activations = ptx::shared_address(w.activations());
-
-    for (int tile = entry.lo; tile < entry.hi; tile += Shape::tiles_per_block) {
-      const int tiles = min_of(Shape::tiles_per_block, entry.hi - tile);
-      const int subs = tiles * Shape::sub_tiles;
-      typename Epilogue::Early early;
-      Epilogue::load_early(w, tile * Shape::sub_tiles, subs, early);
-      float acc[8][4] = {};
-      for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-        if (!whole && chunk % panel_chunks == 0) {
-          panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
-          w.sync();
-          Prologue::fill(w, panel);
-          w.sync();
-        }
-        const int columns = min_of(Shape::tile_k, Shape::k - chunk * Shape::tile_k);
-        const u32 half = w.lane / 16 * 8;  // columns 0-7 or 8-15 of a block of 16
-        const u32 row = present ? activations + (token * panel.stride() + chunk * Shape::tile_k - panel.lo + half) * 2 : zeros;
-        multiply_chunks(w, acc, tiles, columns, row, present ? 2 : 0);
+    for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
+      const int tiles = min_of(tiles_per_block, entry.hi - tile);
+      typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
+      Epilogue::load_early(w, tile, tiles, early);
+      if (w.tokens == 1) {
+        one_token(w, tiles, panel, panel_chunks, whole);
+        w.sync();
+        Epilogue::finish(w, tile, Round{0, tiles}, early);
+      } else {
+        many_tokens(w, tile, tiles, panel, panel_chunks, whole, early);
       }
-      store_partials(w, acc, subs);
-      w.sync();
-      Epilogue::template finish<Linear>(w, tile * Shape::sub_tiles, subs, early);
-      if (tile + Shape::tiles_per_block < entry.hi) w.sync();
+      if (tile + tiles_per_block < entry.hi) w.sync();
     }
     w.release_ready();
     w.signal(entry);
   }
 
  private:
-  static __device__ __forceinline__ bool whole_panel(u32 tokens) { return tokens * (Shape::k + 8) * 2 <= activation_bytes; }
+  static __device__ __forceinline__ bool whole_panel(u32 tokens) {
+    return tokens * Panel::row_bytes(Shape::k) <= activation_bytes;
+  }
   static __device__ __forceinline__ int chunks_that_fit(u32 tokens) {
-    return (activation_bytes / (tokens * 2) - 8) / Shape::tile_k;
+    return (activation_bytes / tokens - 64) / 128 * 128 / (Shape::tile_k * 2);
   }
 
-  // One chunk of each tile of the block. `row`: address of this lane's activation row, `step`: bytes per column of it.
-  static __device__ __forceinline__ void multiply_chunks(
-      Worker& w, float (&acc)[8][4], int tiles, int columns, u32 row, u32 step) {
-    const int blocks = columns / 32;
-    u32 a[Shape::blocks_per_warp][2][4];
-#pragma unroll
-    for (int j = 0; j < Shape::blocks_per_warp; ++j) {
-      const int block = w.warp + j * worker_warps;
-      if (block < blocks) {
-        ptx::load_matrices(a[j][0], row + block * 32 * step);
-        ptx::load_matrices(a[j][1], row + (block * 32 + 16) * step);
-      }
+  // This lane's part of the activations of one block of 32 columns, for two multiplications.
+  struct Operand {
+    u32 first[4], second[4];
+
+    __device__ __forceinline__ void load(const u8* low, bool has_low, const u8* high, bool has_high) {
+      const uint4 none = make_uint4(0, 0, 0, 0);
+      const uint4 a = has_low ? *reinterpret_cast<const uint4*>(low) : none;
+      const uint4 b = has_high ? *reinterpret_cast<const uint4*>(high) : none;
+      first[0] = a.x, first[1] = b.x, first[2] = a.y, first[3] = b.y;
+      second[0] = a.z, second[1] = b.z, second[2] = a.w, second[3] = b.w;
     }
+  };
+
+  static __device__ __forceinline__ int blocks_of(int chunk) {  // of 32 columns
+    return Shape::even ? Shape::tile_k / 32 : min_of(Shape::tile_k, Shape::k - chunk * Shape::tile_k) / 32;
+  }
+  static __device__ __forceinline__ bool has_block(const Worker& w, int j, int blocks) {
+    return Shape::even || static_cast<int>(w.warp + j * worker_warps) < blocks;
+  }
+
+  // This warp's part of a chunk of weights.
+  static __device__ __forceinline__ void load_weights(Worker& w, int blocks, u32 (&b)[Shape::blocks_per_warp][4]) {
+    const u32 weights = ptx::shared_address(w.wait_chunk()) + w.warp * 512 + w.lane * 16;
 #pragma unroll
-    for (int t = 0; t < Shape::tiles_per_block; ++t) {
-      if (t >= tiles) continue;
-      const u32 chunk = ptx::shared_address(w.wait_chunk()) + w.lane * 16;
+    for (int j = 0; j < Shape::blocks_per_warp; ++j)
+      if (has_block(w, j, blocks)) ptx::load_matrices(b[j], weights + j * worker_warps * 512);
+    w.free_chunk();
+  }
+
+  // The columns from `chunk` on take the place of those before, if that is where they end.
+  static __device__ __forceinline__ void next_panel(const Worker& w, Panel& panel, int chunk, int panel_chunks) {
+    if (chunk % panel_chunks) return;
+    panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
+    w.sync();
+    Prologue::fill(w, panel);
+    w.sync();
+  }
+
+  // --- one token: lanes 0 to 3 have the results of two rows each
+
+  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel, int panel_chunks, bool whole) {
+    // between chunks, the two chains of each tile lie behind the partial sums
+    float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
+    float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
+      if (!whole) next_panel(w, panel, chunk, panel_chunks);
+      const int blocks = blocks_of(chunk);
+      const u8* row = w.activations() + (chunk * Shape::tile_k - panel.lo) * 2 + w.warp * 64 + w.lane * 16;
+      uint4 a[Shape::blocks_per_warp];
 #pragma unroll
-      for (int s = 0; s < Shape::sub_tiles; ++s) {
-        float(&sum)[4] = acc[t * Shape::sub_tiles + s];
-        float odd[4] = {};
+      for (int j = 0; j < Shape::blocks_per_warp; ++j) {
+        a[j] = make_uint4(0, 0, 0, 0);
+        if (w.lane < 4 && has_block(w, j, blocks)) a[j] = *reinterpret_cast<const uint4*>(row + j * worker_warps * 64);
+      }
+#pragma unroll 1
+      for (int t = 0; t < tiles; ++t) {
+        float even[4] = {}, odd[4] = {};
+        if (chunk && w.lane < 4) {
+          const float4 c = chains[t * 4];
+          even[0] = c.x, even[1] = c.y, odd[0] = c.z, odd[1] = c.w;
+        }
+        u32 b[Shape::blocks_per_warp][4] = {};
+        load_weights(w, blocks, b);
 #pragma unroll
         for (int j = 0; j < Shape::blocks_per_warp; ++j) {
-          const int block = w.warp + j * worker_warps;
-          if (block < blocks) {
-            u32 b[4];
-            ptx::load_matrices(b, chunk + (s * blocks + block) * 512);
-            ptx::mma(sum, a[j][0], b[0], b[1]);
-            ptx::mma(odd, a[j][1], b[2], b[3]);
-          }
+          if (!has_block(w, j, blocks)) continue;
+          const u32 first[4] = {a[j].x, 0, a[j].y, 0}, second[4] = {a[j].z, 0, a[j].w, 0};
+          ptx::mma(even, first, b[j][0], b[j][1]);
+          ptx::mma(odd, second, b[j][2], b[j][3]);
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] += odd[i];
+        if (w.lane >= 4) continue;
+        if (chunk + 1 < Shape::chunks)
+          chains[t * 4] = make_float4(even[0], even[1], odd[0], odd[1]);
+        else
+          partial[t * 4] = make_float2(even[0] + odd[0], even[1] + odd[1]);
       }
-      w.free_chunk();
+    }
+  }
+
+  // --- several tokens: a block's sums stay in registers while its activations pass by
+
+  static __device__ __forceinline__ void many_tokens(
+      Worker& w, int tile, int tiles, Panel& panel, int panel_chunks, bool whole, const typename Epilogue::Early& early) {
+    float sums[tiles_per_block][2][4] = {};
+    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
+      if (!whole) next_panel(w, panel, chunk, panel_chunks);
+      multiply_chunks(w, sums, tiles, chunk, panel);
+    }
+    finish(w, tile, tiles, sums, early);
+  }
+
+  // One chunk of each tile of the block.
+  static __device__ __forceinline__ void multiply_chunks(
+      Worker& w, float (&sums)[tiles_per_block][2][4], int tiles, int chunk, const Panel& panel) {
+    const int blocks = blocks_of(chunk);
+    const u32 token = w.lane / 4;
+    const u8* row = w.activations() + token * panel.row_bytes() +
+                    ((chunk * Shape::tile_k - panel.lo) / 32 + w.warp) * 64 + w.lane % 4 * 16;
+    Operand a[Shape::blocks_per_warp];
+#pragma unroll
+    for (int j = 0; j < Shape::blocks_per_warp; ++j) {
+      const bool mine = has_block(w, j, blocks);
+      const u8* at = row + j * worker_warps * 64;
+      a[j].load(at, mine && token < w.tokens, at + 8 * panel.row_bytes(), mine && token + 8 < w.tokens);
+    }
+#pragma unroll
+    for (int t = 0; t < tiles_per_block; ++t) {
+      if (t >= tiles) continue;
+      u32 b[Shape::blocks_per_warp][4] = {};
+      load_weights(w, blocks, b);
+#pragma unroll
+      for (int j = 0; j < Shape::blocks_per_warp; ++j) {
+        if (!has_block(w, j, blocks)) continue;
+        ptx::mma(sums[t][0], a[j].first, b[j][0], b[j][1]);
+        ptx::mma(sums[t][1], a[j].second, b[j][2], b[j][3]);
+      }
+    }
+  }
+
+  // Adds up the warps' partial sums of a block, as many tiles at a time as there is room for, and stores the results.
+  static __device__ __forceinline__ void finish(
+      const Worker& w, int tile, int tiles, const float (&sums)[tiles_per_block][2][4],
+      const typename Epilogue::Early& early) {
+    const int per_round = w.tokens <= 8 ? tiles_per_block : tiles_per_block / 2;
+    for (int first = 0; first < tiles; first += per_round) {
+      const Round round{first, min_of(per_round, tiles - first)};
+      if (first) w.sync();
+      store_partials(w, sums, round);
+      w.sync();
+      Epilogue::finish(w, tile, round, early);
+    }
+  }
+
+  static __device__ __forceinline__ void store_partials(
+      const Worker& w, const float (&sums)[tiles_per_block][2][4], const Round& round) {
+    const u32 token = w.lane / 4, row = w.lane % 4 * 2;
+    float* to = w.partials() + (w.warp * round.count * w.tokens + token) * tile_rows + row;
+#pragma unroll
+    for (int t = 0; t < tiles_per_block; ++t) {
+      if (t < round.first || t >= round.first + round.count) continue;
+      const auto& s = sums[t];
+      float* at = to + (t - round.first) * w.tokens * tile_rows;
+      if (token < w.tokens) *reinterpret_cast<float2*>(at) = make_float2(s[0][0] + s[1][0], s[0][1] + s[1][1]);
+      if (token + 8 < w.tokens)
+        *reinterpret_cast<float2*>(at + 8 * tile_rows) = make_float2(s[0][2] + s[1][2], s[0][3] + s[1][3]);
     }
   }
 };
@@ -212,12 +329,12 @@ struct Store {
 
   static __device__ __forceinline__ void load_early(const Worker&, int, int, Early&) {}
 
-  template <class Product>
-  static __device__ __forceinline__ void finish(const Worker& w, int first_sub, int subs, const Early&) {
-    for (u32 i = w.thread; i < subs * 8 * w.tokens; i += worker_threads) {
-      const auto at = Product::result(i, w.tokens);
-      const float value = Product::sum(w, at.sub, at.row, at.token);
-      const int row = (first_sub + at.sub) * 8 + at.row;
+  static __device__ __forceinline__ void finish(const Worker& w, int first_tile, const Round& round, const Early&) {
+#pragma unroll 1
+    for (u32 i = round.begin<tile_rows>(w); i < round.end<tile_rows>(w); i += worker_threads) {
+      const auto at = Round::place<tile_rows>(i, w.tokens);
+      const float value = round.sum(w, at.tile, at.row, at.token);
+      const int row = (first_tile + at.tile) * tile_rows + at.row;
       if (row < Groups * group_rows) put<0, Parts...>(w, at.token, row / group_rows, row % group_rows, value);
     }
   }

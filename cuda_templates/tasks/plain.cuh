@@ -9,16 +9,42 @@ struct Plain {
   static_assert(sizeof(typename Source::type) == 2, "the tensor cores take bf16");
   static_assert(Source::features % 8 == 0, "rows are read eight features at a time");
 
-  static __device__ __forceinline__ bool prepare(Worker&, const Entry&, bool) { return false; }
+  static constexpr int vectors = Source::features / 8;
+  static constexpr int per_thread = ceil_div(vectors, worker_threads);
+
+  // Fills the panel too, and says so, where there is one token.
+  static __device__ __forceinline__ bool prepare(Worker& w, const Entry&, bool whole) {
+    if (!whole || w.tokens != 1) return false;
+    uint4 v[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i < vectors) v[n] = ptx::load_l2_16(Source::at(w, 0, i * 8));
+    }
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i < vectors) store(w, Panel{0, Source::features}, 0, i * 8, v[n]);
+    }
+    return true;
+  }
 
   static __device__ void fill(const Worker& w, const Panel& panel) {
     const int count = (panel.hi - panel.lo) / 8;
 #pragma unroll 4
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = panel.lo + i % count * 8;
-      *reinterpret_cast<uint4*>(w.activations() + (token * panel.stride() + feature - panel.lo) * 2) =
-          ptx::load_l2_16(Source::at(w, token, feature));
+      store(w, panel, token, feature, ptx::load_l2_16(Source::at(w, token, feature)));
     }
+  }
+
+ private:
+  static __device__ __forceinline__ void store(const Worker& w, const Panel& panel, int token, int feature, uint4 v) {
+    u32* to = panel.at(w, token, feature);
+    to[0] = v.x;
+    to[4] = v.y;
+    to[8] = v.z;
+    to[12] = v.w;
   }
 };
 

@@ -53,8 +53,7 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = panel.lo + i % count * 4;
-      const uint2 out = scaled(Source::load(w, token, feature), w.shared.rstd[token], gain(w, feature));
-      *reinterpret_cast<uint2*>(w.activations() + (token * panel.stride() + feature - panel.lo) * 2) = out;
+      panel.store_four(w, token, feature, scaled(Source::load(w, token, feature), w.shared.rstd[token], gain(w, feature)));
     }
   }
 
@@ -97,8 +96,8 @@ struct RmsNorm {
   }
 
   static __device__ __forceinline__ void one_token(Worker& w) {
-    float4 x[per_thread];
-    uint2 g[per_thread];
+    float4 x[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too
+    uint2 g[per_thread] = {};
     float sum = 0.f;
 #pragma unroll
     for (int n = 0; n < per_thread; ++n) {
@@ -118,7 +117,7 @@ struct RmsNorm {
 #pragma unroll
     for (int n = 0; n < per_thread; ++n) {
       const int i = w.thread + n * worker_threads;
-      if (i < vectors) *reinterpret_cast<uint2*>(w.activations() + i * 8) = scaled(x[n], rstd, g[n]);
+      if (i < vectors) Panel{0, features}.store_four(w, 0, i * 4, scaled(x[n], rstd, g[n]));
     }
   }
 

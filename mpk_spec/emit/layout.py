@@ -1,6 +1,6 @@
 """Where weights lie in the GPU's memory: packed products, small vectors, the embedding table; and the rope tables.
 
-Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by eights
+Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by fours
 (interleave). A tile is `tile_rows` packed rows, cut along K into chunks of `tile_k`; a chunk is
 `[tile_rows / 8][tile_k / 8][8][8]` bf16, which is what one bulk copy fetches and `ldmatrix` reads.
 """
@@ -13,7 +13,7 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan
 
 ALIGN = 256
-INTERLEAVE = 8  # rows of one linear before those of the next
+INTERLEAVE = 4  # rows of one linear before those of the next
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class _Writer:
         linears = [n for n in self.group.nodes if n.op == "linear"]
         first, last = (self.group.nodes.index(n) for n in (linears[0], linears[-1]))
         packed = self.layout.packed[self.group.name]
-        shape = f"Tiles<{packed.k}, {packed.used_rows}, {packed.tile_rows}, {packed.tile_k}>"
+        shape = f"Tiles<{packed.k}, {packed.used_rows}, {packed.tile_k}>"
         prologue = self.prologue(list(self.group.nodes[:first]), linears[0].inputs[0])
         epilogue = self.epilogue(list(self.group.nodes[last + 1 :]), linears, packed)
         return f"Linear<\n    {shape},\n    {prologue},\n    {epilogue}>"
@@ -148,26 +148,33 @@ class _Writer:
         q, q_norm, rope = self.chain(node.inputs[0])
         k, k_norm, k_rope = self.chain(append.inputs[0])
         v, v_norm, v_rope = self.chain(append.inputs[1])
-        if rope != k_rope or v_norm != "NoHeadNorm" or v_rope is not None or rope is None:
+        if rope != k_rope or v_norm is not None or v_rope is not None or rope is None:
             raise Refused(self.group, "queries and keys need the same rope, values none")
         shape = f"{node.values['heads']}, {state.kv_heads}, {state.head_dim}, {self.group.kv_splits}, {state.kv_block}"
         cache = self.layout.cache_offsets[state.name]
         return (
             f"Attention<\n    AttentionShape<{shape}>,\n    {self.tensor(q)}, {self.tensor(k)}, {self.tensor(v)},\n"
-            f"    {q_norm}, {k_norm},\n    {rope}, {cache}ull,\n    {self.tensor(node.output)}, "
+            f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    {self.tensor(node.output)}, "
             f"{number(node.values['scale'])}>"
         )
 
-    def chain(self, value: str) -> tuple[str, str, str | None]:
+    def head_norms(self, q: Node | None, k: Node | None) -> str:
+        if q is None and k is None:
+            return "NoHeadNorms"
+        if q is None or k is None or q.values["eps"] != k.values["eps"]:
+            raise Refused(self.group, "queries and keys need norms with the same eps, or none")
+        return f"HeadNorms<{self.vector(q.weights['weight'])}, {self.vector(k.weights['weight'])}, {number(q.values['eps'])}>"
+
+    def chain(self, value: str) -> tuple[str, Node | None, str | None]:
         """(tensor, head norm, rope) that make a value of the group from a stored one."""
-        norm, rope = "NoHeadNorm", None
+        norm, rope = None, None
         while value in self.made:
             node = self.made[value]
-            if node.op == "rope" and rope is None and norm == "NoHeadNorm":
+            if node.op == "rope" and rope is None and norm is None:
                 table = self.layout.ropes[repr(node.values["parameters"])]
                 rope = f"Rope<{table.offset}ull, {table.dims}>"
-            elif node.op == "rmsnorm" and norm == "NoHeadNorm" and not node.values.get("weight_offset"):
-                norm = f"HeadNorm<{self.vector(node.weights['weight'])}, {number(node.values['eps'])}>"
+            elif node.op == "rmsnorm" and norm is None and not node.values.get("weight_offset"):
+                norm = node
             else:
                 raise Refused(self.group, f"attention cannot do '{node.op}' ({node.name}) on the way")
             value = node.inputs[0]

@@ -8,8 +8,11 @@ from pydantic import Field
 
 from mpk_spec.ops.base import Axis, Expr, Op, OpError, Ref, TensorType, WeightRef, register
 
-ROW_TILE = 16
+ROW_TILE = 8
 """Rows of a weight that one tensor core instruction takes; tasks own whole row tiles."""
+
+K_BLOCK = 32
+"""Columns of a weight that one warp multiplies at a time."""
 
 
 @register

@@ -17,7 +17,7 @@ from mpk_spec.planner.model import Model
 from mpk_spec.planner.plan import Group, Packing, Plan, Stage, Step, Template, Tensor, Weight
 from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
 from mpk_spec.planner.targets import Target
-from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, outputs, renamed, smem_bytes, tile
+from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, chunk_columns, outputs, renamed, smem_bytes, tile
 from mpk_spec.schema import Spec
 
 
@@ -328,7 +328,7 @@ def _packings(sections: list[_Section], model: Model) -> tuple[Packing, ...]:
                     group.pack_layout,
                     group.pack_groups,
                     ROW_TILE,
-                    -(-k // max(1, round(ROW_TILE * k * 2 / CHUNK_BYTES))),
+                    chunk_columns(k),
                 )
                 assert linear_rows(group, model) > 0
     return tuple(found.values())

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import prod
 
 from mpk_spec.ops.base import FeatureSpan
-from mpk_spec.ops.linear import ROW_TILE
+from mpk_spec.ops.linear import K_BLOCK, ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.plan import Group, Node, Span, Task
@@ -99,9 +99,7 @@ def chunk_bytes(group: Fused, model: Model) -> int:
     """The largest bulk copy of a linear group, in whole units of 128 bytes."""
     weight = model.weights[group.body[0].weights["weight"]]
     size = STORAGE_BYTES[weight.storage.get("format", weight.dtype)]
-    k = weight.shape[-1]
-    chunk_k = -(-k // chunks_per_tile(k, size))
-    return -(-int(ROW_TILE * chunk_k * size) // 128) * 128
+    return -(-int(ROW_TILE * chunk_columns(weight.shape[-1], size) * size) // 128) * 128
 
 
 def cuts(units: int, parts: int) -> list[tuple[int, int]]:
@@ -192,13 +190,15 @@ def _streams(group: Fused, model: Model, tokens: int, slots: int, task: Task, k:
     tiles = -(-rows // ROW_TILE) * copies
     return replace(
         task, load_bytes=int(rows * width * size) * copies, flops=2 * rows * width * tokens,
-        load_chunks=tiles * -(-int(ROW_TILE * width * size) // chunk_bytes(group, model)),
+        load_chunks=tiles * -(-width // chunk_columns(weight.shape[-1], size)),
     )  # fmt: skip
 
 
-def chunks_per_tile(k: int, size: float = 2) -> int:
-    """Bulk copies for one tile of ROW_TILE rows: as few as keep each near CHUNK_BYTES."""
-    return max(1, round(ROW_TILE * k * size / CHUNK_BYTES))
+def chunk_columns(k: int, size: float = 2) -> int:
+    """Columns of one bulk copy of ROW_TILE rows: as few copies as keep each within CHUNK_BYTES, all alike, in whole
+    blocks of the columns that one multiplication takes."""
+    copies = -(-int(ROW_TILE * k * size) // CHUNK_BYTES)
+    return min(k, -(-k // (copies * K_BLOCK)) * K_BLOCK)
 
 
 def _linear_writes(group: Fused, model: Model, span: FeatureSpan, part: int, found: dict) -> list[Span]:
