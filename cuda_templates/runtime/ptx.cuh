@@ -160,6 +160,12 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// Sixteen bytes, if `wanted`; else `r` stays as it is.
+__device__ __forceinline__ void load_shared_16(u32 (&r)[4], u32 address, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(r[0]), "+r"(r[1]), "+r"(r[2]), "+r"(r[3]) : "r"(address), "r"(static_cast<u32>(wanted)) : "memory");
+}
+
 // d[16 tokens][8 rows] += a[16 tokens][16] * b[8 rows][16]^T
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

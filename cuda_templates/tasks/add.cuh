@@ -11,24 +11,23 @@ struct AddResidual {
     float value = 0.f;
   };
 
-  static __device__ __forceinline__ float residual(const Worker& w, int first_tile, u32 i) {
-    const auto at = Round::place<tile_rows>(i, w.tokens);
-    const int row = (first_tile + at.tile) * tile_rows + at.row;
+  static __device__ __forceinline__ float residual(const Worker& w, const Block& block, u32 i) {
+    const auto at = Block::place<tile_rows>(i, w.tokens);
+    const int row = (block.first + at.tile) * tile_rows + at.row;
     return row < Out::features ? Residual::load(w, at.token, row) : 0.f;
   }
 
-  static __device__ __forceinline__ void load_early(const Worker& w, int first_tile, int tiles, Early& early) {
-    if (w.thread < tiles * tile_rows * w.tokens) early.value = residual(w, first_tile, w.thread);
+  static __device__ __forceinline__ void load_early(const Worker& w, const Block& block, Early& early) {
+    if (w.thread < block.tiles * tile_rows * w.tokens) early.value = residual(w, block, w.thread);
   }
 
-  static __device__ __forceinline__ void finish(
-      const Worker& w, int first_tile, const Round& round, const Early& early) {
+  static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early& early) {
 #pragma unroll 1
-    for (u32 i = round.begin<tile_rows>(w); i < round.end<tile_rows>(w); i += worker_threads) {
-      const auto at = Round::place<tile_rows>(i, w.tokens);
-      const int row = (first_tile + at.tile) * tile_rows + at.row;
-      const float product = round.sum(w, at.tile, at.row, at.token);
-      const float before = i == w.thread ? early.value : residual(w, first_tile, i);
+    for (u32 i = w.thread; i < block.tiles * tile_rows * w.tokens; i += worker_threads) {
+      const auto at = Block::place<tile_rows>(i, w.tokens);
+      const int row = (block.first + at.tile) * tile_rows + at.row;
+      const float product = block.sum(w, at.tile, at.row, at.token);
+      const float before = i == w.thread ? early.value : residual(w, block, i);
       if (row < Out::features) Out::store(w, at.token, row, before + (product + Bias::load(w, row)));
     }
   }

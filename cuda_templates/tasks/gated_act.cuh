@@ -28,15 +28,15 @@ struct GatedAct {
   static constexpr int features = tile_rows / 2;  // of one tile
   struct Early {};
 
-  static __device__ __forceinline__ void load_early(const Worker&, int, int, Early&) {}
+  static __device__ __forceinline__ void load_early(const Worker&, const Block&, Early&) {}
 
-  static __device__ __forceinline__ void finish(const Worker& w, int first_tile, const Round& round, const Early&) {
+  static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early&) {
 #pragma unroll 1
-    for (u32 i = round.begin<features>(w); i < round.end<features>(w); i += worker_threads) {
-      const auto at = Round::place<features>(i, w.tokens);
-      const int feature = (first_tile + at.tile) * features + at.row;
-      const float gate = round.sum(w, at.tile, at.row, at.token) + GateBias::load(w, feature);
-      const float up = round.sum(w, at.tile, at.row + features, at.token) + UpBias::load(w, feature);
+    for (u32 i = w.thread; i < block.tiles * features * w.tokens; i += worker_threads) {
+      const auto at = Block::place<features>(i, w.tokens);
+      const int feature = (block.first + at.tile) * features + at.row;
+      const float gate = block.sum(w, at.tile, at.row, at.token) + GateBias::load(w, feature);
+      const float up = block.sum(w, at.tile, at.row + features, at.token) + UpBias::load(w, feature);
       if (feature < Out::features) Out::store(w, at.token, feature, Fn::apply(gate) * up);
     }
   }

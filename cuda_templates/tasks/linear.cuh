@@ -3,13 +3,12 @@
 // Shared memory: the ring (weights), activations 33 KB, partial sums 16 KB. Registers: at most 168.
 //
 // A weight tile is 8 rows, stored as chunks of `tile_k` columns, each chunk as [tile_k / 32][4][8][8]: core matrices that
-// ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Tokens are the 16 rows
-// of mma.m16n8k16, weight rows its 8 columns, so 16 tokens cost what one costs.
-// Order of summation of a result: two chains, of the first and of the second 16 columns of the blocks b, b + 8, ... of
-// every chunk, chunks in order; their sum; then the 8 warps in order. It does not depend on the number of tokens.
+// ldmatrix (and wgmma without swizzle) reads. A warp takes a chunk. Tokens are the 16 rows of mma.m16n8k16, weight rows its 8
+// columns, so 16 tokens cost what one costs. Order of summation of a result: four chains over a chunk, of the first and of
+// the second 16 columns of its even and of its odd blocks of 32; their sum; then the chunks in order. It does not depend on
+// the number of tokens.
 //
-// One token has a path of its own, with little code and the sums of other tiles in shared memory: a layer's tasks must fit
-// the instruction cache, or fetching them costs more than the arithmetic.
+// Little code: the tasks of a layer must fit the instruction cache, or fetching them costs more than the arithmetic.
 #pragma once
 #include "runtime/worker.cuh"
 
@@ -20,17 +19,22 @@ template <int K, int Rows, int TileK>
 struct Tiles {
   static constexpr int k = K, rows = Rows, tile_k = TileK;
   static constexpr int chunks = ceil_div(K, TileK);
-  static constexpr int blocks_per_warp = ceil_div(TileK / 32, worker_warps);
-  static constexpr bool even = K % TileK == 0 && TileK % (32 * worker_warps) == 0;  // every warp has as many blocks
+  static constexpr int at_once = TileK % 256 == 0 ? 8 : 4;  // blocks of 32 columns that are loaded before they are multiplied
   static_assert(K % 32 == 0 && TileK % 32 == 0, "columns come in blocks of 32");
   static_assert(tile_rows * TileK * 2 <= plan::slot_bytes, "a chunk fits a slot of the ring");
   static_assert(max_tokens * ((TileK * 2 + 127) / 128 * 128 + 64) <= activation_bytes, "a chunk's activations fit for all tokens");
+
+  // Of 32 columns.
+  static __device__ __forceinline__ int blocks(int chunk) {
+    return K % TileK == 0 ? TileK / 32 : min_of(TileK, K - chunk * TileK) / 32;
+  }
 };
 
 // The columns [lo, hi) of the activations, bf16, in shared memory: for each token, blocks of 32 columns of 64 bytes.
 //
 // In a block, lane q of the four that hold a token's operand of the tensor cores finds its 16 bytes at q * 16: columns
-// 2q, 2q + 1 of each group of eight. Rows are 64 bytes more than a multiple of 128 apart, so that two do not share banks.
+// 2q, 2q + 1 of the groups of eight 0, 2, 1 and 3. Rows are 64 bytes more than a multiple of 128 apart, so that two do not
+// share banks.
 struct Panel {
   int lo, hi;
 
@@ -39,8 +43,8 @@ struct Panel {
 
   // Where the word with columns `feature`, `feature + 1` (even) of a token goes.
   __device__ __forceinline__ u32* at(const Worker& w, u32 token, int feature) const {
-    const u32 column = feature - lo;
-    const u32 word = column / 32 * 16 + column % 8 / 2 * 4 + column % 32 / 8;
+    const u32 column = feature - lo, group = column % 32 / 8;
+    const u32 word = column / 32 * 16 + column % 8 / 2 * 4 + group / 2 + group % 2 * 2;
     return reinterpret_cast<u32*>(w.activations() + token * row_bytes()) + word;
   }
   // Four neighbouring columns, the first a multiple of four.
@@ -51,14 +55,13 @@ struct Panel {
   }
 };
 
-// Tiles `first` to `first + count` of a block, whose partial sums lie in shared memory: [warp][tile][token][8 rows]. Result
-// `i` of a block belongs to thread i % 256.
-struct Round {
-  int first, count;
+// A block of tiles whose partial sums lie in shared memory: [part][tile][token][8 rows]. Results are numbered by tile, token
+// and row; number `i` belongs to thread i % 256.
+struct Block {
+  int first, tiles, parts;
 
-  // Index of a result when a tile makes `per_tile` results of each token; the order is tile, token, result.
   struct Place {
-    int tile, row;
+    int tile, row;  // the tile in the block
     u32 token;
   };
   template <int per_tile>
@@ -67,19 +70,12 @@ struct Round {
     if (tokens == 1) return {static_cast<int>(rest), static_cast<int>(index % per_tile), 0};
     return {static_cast<int>(rest / tokens), static_cast<int>(index % per_tile), rest % tokens};
   }
-  // This thread's first result of a round, and where they end.
-  template <int per_tile>
-  __device__ __forceinline__ u32 begin(const Worker& w) const {
-    const u32 lo = first * per_tile * w.tokens;
-    return w.thread + (lo + worker_threads - 1 - w.thread) / worker_threads * worker_threads;
-  }
-  template <int per_tile>
-  __device__ __forceinline__ u32 end(const Worker& w) const { return (first + count) * per_tile * w.tokens; }
   __device__ __forceinline__ float sum(const Worker& w, int tile, int row, u32 token) const {
-    const float* at = w.partials() + ((tile - first) * w.tokens + token) * tile_rows + row;
-    float total = at[0];
-#pragma unroll
-    for (u32 i = 1; i < worker_warps; ++i) total += at[i * count * w.tokens * tile_rows];
+    const u32 stride = tiles * w.tokens * tile_rows;
+    const float* at = w.partials() + (tile * w.tokens + token) * tile_rows + row;
+    float total = *at;
+#pragma unroll 4
+    for (int i = 1; i < parts; ++i) total += at[i * stride];
     return total;
   }
 };
@@ -90,6 +86,7 @@ struct Linear {
     w.wait_ready();
     const int panel_chunks = whole_panel(w.tokens) ? Shape::chunks : max_of(1, chunks_that_fit(w.tokens));
     const bool whole = panel_chunks == Shape::chunks;
+    const bool apart = whole && w.tokens <= 8 && Shape::chunks * w.tokens <= partial_bytes / (block_rows * 4);
     Panel panel{0, Shape::k};
     const bool filled = Prologue::prepare(w, entry, whole);
     if (whole) {
@@ -97,16 +94,15 @@ struct Linear {
       w.sync();
     }
     for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
-      const int tiles = min_of(tiles_per_block, entry.hi - tile);
+      const Block block{tile, min_of(tiles_per_block, entry.hi - tile), apart ? Shape::chunks : 1};
       typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
-      Epilogue::load_early(w, tile, tiles, early);
-      if (w.tokens == 1) {
-        one_token(w, tiles, panel, panel_chunks, whole);
-        w.sync();
-        Epilogue::finish(w, tile, Round{0, tiles}, early);
-      } else {
-        many_tokens(w, tile, tiles, panel, panel_chunks, whole, early);
-      }
+      Epilogue::load_early(w, block, early);
+      if (apart)
+        chunks_apart(w, block.tiles);
+      else
+        tiles_apart(w, block.tiles, panel, panel_chunks, whole);
+      w.sync();
+      Epilogue::finish(w, block, early);
       if (tile + tiles_per_block < entry.hi) w.sync();
     }
     w.release_ready();
@@ -121,152 +117,91 @@ struct Linear {
     return (activation_bytes / tokens - 64) / 128 * 128 / (Shape::tile_k * 2);
   }
 
-  // This lane's part of the activations of one block of 32 columns, for two multiplications.
-  struct Operand {
-    u32 first[4], second[4];
-
-    __device__ __forceinline__ void load(const u8* low, bool has_low, const u8* high, bool has_high) {
-      const uint4 none = make_uint4(0, 0, 0, 0);
-      const uint4 a = has_low ? *reinterpret_cast<const uint4*>(low) : none;
-      const uint4 b = has_high ? *reinterpret_cast<const uint4*>(high) : none;
-      first[0] = a.x, first[1] = b.x, first[2] = a.y, first[3] = b.y;
-      second[0] = a.z, second[1] = b.z, second[2] = a.w, second[3] = b.w;
-    }
-  };
-
-  static __device__ __forceinline__ int blocks_of(int chunk) {  // of 32 columns
-    return Shape::even ? Shape::tile_k / 32 : min_of(Shape::tile_k, Shape::k - chunk * Shape::tile_k) / 32;
-  }
-  static __device__ __forceinline__ bool has_block(const Worker& w, int j, int blocks) {
-    return Shape::even || static_cast<int>(w.warp + j * worker_warps) < blocks;
-  }
-
-  // This warp's part of a chunk of weights.
-  static __device__ __forceinline__ void load_weights(Worker& w, int blocks, u32 (&b)[Shape::blocks_per_warp][4]) {
-    const u32 weights = ptx::shared_address(w.wait_chunk()) + w.warp * 512 + w.lane * 16;
-#pragma unroll
-    for (int j = 0; j < Shape::blocks_per_warp; ++j)
-      if (has_block(w, j, blocks)) ptx::load_matrices(b[j], weights + j * worker_warps * 512);
-    w.free_chunk();
-  }
-
-  // The columns from `chunk` on take the place of those before, if that is where they end.
-  static __device__ __forceinline__ void next_panel(const Worker& w, Panel& panel, int chunk, int panel_chunks) {
-    if (chunk % panel_chunks) return;
-    panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
-    w.sync();
-    Prologue::fill(w, panel);
-    w.sync();
-  }
-
-  // --- one token: lanes 0 to 3 have the results of two rows each
-
-  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel, int panel_chunks, bool whole) {
-    // between chunks, the two chains of each tile lie behind the partial sums
-    float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
-    float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
-#pragma unroll 1
-    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-      if (!whole) next_panel(w, panel, chunk, panel_chunks);
-      const int blocks = blocks_of(chunk);
-      const u8* row = w.activations() + (chunk * Shape::tile_k - panel.lo) * 2 + w.warp * 64 + w.lane * 16;
-      uint4 a[Shape::blocks_per_warp];
-#pragma unroll
-      for (int j = 0; j < Shape::blocks_per_warp; ++j) {
-        a[j] = make_uint4(0, 0, 0, 0);
-        if (w.lane < 4 && has_block(w, j, blocks)) a[j] = *reinterpret_cast<const uint4*>(row + j * worker_warps * 64);
-      }
-#pragma unroll 1
-      for (int t = 0; t < tiles; ++t) {
-        float even[4] = {}, odd[4] = {};
-        if (chunk && w.lane < 4) {
-          const float4 c = chains[t * 4];
-          even[0] = c.x, even[1] = c.y, odd[0] = c.z, odd[1] = c.w;
-        }
-        u32 b[Shape::blocks_per_warp][4] = {};
-        load_weights(w, blocks, b);
-#pragma unroll
-        for (int j = 0; j < Shape::blocks_per_warp; ++j) {
-          if (!has_block(w, j, blocks)) continue;
-          const u32 first[4] = {a[j].x, 0, a[j].y, 0}, second[4] = {a[j].z, 0, a[j].w, 0};
-          ptx::mma(even, first, b[j][0], b[j][1]);
-          ptx::mma(odd, second, b[j][2], b[j][3]);
-        }
-        if (w.lane >= 4) continue;
-        if (chunk + 1 < Shape::chunks)
-          chains[t * 4] = make_float4(even[0], even[1], odd[0], odd[1]);
-        else
-          partial[t * 4] = make_float2(even[0] + odd[0], even[1] + odd[1]);
-      }
-    }
-  }
-
-  // --- several tokens: a block's sums stay in registers while its activations pass by
-
-  static __device__ __forceinline__ void many_tokens(
-      Worker& w, int tile, int tiles, Panel& panel, int panel_chunks, bool whole, const typename Epilogue::Early& early) {
-    float sums[tiles_per_block][2][4] = {};
-    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-      if (!whole) next_panel(w, panel, chunk, panel_chunks);
-      multiply_chunks(w, sums, tiles, chunk, panel);
-    }
-    finish(w, tile, tiles, sums, early);
-  }
-
-  // One chunk of each tile of the block.
-  static __device__ __forceinline__ void multiply_chunks(
-      Worker& w, float (&sums)[tiles_per_block][2][4], int tiles, int chunk, const Panel& panel) {
-    const int blocks = blocks_of(chunk);
+  // Few tokens: every warp takes the next chunk, whatever its tile. The operand's rows 8 to 15, which no token needs, take the
+  // other half of a block's columns: a result is the sum of rows r of one multiplication and r + 8 of the other.
+  static __device__ __forceinline__ void chunks_apart(Worker& w, int tiles) {
     const u32 token = w.lane / 4;
-    const u8* row = w.activations() + token * panel.row_bytes() +
-                    ((chunk * Shape::tile_k - panel.lo) / 32 + w.warp) * 64 + w.lane % 4 * 16;
-    Operand a[Shape::blocks_per_warp];
-#pragma unroll
-    for (int j = 0; j < Shape::blocks_per_warp; ++j) {
-      const bool mine = has_block(w, j, blocks);
-      const u8* at = row + j * worker_warps * 64;
-      a[j].load(at, mine && token < w.tokens, at + 8 * panel.row_bytes(), mine && token + 8 < w.tokens);
+    const bool present = token < w.tokens;
+    const u32 row = ptx::shared_address(w.activations()) + token * Panel::row_bytes(Shape::k) + w.lane % 4 * 16;
+    float2* to = reinterpret_cast<float2*>(w.partials() + token * tile_rows) + w.lane % 4;
+    const int count = Shape::chunks * tiles;
+    u32 a[Shape::at_once][4] = {};  // of absent tokens they stay zero
+#pragma unroll 1
+    for (int n = w.warp; n < count; n += worker_warps) {
+      const int chunk = n / tiles;
+      const u32 weights = w.wait_chunk(n) + w.lane * 16;
+      float sums[2][2][4] = {};
+      each_block(chunk, [&](int at, int j) {
+        u32 b[4];
+        ptx::load_matrices(b, weights + at * 512);
+        ptx::load_shared_16(a[j], row + (chunk * (Shape::tile_k / 32) + at) * 64, present);
+        ptx::mma(sums[j % 2][0], a[j], b[0], b[1]);
+        ptx::mma(sums[j % 2][1], a[j], b[2], b[3]);
+      });
+      w.free_chunk(n);
+      if (present)
+        to[n * w.tokens * 4] = make_float2((sums[0][0][0] + sums[0][1][2]) + (sums[1][0][0] + sums[1][1][2]),
+                                           (sums[0][0][1] + sums[0][1][3]) + (sums[1][0][1] + sums[1][1][3]));
     }
+    w.pass_chunks(count);
+  }
+
+  // Many tokens, or long rows: warp t takes all chunks of tile t, while the activations pass by.
+  static __device__ __forceinline__ void tiles_apart(
+      Worker& w, int tiles, Panel& panel, int panel_chunks, bool whole) {
+    const u32 token = w.lane / 4;
+    float total[4] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
+      if (!whole && chunk % panel_chunks == 0) {
+        panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
+        w.sync();
+        Prologue::fill(w, panel);
+        w.sync();
+      }
+      if (static_cast<int>(w.warp) >= tiles) continue;
+      const int n = chunk * tiles + w.warp;
+      const u32 weights = w.wait_chunk(n) + w.lane * 16;
+      const u32 row = ptx::shared_address(w.activations()) + token * panel.row_bytes() +
+                      (chunk * Shape::tile_k - panel.lo) * 2 + w.lane % 4 * 16;
+      float sums[2][2][4] = {};
+      each_block(chunk, [&](int at, int j) {
+        u32 b[4], low[4] = {}, high[4] = {};
+        ptx::load_matrices(b, weights + at * 512);
+        ptx::load_shared_16(low, row + at * 64, token < w.tokens);
+        ptx::load_shared_16(high, row + at * 64 + 8 * panel.row_bytes(), token + 8 < w.tokens);
+        const u32 first[4] = {low[0], high[0], low[2], high[2]}, second[4] = {low[1], high[1], low[3], high[3]};
+        ptx::mma(sums[j % 2][0], first, b[0], b[1]);
+        ptx::mma(sums[j % 2][1], second, b[2], b[3]);
+      });
+      w.free_chunk(n);
 #pragma unroll
-    for (int t = 0; t < tiles_per_block; ++t) {
-      if (t >= tiles) continue;
-      u32 b[Shape::blocks_per_warp][4] = {};
-      load_weights(w, blocks, b);
-#pragma unroll
-      for (int j = 0; j < Shape::blocks_per_warp; ++j) {
-        if (!has_block(w, j, blocks)) continue;
-        ptx::mma(sums[t][0], a[j].first, b[j][0], b[j][1]);
-        ptx::mma(sums[t][1], a[j].second, b[j][2], b[j][3]);
+      for (int i = 0; i < 4; ++i) {
+        const float sum = (sums[0][0][i] + sums[0][1][i]) + (sums[1][0][i] + sums[1][1][i]);
+        total[i] = chunk ? total[i] + sum : sum;
       }
     }
+    w.pass_chunks(Shape::chunks * tiles);
+    if (static_cast<int>(w.warp) >= tiles) return;
+    float* to = w.partials() + (w.warp * w.tokens + token) * tile_rows + w.lane % 4 * 2;
+    if (token < w.tokens) *reinterpret_cast<float2*>(to) = make_float2(total[0], total[1]);
+    if (token + 8 < w.tokens) *reinterpret_cast<float2*>(to + 8 * tile_rows) = make_float2(total[2], total[3]);
   }
 
-  // Adds up the warps' partial sums of a block, as many tiles at a time as there is room for, and stores the results.
-  static __device__ __forceinline__ void finish(
-      const Worker& w, int tile, int tiles, const float (&sums)[tiles_per_block][2][4],
-      const typename Epilogue::Early& early) {
-    const int per_round = w.tokens <= 8 ? tiles_per_block : tiles_per_block / 2;
-    for (int first = 0; first < tiles; first += per_round) {
-      const Round round{first, min_of(per_round, tiles - first)};
-      if (first) w.sync();
-      store_partials(w, sums, round);
-      w.sync();
-      Epilogue::finish(w, tile, round, early);
-    }
-  }
-
-  static __device__ __forceinline__ void store_partials(
-      const Worker& w, const float (&sums)[tiles_per_block][2][4], const Round& round) {
-    const u32 token = w.lane / 4, row = w.lane % 4 * 2;
-    float* to = w.partials() + (w.warp * round.count * w.tokens + token) * tile_rows + row;
+  // Calls work(block, its place among those at once) for every block of 32 columns of a chunk, some at once.
+  template <class Work>
+  static __device__ __forceinline__ void each_block(int chunk, Work work) {
+    const int blocks = Shape::blocks(chunk);
+    int at = 0;
+#pragma unroll 1
+    for (; at + Shape::at_once <= blocks; at += Shape::at_once) {
 #pragma unroll
-    for (int t = 0; t < tiles_per_block; ++t) {
-      if (t < round.first || t >= round.first + round.count) continue;
-      const auto& s = sums[t];
-      float* at = to + (t - round.first) * w.tokens * tile_rows;
-      if (token < w.tokens) *reinterpret_cast<float2*>(at) = make_float2(s[0][0] + s[1][0], s[0][1] + s[1][1]);
-      if (token + 8 < w.tokens)
-        *reinterpret_cast<float2*>(at + 8 * tile_rows) = make_float2(s[0][2] + s[1][2], s[0][3] + s[1][3]);
+      for (int j = 0; j < Shape::at_once; ++j) work(at + j, j);
+    }
+    if constexpr (Shape::tile_k / 32 % Shape::at_once || Shape::k % Shape::tile_k) {
+#pragma unroll
+      for (int j = 0; j < Shape::at_once - 1; ++j)
+        if (at + j < blocks) work(at + j, j);
     }
   }
 };
@@ -327,14 +262,14 @@ struct Store {
   static constexpr int group_rows = (Parts::rows + ...);
   struct Early {};
 
-  static __device__ __forceinline__ void load_early(const Worker&, int, int, Early&) {}
+  static __device__ __forceinline__ void load_early(const Worker&, const Block&, Early&) {}
 
-  static __device__ __forceinline__ void finish(const Worker& w, int first_tile, const Round& round, const Early&) {
+  static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early&) {
 #pragma unroll 1
-    for (u32 i = round.begin<tile_rows>(w); i < round.end<tile_rows>(w); i += worker_threads) {
-      const auto at = Round::place<tile_rows>(i, w.tokens);
-      const float value = round.sum(w, at.tile, at.row, at.token);
-      const int row = (first_tile + at.tile) * tile_rows + at.row;
+    for (u32 i = w.thread; i < block.tiles * tile_rows * w.tokens; i += worker_threads) {
+      const auto at = Block::place<tile_rows>(i, w.tokens);
+      const float value = block.sum(w, at.tile, at.row, at.token);
+      const int row = (block.first + at.tile) * tile_rows + at.row;
       if (row < Groups * group_rows) put<0, Parts...>(w, at.token, row / group_rows, row % group_rows, value);
     }
   }
