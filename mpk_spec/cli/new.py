@@ -44,7 +44,8 @@ def command(
         )
     text = draft_text(checkpoint, parent, name, _relative(parent.path, path))
     _write(path, text)
-    print(f"wrote {path}, extending {parent.name}; to check: {text.count('check:') - 1} places", file=sys.stderr)
+    doubts = text.count("check:") - 1  # the head of the file explains the word
+    print(f"wrote {path}, extending {parent.name}; to check: {doubts} place{'s'[: doubts != 1]}", file=sys.stderr)
     for line in remaining(path, checkpoint):
         print(line, file=sys.stderr)
     print(path)
