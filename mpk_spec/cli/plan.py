@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,20 +40,12 @@ class Asked:
 
 
 def command(
-    spec: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPEC", autocompletion=complete.specs, help="A spec (name, file), a checkpoint, or a plan (.json)."
-        ),
-    ],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A spec (name, file), a checkpoint, or a plan (.json).")],
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first real one.")
     ] = None,
     target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", autocompletion=complete.targets, help="a100, h100 (default), h200, b200, rtx4090, cpu."
-        ),
+        str | None, typer.Option(metavar="NAME", help="a100, h100 (default), h200, b200, rtx4090, cpu.")
     ] = None,
     tp: Annotated[int | None, typer.Option(metavar="N", help="Tensor-parallel degree, 1 (default) to 8.")] = None,
     batch: Annotated[

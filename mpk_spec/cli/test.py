@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import SpecError, UserError, VerdictFailed, did_you_mean
 
 WIDEST = 60  # characters of a table's cell
@@ -16,10 +15,7 @@ WIDEST = 60  # characters of a table's cell
 
 def command(
     specs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SPEC...]", autocompletion=complete.specs, help="Spec files or names; default: all of mpk-spec's."
-        ),
+        list[str] | None, typer.Argument(metavar="[SPEC...]", help="Spec files or names; default: all of mpk-spec's.")
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="NAME", help="Only checks of this size.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Write the golden plan summaries anew.")] = False,

@@ -6,15 +6,11 @@ from typing import Annotated
 
 import typer
 
-from mpk_spec.cli import complete
 from mpk_spec.errors import SpecError
 
 
 def command(
-    specs: Annotated[
-        list[str],
-        typer.Argument(metavar="SPEC...", autocompletion=complete.specs, help="Spec files or names of specs."),
-    ],
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Spec files or names of specs.")],
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the spec with all it extends, as YAML.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
