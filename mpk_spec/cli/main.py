@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mpk_spec import errors
-from mpk_spec.cli import boundary
+from mpk_spec.cli import boundary, complete
 
 # name -> one line of help. The function is `mpk_spec.cli.<name>:command`, imported when the command is used.
 COMMANDS = {
@@ -69,7 +69,8 @@ def load(name: str):
     application = getattr(module, "app", None)
     if application is None:
         application = typer.Typer(add_completion=False, rich_markup_mode=None)
-        application.command(name, context_settings=CONTEXT_SETTINGS, help=module.command.__doc__)(module.command)
+        function = complete.with_completion(module.command)
+        application.command(name, context_settings=CONTEXT_SETTINGS, help=function.__doc__)(function)
     loaded = typer.main.get_command(application)
     loaded.name = name
     return loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -42,9 +41,10 @@ def command(
         print(
             f"'{parent.name}' reads {checkpoint.architecture} already: it may need no spec of its own", file=sys.stderr
         )
-    text = draft_text(checkpoint, parent, name, _relative(parent.path, path))
+    text = draft_text(checkpoint, parent, name, _extends(parent, path))
     _write(path, text)
-    print(f"wrote {path}, extending {parent.name}; to check: {text.count('check:') - 1} places", file=sys.stderr)
+    doubts = text.count("check:") - 1  # the head of the file explains the word
+    print(f"wrote {path}, extending {parent.name}; to check: {doubts} place{'s'[: doubts != 1]}", file=sys.stderr)
     for line in remaining(path, checkpoint):
         print(line, file=sys.stderr)
     print(path)
@@ -62,10 +62,9 @@ def _name(source: str, output: Path | None) -> str:
     return re.sub(r"[^a-z0-9]+", "_", word.partition("==")[0].lower()).strip("_") or "drafted"
 
 
-def _relative(parent: Path, path: Path) -> str:
-    """The parent's path as a file at `path` writes it: relative where both lie in one project."""
-    found = Path(os.path.relpath(parent.resolve(), path.resolve().parent))
-    return (found if found.parts.count("..") <= 2 else parent.resolve()).as_posix()
+def _extends(parent: Spec, path: Path) -> str:
+    """What a file at `path` extends: the file beside it, or by its bare name the spec that comes with mpk-spec."""
+    return parent.path.name if parent.path.resolve().parent == path.resolve().parent else parent.path.stem
 
 
 def _write(path: Path, text: str) -> None:

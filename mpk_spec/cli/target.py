@@ -103,6 +103,8 @@ def _open(source: str, progress: Progress, spec: Spec, size: str | None) -> Chec
 
 def _open_first(spec: Spec, size: str, progress: Progress) -> Checkpoint:
     """Opens the first source of a size that can be had; says on standard error which could not and why."""
+    from mpk_spec.weights.cache import CacheFolderError
+
     check_size(spec, size)
     sources = spec.sizes[size].weights
     if not sources:
@@ -113,6 +115,8 @@ def _open_first(spec: Spec, size: str, progress: Progress) -> Checkpoint:
     for source in sources[:-1]:
         try:
             return _open(source, progress, spec, size)
+        except CacheFolderError:
+            raise
         except UserError as error:
             print(f"{source}: {error}; trying the next source of this size", file=sys.stderr)
     return _open(sources[-1], progress, spec, size)

@@ -1,13 +1,17 @@
 """One group of the plan, computed for one of its tasks or for all of them at once, with the same bits.
 
-A value of the group is computed for just the features wanted: ops say what of their inputs that needs. Decode steps
-multiply token by token, prefill steps pad their tokens to a multiple of 16, so that a token's bits depend neither on
-its neighbours nor on the chunk it came in.
+A value of the group is computed for just the features wanted: ops say what of their inputs that needs. What to do is
+worked out once, into functions of the step, since every step does the same. Decode steps multiply token by token,
+prefill steps pad their tokens to a multiple of 16, so that a token's bits depend neither on its neighbours nor on the
+chunk it came in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import gcd, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,8 @@ from mpk_spec.planner.plan import Group, Node, Plan, Span, Task
 from mpk_spec.planner.tile import packed_segments
 from mpk_spec.reference.attend import append, attend
 from mpk_spec.reference.state import Rank, share_of
+
+Value = Callable[[Any], torch.Tensor]  # of a StepInput
 
 PAD = 16
 PARTS = 8  # of a weight's rows
@@ -34,21 +40,22 @@ class GroupRun:
         self.rank, self.group, self.layer, self.task = rank, group, layer, task
         self.plan: Plan = rank.plan
         self.made = {n.output: n for n in group.nodes}
-        self.linears = [n for n in group.nodes if n.op == "linear"]
-        self.attention = next((n for n in group.nodes if n.op == "attention"), None)
-        self.results: dict[str, tuple[int, torch.Tensor]] = {}  # linears' rows: (first feature, values)
-        self._ops: dict[str, tuple[Op, dict[str, torch.Tensor]]] = {}
-
-    def run(self, step) -> None:
-        self.step = step
-        if self.linears:
-            self._linear()
-        elif self.attention is not None:
-            self._attention(self.attention)
+        self.firsts: dict[str, int] = {}  # linears that an epilogue reads: the first feature computed
+        self.results: dict[str, torch.Tensor] = {}  # their rows, while the group runs
+        self._actions: list[Callable[[Any], None]] = []
+        attention = next((n for n in group.nodes if n.op == "attention"), None)
+        if any(n.op == "linear" for n in group.nodes):
+            self._linear([n for n in group.nodes if n.op == "linear"])
+        elif attention is not None:
+            self._attention(attention)
         else:
             self._rows()
         self._publish()
-        self.results = {}
+
+    def run(self, step) -> None:
+        for action in self._actions:
+            action(step)
+        self.results.clear()
 
     # kinds of group
 
@@ -57,18 +64,22 @@ class GroupRun:
         if last.op == "kv_append":
             self._append(last)
             return
-        width = self._width(last.output)
-        lo, hi = self.task.out if self.task else (0, width)
-        self._write(last.output, lo, hi, self.value(last.output, (lo, hi)))
+        lo, hi = self.task.out if self.task else (0, self._width(last.output))
+        self._store(last.output, lo, hi)
 
     def _append(self, node: Node) -> None:
         state = self.plan.states[node.values["state"]]
         lo, hi = self.task.out if self.task else (0, self._width(node.inputs[0]))
-        keys, values = (self.value(i, (lo, hi)) for i in node.inputs)
         heads = range(lo // state.head_dim, hi // state.head_dim)
         splits = state.extent // state.kv_heads
         self._touch(Span(state.name, heads.start * splits, heads.stop * splits), "writes")
-        append(self.rank, state, self.layer, heads, (0, 1), keys, values, self.step)
+        self._actions.append(self._appending(node, heads, (0, 1)))
+
+    def _appending(self, node: Node, heads: range, split: tuple[int, int]) -> Callable[[Any], None]:
+        state = self.plan.states[node.values["state"]]
+        part = (heads.start * state.head_dim, heads.stop * state.head_dim)
+        keys, values = (self.value(i, part) for i in node.inputs)
+        return lambda step: append(self.rank, state, self.layer, heads, split, keys(step), values(step), step)
 
     def _attention(self, node: Node) -> None:
         """Each KV head with its query heads; each split of the positions on its own."""
@@ -79,45 +90,53 @@ class GroupRun:
             head = self.task.index // splits
             heads, wanted = range(head, head + 1), self.task.k
         q_span = (heads.start * per_kv * state.head_dim, heads.stop * per_kv * state.head_dim)
-        queries = round_to(self.value(node.inputs[0], q_span), "bf16")
+        queries = self.value(node.inputs[0], q_span)
         appended = next((n for n in self.group.nodes if n.op == "kv_append"), None)
-        for split in range(*wanted):
+        for number in range(*wanted):
+            split = (number, splits)
             if appended is not None:
-                part = (heads.start * state.head_dim, heads.stop * state.head_dim)
-                keys, values = (self.value(i, part) for i in appended.inputs)
-                append(self.rank, state, self.layer, heads, (split, splits), keys, values, self.step)
+                self._actions.append(self._appending(appended, heads, split))
             if self.task:
-                self._touch(Span(state.name, heads.start * splits + split, heads.start * splits + split + 1), "reads")
-            out = attend(self.rank, state, self.layer, heads, (split, splits), queries, node.values, self.step)
-            width = out.shape[-1] // len(heads)
-            base = split * state.kv_heads * width
-            self._write(node.output, base + heads.start * width, base + heads.stop * width, out)
+                self._touch(Span(state.name, heads.start * splits + number, heads.start * splits + number + 1), "reads")
+            width = self._width(node.output) // (splits * state.kv_heads)
+            base = number * state.kv_heads * width
+            write = self._writer(node.output, base + heads.start * width, base + heads.stop * width)
+            self._actions.append(partial(self._attend, state, heads, split, queries, node.values, write))
 
-    def _linear(self) -> None:
-        linears, last = self.linears, self.group.nodes[-1]
+    def _attend(self, state, heads: range, split: tuple[int, int], queries: Value, values, write, step) -> None:
+        rounded = round_to(queries(step), "bf16")
+        write(attend(self.rank, state, self.layer, heads, split, rounded, values, step))
+
+    def _linear(self, linears: list[Node]) -> None:
+        last = self.group.nodes[-1]
         gated = last is not linears[-1]
         sizes = [(n.output, self._rows_of(n)) for n in linears]
         lo, hi = self.task.out if self.task else (0, sizes[0][1] if gated else sum(s for _, s in sizes))
         if gated:
             segments = [(n, lo, hi) for n, _ in sizes]
+            self.firsts = {n: lo for n, _ in sizes}
         elif self.task is None:
             segments = [(n, 0, size) for n, size in sizes]
         else:
             groups = self._pack_groups()
             segments = packed_segments([(n, size // groups) for n, size in sizes], groups, (lo, hi))
-        by_name = {n.output: n for n in linears}
         for part in self._k_parts():
-            x = self._linear_input(linears[0], part)
-            self.results = {}
+            products = []
             for output, first, end in segments:
-                y = self._product(by_name[output], x, first, end, part)
-                if gated:
-                    self.results[output] = (first, y)
-                else:
-                    base = (part[0] if part else 0) * self._rows_of(by_name[output])
-                    self._write(output, base + first, base + end, y)
+                node = self.made[output]
+                base = (part[0] if part else 0) * self._rows_of(node)
+                take = partial(self.results.__setitem__, output)
+                write = take if gated else self._writer(output, base + first, base + end)
+                products.append((self._product(node, first, end, part), write))
+            self._actions.append(partial(self._multiply, self._linear_input(linears[0], part), products))
             if gated:
-                self._write(last.output, lo, hi, self.value(last.output, (lo, hi)))
+                self._store(last.output, lo, hi)
+
+    @staticmethod
+    def _multiply(x: Value, products: list[tuple[Callable, Callable]], step) -> None:
+        rows = x(step)
+        for product_of, write in products:
+            write(product_of(rows, step))
 
     # linears
 
@@ -133,34 +152,39 @@ class GroupRun:
             return [(self.task.index // per, *self.task.k)]
         return [(n, *self.group.tasks[n * per].k) for n in range(self.group.split_k)]
 
-    def _linear_input(self, node: Node, part) -> torch.Tensor:
+    def _linear_input(self, node: Node, part) -> Value:
         """The input, rounded once as tensor cores take it; `[tokens, K]`, or `[tokens, choices, K]` of routed rows."""
         name = node.inputs[0]
-        x = self._whole(name)
-        if name in self.made or self.plan.tensors[name].dtype != "bf16":
-            x = round_to(x, "bf16")
-        return x if part is None else x[..., part[1] : part[2]]
+        whole = self._whole(name)
+        stored = name not in self.made and self.plan.tensors[name].dtype == "bf16"
+        rounded = whole if stored else lambda step: round_to(whole(step), "bf16")
+        return rounded if part is None else lambda step: rounded(step)[..., part[1] : part[2]]
 
-    def _product(self, node: Node, x: torch.Tensor, lo: int, hi: int, part) -> torch.Tensor:
+    def _product(self, node: Node, lo: int, hi: int, part) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+        """Rows [lo, hi) of the product, as a function of its input and the step."""
         weight = self.rank.weight(node.weights["weight"], self.layer)
         bias = self.rank.weight(node.weights["bias"], self.layer) if "bias" in node.weights else None
         if len(node.inputs) == 2:
-            return self._experts(node, x, weight, bias, lo, hi)
-        y = self._rows_product(x, weight if part is None else weight[:, part[1] : part[2]], lo, hi)
+            return partial(self._experts, node, self._whole(node.inputs[1]), weight, bias, lo, hi)
+        if part is not None:
+            weight = weight[:, part[1] : part[2]]
+        multiply = self._rows_product(weight, lo, hi)
         # a sum over K splits takes its bias once; of one over ranks, all but one hold zeros
-        takes_bias = bias is not None and (part is None or part[0] == 0)
-        return y + bias[lo:hi].float() if takes_bias else y
+        if bias is None or (part is not None and part[0] > 0):
+            return multiply
+        return lambda x, step: multiply(x, step) + bias[lo:hi].float()
 
-    def _rows_product(self, x: torch.Tensor, weight: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+    def _rows_product(self, weight: torch.Tensor, lo: int, hi: int) -> Callable[[torch.Tensor, Any], torch.Tensor]:
         """Rows [lo, hi) of the product. A single task multiplies by all rows: BLAS has other bits for few of them."""
         if self.task is not None:
-            return product(x, weight, self.step.decode)[..., lo:hi]
-        return product(x, weight[lo:hi], self.step.decode)
+            return lambda x, step: product(x, in_parts(weight), step.decode)[..., lo:hi]
+        rows = in_parts(weight[lo:hi])
+        return lambda x, step: product(x, rows, step.decode)
 
-    def _experts(self, node: Node, x: torch.Tensor, weight, bias, lo: int, hi: int) -> torch.Tensor:
+    def _experts(self, node: Node, route: Value, weight, bias, lo: int, hi: int, x: torch.Tensor, step) -> torch.Tensor:
         """Routed rows `[tokens, choices, hi - lo]`; a claimed task computes just its slot's expert, the rest is NaN."""
-        route = self._whole(node.inputs[1])
-        ids = route[:, : route.shape[-1] // 2].long()
+        fields = route(step)
+        ids = fields[:, : fields.shape[-1] // 2].long()
         rows = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, ids.shape[1], -1)
         out = torch.full((*ids.shape, hi - lo), float("nan"))
         held = self.plan.weights[node.weights["weight"]]
@@ -174,30 +198,31 @@ class GroupRun:
             active = active[self.task.k[0] : self.task.k[1]]
         for expert in active:
             chosen = ids == expert
-            y = self._rows_product(rows[chosen], weight[expert - first], lo, hi)
+            y = self._rows_product(weight[expert - first], lo, hi)(rows[chosen], step)
             out[chosen] = y if bias is None else y + bias[expert - first, lo:hi].float()
         return out
 
     # values
 
-    def value(self, name: str, span: tuple[int, int]) -> torch.Tensor:
+    def value(self, name: str, span: tuple[int, int]) -> Value:
         """Features `span` of a value: of this group, computed; of another, read from its buffer."""
-        if name in self.results:
-            first, rows = self.results[name]
-            return rows[..., span[0] - first : span[1] - first]
+        if name in self.firsts:
+            lo, hi = (edge - self.firsts[name] for edge in span)
+            return lambda step: self.results[name][..., lo:hi]
         node = self.made.get(name)
         if node is None:
             return self._read(name, *span)
-        step = node.granule
-        lo, hi = span[0] // step * step, -(-span[1] // step) * step
+        lo, hi = span[0] // node.granule * node.granule, -(-span[1] // node.granule) * node.granule
         inputs = [self._input(node, source, (lo, hi)) for source in node.inputs]
-        if name not in self._ops:
-            self._ops[name] = op_of(node), {r: self.rank.weight(w, self.layer) for r, w in node.weights.items()}
-        op, weights = self._ops[name]
-        out = op.compute(inputs, weights, self._scope(node, (lo, hi)))
-        return out if (lo, hi) == span else out[..., span[0] - lo : span[1] - lo]
+        weights = {r: self.rank.weight(w, self.layer) for r, w in node.weights.items()}
+        op, scope = op_of(node), self._scope(node, (lo, hi))
 
-    def _input(self, node: Node, source: str, span: tuple[int, int]) -> torch.Tensor:
+        def computed(step) -> torch.Tensor:
+            return op.compute([i(step) for i in inputs], weights, scope(step))
+
+        return computed if (lo, hi) == span else lambda step: computed(step)[..., span[0] - lo : span[1] - lo]
+
+    def _input(self, node: Node, source: str, span: tuple[int, int]) -> Value:
         """What `node` needs of `source` for its features `span`."""
         if node.op in WHOLE_INPUT or (node.op == "combine" and source == node.inputs[1]):
             return self._whole(source)
@@ -206,12 +231,17 @@ class GroupRun:
             return self.value(source, (span[0] // 2 * size, min(span[1] // 2 * size, vocab)))
         return self.value(source, span) if node.op != "embedding" else self._read(source, 0, 1)
 
-    def _scope(self, node: Node, span: tuple[int, int]) -> Scope:
+    def _scope(self, node: Node, span: tuple[int, int]) -> Callable[[Any], Scope]:
         extras = {"rank": self.rank.index}
-        if node.op == "rope":
-            extras["rope_rows"] = self.step.rope_rows(self.rank.rope, rope_key(node))
-            extras["head_dim"] = node.values["head_dim"]
-        return Scope(self.step.positions, self.step.slots, node.values, span, extras)
+        if node.op != "rope":
+            return lambda step: Scope(step.positions, step.slots, node.values, span, extras)
+        extras["head_dim"], key = node.values["head_dim"], rope_key(node)
+
+        def scope(step) -> Scope:
+            rows = {"rope_rows": step.rope_rows(self.rank.rope, key)}
+            return Scope(step.positions, step.slots, node.values, span, extras | rows)
+
+        return scope
 
     def _rows_of(self, node: Node) -> int:
         """Output features of a linear, before any K split."""
@@ -226,23 +256,27 @@ class GroupRun:
 
     # buffers, checked against the task's spans
 
-    def _whole(self, name: str) -> torch.Tensor:
+    def _whole(self, name: str) -> Value:
         return self.value(name, (0, self._width(name)))
 
-    def _read(self, name: str, lo: int, hi: int) -> torch.Tensor:
-        self._touch(Span(name, lo, hi), "reads")
-        return self.rank.read(Span(name, lo, hi))
+    def _read(self, name: str, lo: int, hi: int) -> Value:
+        span = Span(name, lo, hi)
+        self._touch(span, "reads")
+        return lambda step: self.rank.read(span)
 
-    def _write(self, name: str, lo: int, hi: int, value: torch.Tensor) -> None:
-        tensor = self.plan.tensors[name]
-        if tensor.routed and self.task is not None and self.group.grid[1] > 1:  # rows of the claimed slot alone
-            width = prod(tensor.shape[1:])
-            self._touch(Span(name, lo + self.task.k[0] * width, hi + self.task.k[0] * width), "writes")
-            kept = self.rank.read(Span(name, lo, hi))
-            value = torch.where(value.isnan(), kept, value)
-        else:
-            self._touch(Span(name, lo, hi), "writes")
-        self.rank.write(Span(name, lo, hi), value)
+    def _store(self, name: str, lo: int, hi: int) -> None:
+        """Features [lo, hi) of a value of this group into its buffer."""
+        value, write = self.value(name, (lo, hi)), self._writer(name, lo, hi)
+        self._actions.append(lambda step: write(value(step)))
+
+    def _writer(self, name: str, lo: int, hi: int) -> Callable[[torch.Tensor], None]:
+        tensor, span = self.plan.tensors[name], Span(name, lo, hi)
+        if not (tensor.routed and self.task is not None and self.group.grid[1] > 1):
+            self._touch(span, "writes")
+            return lambda value: self.rank.write(span, value)
+        shift = self.task.k[0] * prod(tensor.shape[1:])  # rows of the claimed slot alone
+        self._touch(Span(name, lo + shift, hi + shift), "writes")
+        return lambda value: self.rank.write(span, torch.where(value.isnan(), self.rank.read(span), value))
 
     def _touch(self, span: Span, how: str) -> None:
         """Raises UndeclaredAccess unless the task's spans say so. Slots of claimed experts count as one."""
@@ -259,7 +293,7 @@ class GroupRun:
             )
             for span in spans:
                 if span.lo < span.hi:
-                    self._write(name, span.lo, span.hi, self.value(name, (span.lo, span.hi)))
+                    self._store(name, span.lo, span.hi)
 
 
 WHOLE_INPUT = frozenset({"top_k", "argmax_reduce", "attention_merge", "split_k_reduce"})
@@ -278,18 +312,21 @@ def op_of(node: Node) -> Op:
     return cls.model_construct(**operand, **fields)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, token_by_token: bool) -> torch.Tensor:
+def in_parts(weight: torch.Tensor) -> torch.Tensor:
+    """A weight's rows in equal parts, `[parts, rows, K]`: BLAS gives a batch to all cores, a single vector to one."""
+    return weight.unflatten(0, (gcd(len(weight), PARTS), -1))
+
+
+def product(x: torch.Tensor, parts: torch.Tensor, token_by_token: bool) -> torch.Tensor:
     """`x [rows, K] @ weight[N, K].T` in float32, each row's bits independent of the number of rows."""
-    weight = weight.float()
-    if token_by_token:
-        if len(x) == 1:
-            return _in_parts(x, weight)
-        return torch.cat([_in_parts(row, weight) for row in x.split(1)]) if len(x) else x.new_zeros(0, len(weight))
-    return _in_parts(F.pad(x, (0, 0, 0, -len(x) % PAD)), weight)[: len(x)]
+    parts, count = parts.float(), len(x)
+    if not token_by_token:
+        return _multiply(F.pad(x, (0, 0, 0, -count % PAD)), parts)[:count]
+    if count == 0:
+        return x.new_zeros(0, parts.shape[0] * parts.shape[1])
+    return torch.cat([_multiply(row, parts) for row in x.split(1)]) if count > 1 else _multiply(x, parts)
 
 
-def _in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product in equal parts of the weight's rows: BLAS gives a batch to all cores, a single vector to one."""
-    parts = gcd(len(weight), PARTS)
-    y = torch.bmm(weight.unflatten(0, (parts, -1)), x.t().expand(parts, -1, -1))
-    return y.flatten(0, 1).t().contiguous()
+def _multiply(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    y = torch.bmm(parts, x.t().expand(len(parts), -1, -1))  # [parts, N / parts, rows]
+    return y.view(1, -1) if len(x) == 1 else y.flatten(0, 1).t().contiguous()

@@ -25,10 +25,13 @@ class StepInput:
     _rope_rows: dict = field(default_factory=dict)
 
     @cached_property
-    def parts(self) -> list[tuple[int, slice | torch.Tensor]]:
-        """(slot, rows) of tokens that attend together: a sequence's, and in decode steps each alone."""
-        if self.decode:
-            return [(slot, slice(n, n + 1)) for n, slot in enumerate(self.slots.tolist())]
+    def places(self) -> list[tuple[int, int]]:
+        """(slot, position) of each token."""
+        return list(zip(self.slots.tolist(), self.positions.tolist(), strict=True))
+
+    @cached_property
+    def parts(self) -> list[tuple[int, torch.Tensor]]:
+        """(slot, rows) of tokens that attend together: those of one sequence."""
         return [(int(s), (self.slots == s).nonzero()[:, 0]) for s in self.slots.unique()]
 
     def rope_rows(self, tables: dict, key: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +80,7 @@ class Executor:
         """One step. `rows`: tokens that the head is wanted for. `shuffle`: a seed for a random legal order of tasks."""
         step = self.plan.steps[kind]
         for rank in self.ranks:
-            rank.allocate(len(step_input.ids))
+            rank.allocate(len(step_input.ids), poison=shuffle is not None)
             rank.buffers["token_ids"] = step_input.ids[:, None]
             rank.rows = None
         if shuffle is not None:

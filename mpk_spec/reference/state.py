@@ -41,24 +41,28 @@ class Rank:
     def weight(self, name: str, layer: int | None) -> torch.Tensor:
         return self.weights[name, layer if self.plan.weights[name].per_layer else None]
 
-    def allocate(self, tokens: int) -> None:
-        """Fresh buffers for a step of `tokens`, every one of them poisoned."""
-        self.buffers = {n: poisoned(self.plan, n, tokens) for n in self.plan.tensors}
+    def allocate(self, tokens: int, poison: bool = True) -> None:
+        """Fresh buffers for a step of `tokens`; poisoned, whatever nobody wrote is NaN (or -1 for ids)."""
+        self.buffers = {n: empty(self.plan, n, tokens) for n in self.plan.tensors}
+        for buffer in self.buffers.values() if poison else ():
+            buffer.fill_(-1 if buffer.dtype == torch.int32 else POISON)
 
     def read(self, span: Span) -> torch.Tensor:
         """`[tokens, features]`; `[ranks, tokens, features]` of an inbox, `[tokens, k, features]` of routed rows."""
         buffer = self.buffers[span.tensor]
-        tokens_axis = 1 if span.tensor in self.plan.tensors and self.plan.tensors[span.tensor].inbox else 0
         if self.rows is not None:
-            buffer = buffer.index_select(tokens_axis, self.rows)
-        return buffer[..., span.lo : span.hi]
+            tensor = self.plan.tensors.get(span.tensor)
+            buffer = buffer.index_select(1 if tensor is not None and tensor.inbox else 0, self.rows)
+        return buffer if span.hi - span.lo == buffer.shape[-1] else buffer[..., span.lo : span.hi]
 
     def write(self, span: Span, value: torch.Tensor) -> None:
-        """Stores `value`, rounded to the tensor's dtype; an inbox gets it on every rank."""
+        """Stores `value`, rounded to the tensor's dtype; an inbox gets it on every rank. A whole buffer is replaced."""
         tensor = self.plan.tensors[span.tensor]
         value = value if value.dtype == torch.int32 else round_to(value, tensor.dtype)
-        holders = self.peers if tensor.inbox else [self]
-        for holder in holders:
+        if not tensor.inbox and self.rows is None and value.shape == self.buffers[span.tensor].shape:
+            self.buffers[span.tensor] = value
+            return
+        for holder in self.peers if tensor.inbox else [self]:
             buffer = holder.buffers[span.tensor]
             buffer = buffer[self.index] if tensor.inbox else buffer
             if self.rows is None:
@@ -67,12 +71,12 @@ class Rank:
                 buffer[self.rows, ..., span.lo : span.hi] = value
 
 
-def poisoned(plan: Plan, name: str, tokens: int) -> torch.Tensor:
-    """A buffer in which whatever nobody wrote is NaN (or -1 for ids)."""
+def empty(plan: Plan, name: str, tokens: int) -> torch.Tensor:
+    """A buffer for a tensor of the plan, with whatever lies there."""
     tensor = plan.tensors[name]
     shape = (tokens, tensor.shape[0], prod(tensor.shape[1:])) if tensor.routed else (tokens, prod(tensor.shape))
     shape = (plan.tp, *shape) if tensor.inbox else shape
-    return torch.full(shape, -1, dtype=torch.int32) if tensor.dtype == "i32" else torch.full(shape, POISON)
+    return torch.empty(shape, dtype=torch.int32 if tensor.dtype == "i32" else torch.float32)
 
 
 def load_ranks(plan: Plan, checkpoint: Any, progress=None) -> list[Rank]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpk_spec.errors import Problem, SpecError, did_you_mean
+from mpk_spec.paths import specs_dir
 from mpk_spec.schema.models import SPEC_VERSION
 from mpk_spec.schema.nodes import Node, shown
 from mpk_spec.schema.reader import read_text, read_tree
@@ -44,13 +45,31 @@ def _read_chain(path: Path, text: str | None) -> tuple[list[Node], list[Problem]
         if not isinstance(parent.value, str):
             hint = "write the path of one file"
             raise SpecError([*problems, parent.problem(f"'extends' must be text, this is {parent.kind}", hint)])
-        path = path.parent / parent.value
+        path = _named(path.parent, parent.value)
         if path.resolve() in seen:
             loop = " -> ".join(p.name for p in [*seen[seen.index(path.resolve()) :], path])
             raise SpecError([*problems, parent.problem(f"'extends' goes in a circle: {loop}")])
         if not path.is_file():
-            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")] or [], "files")
-            raise SpecError([*problems, parent.problem(f"there is no file '{shown(path)}'", near)])
+            raise SpecError([*problems, _missing(parent, path)])
+
+
+def _named(folder: Path, name: str) -> Path:
+    """What `extends: name` means in a file of `folder`: a file, or by its bare name a spec that comes with mpk-spec."""
+    return specs_dir() / f"{name}.yaml" if _is_bare(name) else folder / name
+
+
+def _is_bare(name: str) -> bool:
+    return "/" not in name and Path(name).suffix not in (".yaml", ".yml")
+
+
+def _missing(parent: Node, path: Path) -> Problem:
+    ours = [p.stem for p in specs_dir().glob("*.yaml")]
+    if _is_bare(parent.value):
+        return parent.problem(f"there is no spec named '{parent.value}'", did_you_mean(parent.value, ours, "specs"))
+    said = f"there is no file '{shown(path)}'"
+    if path.stem in ours:
+        return parent.problem(said, f"'extends: {path.stem}' means the spec that comes with mpk-spec")
+    return parent.problem(said, did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")], "files"))
 
 
 def _version_problems(tree: Node) -> list[Problem]:

@@ -250,7 +250,9 @@ class SpecFile(Section):
 
     spec: Literal["v1"] = Field(description="the version of the language")
     name: str = Field(min_length=1, description="what plans and messages call it")
-    extends: str | None = Field(default=None, description="a file to inherit from, relative to this one")
+    extends: str | None = Field(
+        default=None, description="a file to inherit from, relative to this one, or the bare name of a spec of mpk-spec"
+    )
     model: ModelSection
     dims: dict[str, Expression] = Field(default={}, description="sizes by name, from config")
     values: dict[str, Expression] = Field(

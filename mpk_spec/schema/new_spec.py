@@ -99,7 +99,22 @@ class Drafter:
         for source in self.tensors:
             if source not in by_source:
                 self._add(source)
+        self._ask_about_config()
         return self.changes
+
+    def _ask_about_config(self) -> None:
+        """Switches of this class that the parent's has not: a window or a scale shows in no tensor's name."""
+        from mpk_spec.weights import normalise_config, text_config
+
+        if self.checkpoint.architecture in self.parent.model.architectures:
+            return
+        known = text_config(normalise_config(self.parent.model.architectures[0], {}))
+        for key, value in sorted(self.config.items()):
+            if value not in (None, False) and key not in known and not NO_MATTER.search(key):
+                said = (
+                    f"config.{key} is {value!r}, which {self.parent.name} knows nothing of: does it change the numbers?"
+                )
+                self.changes.questions.append(said)
 
     def parameters(self) -> int:
         return sum(prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())

@@ -24,9 +24,13 @@ NOTE = "mpk_spec.json"  # in every converted folder: what it was made from
 _CACHE_HINT = "set MPK_SPEC_CACHE to a folder with space that you may write"
 
 
+class CacheFolderError(UserError):
+    """What hinders writing the cache folder: no space, no permission. Any other source would meet the same."""
+
+
 @contextmanager
 def surroundings(doing: str) -> Iterator[None]:
-    """Turn an operating system error into one sentence: `cannot <doing>: no space left on the disk`."""
+    """Turn an operating system error into a CacheFolderError of one sentence: `cannot <doing>: no space left ...`."""
     try:
         yield
     except OSError as error:
@@ -40,7 +44,7 @@ def surroundings(doing: str) -> Iterator[None]:
         reason = reasons.get(error.errno or 0, error.strerror or str(error))
         hint = _CACHE_HINT if error.errno in reasons else None
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"cannot {doing}: {reason}{where}", hint) from error
+        raise CacheFolderError(f"cannot {doing}: {reason}{where}", hint) from error
 
 
 def cache_key(name: str, *identity: object) -> str:
@@ -98,7 +102,8 @@ def need_space(folder: Path, needed: int) -> None:
     """Refuse early: a conversion that cannot fit should not run for minutes first."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder} needs {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free", _CACHE_HINT)
+        said = f"{folder} needs {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free"
+        raise CacheFolderError(said, _CACHE_HINT)
 
 
 @dataclass(frozen=True)

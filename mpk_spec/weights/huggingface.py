@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from mpk_spec.weights.checkpoint import Checkpoint
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds the vocabulary
+
 
 def load_hf_model(
     checkpoint: Checkpoint, dtype: str = "float32", device: str | torch.device = "cpu"
@@ -63,6 +65,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     if checkpoint.directory is None:
         raise UserError(f"{checkpoint.source} has no tokenizer", "text needs a checkpoint folder, hub id or GGUF file")
+    if not any((Path(checkpoint.directory) / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{checkpoint.directory} has no tokenizer: none of {', '.join(TOKENIZERS)}")
     try:
         return AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:

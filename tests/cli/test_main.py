@@ -193,6 +193,23 @@ def test_the_shell_completes_commands():
     assert shown == ["chat", "compare", "cache"]
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("chat smo", ["smollm2"]),
+        ("test qwen3", ["qwen3", "qwen3_moe"]),
+        ("chat smollm2 --backend c", ["cuda", "cpu"]),
+        ("bench smollm2 --spec l", ["llama3"]),
+        ("plan qwen3 --target h", ["h100", "h200"]),
+        ("plan ./my", []),  # a file: the shell's own business
+    ],
+)
+def test_the_shell_completes_names(words, offered):
+    line = f"mpk-spec {words}"
+    cword = str(line.count(" "))
+    assert program(_MPK_SPEC_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=cword).stdout.split() == offered
+
+
 def test_the_program_runs_from_a_source_tree(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mpk_spec", "--version"],

@@ -139,6 +139,16 @@ def test_an_unknown_architecture_says_what_is_left(saved, tmp_path, capsys):
     load_spec(out)
 
 
+def test_switches_that_no_tensor_shows_are_asked_about(saved, tmp_path, capsys):
+    """Mistral is Llama with a window."""
+    out = tmp_path / "mine.yaml"
+    folder = saved("MistralForCausalLM", sliding_window=64)
+    assert main(["new", "--from", str(folder), "-o", str(out)]) == errors.EXIT_OK
+    assert "extending llama3; to check: 4 places" in capsys.readouterr().err
+    said = "# check: config.sliding_window is 64, which llama3 knows nothing of: does it change the numbers?"
+    assert [line for line in out.read_text().splitlines() if line.startswith("# check:")] == [said]
+
+
 def test_nothing_alike_is_an_error(saved, tmp_path, capsys):
     out = tmp_path / "mine.yaml"
     folder = saved("GPTNeoXForCausalLM")

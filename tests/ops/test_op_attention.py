@@ -108,3 +108,27 @@ def test_append_rounds_to_the_cache():
     assert int((~cache.keys.isnan()).sum()) == 3 * 32
     append(rank, state, None, range(2), (0, 2), k + 1, v, step)  # these positions belong to split 1
     assert torch.equal(cache.keys[0, 1, :, 70:73], k.bfloat16().float().unflatten(-1, (2, WIDTH)).transpose(0, 1))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_head_alone_has_the_same_bits(splits, decode):
+    """As a task computes it, beside all heads at once; and tokens of one step, beside each in a step of its own."""
+    torch.manual_seed(0)
+    rank, heads, start = rank_of(), range(KV_HEADS), 197
+    k, v = (torch.randn(200, KV_HEADS * WIDTH) for _ in range(2))
+    q = torch.randn(3, KV_HEADS * GROUP * WIDTH)
+    positions = torch.arange(200)
+    whole = StepInput(positions, positions, torch.ones_like(positions), decode)
+    last = StepInput(positions[start:], positions[start:], torch.ones(3, dtype=torch.int64), decode)
+    for split in ((n, splits) for n in range(splits)):
+        append(rank, STATE, None, heads, split, k, v, whole)
+        both = attend(rank, STATE, None, heads, split, q, {"scale": 0.25}, last)
+        for head in heads:
+            mine = slice(*(h * GROUP * WIDTH for h in (head, head + 1)))
+            one = attend(rank, STATE, None, range(head, head + 1), split, q[:, mine], {"scale": 0.25}, last)
+            assert torch.equal(one, both.unflatten(-1, (KV_HEADS, -1))[:, head])
+        for n in range(3):
+            step = StepInput(*(t[n : n + 1] for t in (last.ids, last.positions, last.slots)), decode)
+            alone = attend(rank, STATE, None, heads, split, q[n : n + 1], {"scale": 0.25}, step)
+            assert torch.equal(alone[0], both[n])

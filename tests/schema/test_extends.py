@@ -35,6 +35,23 @@ def test_an_operand_is_replaced_and_parameters_kept():
     assert (spec.blocks["attention"]["qr"].input, spec.blocks["attention"]["qr"].parameters) == ("n", "rope")
 
 
+def test_a_bare_name_is_a_spec_that_comes_with_mpk_spec(tmp_path):
+    file = tmp_path / "mine.yaml"
+    rest = "name: mine\nmodel: {architectures: [LlamaForCausalLM]}\n"
+    file.write_text(f"spec: v1\nextends: llama3\n{rest}")
+    assert load_spec(file).blocks == load_spec("llama3").blocks
+    for name, message, hint in (
+        ("lama3", "there is no spec named 'lama3'", "did you mean 'llama3'?"),
+        ("llama3.yaml", "there is no file", "'extends: llama3' means the spec that comes with mpk-spec"),
+    ):
+        file.write_text(f"spec: v1\nextends: {name}\n{rest}")
+        with pytest.raises(SpecError) as caught:
+            load_spec(file)
+        (problem,) = caught.value.problems
+        assert problem.message.startswith(message) and problem.hint == hint
+        assert (problem.position.line, problem.position.column) == (2, 10)
+
+
 def test_another_operator_replaces_the_whole_entry():
     spec = child("blocks: {mlp: {act: {add: [gate, up]}}}\n")
     assert spec.blocks["mlp"]["act"].op == "add"

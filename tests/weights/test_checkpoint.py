@@ -7,7 +7,7 @@ import torch
 from tiny_models import logits, tiny_model
 
 from mpk_spec.errors import UserError
-from mpk_spec.weights import load_hf_model, open_checkpoint
+from mpk_spec.weights import load_hf_model, load_tokenizer, open_checkpoint
 
 
 def fails(source) -> str:
@@ -164,3 +164,9 @@ def test_permission_denied(llama_copy, monkeypatch):
     monkeypatch.setattr(safetensors, "safe_open", denied)
     shard = min(llama_copy.glob("*.safetensors"))
     assert fails(llama_copy).startswith(f"cannot read {shard}: permission denied")
+
+
+def test_a_folder_without_a_tokenizer(llama_folder):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(open_checkpoint(llama_folder))
+    assert str(caught.value) == f"{llama_folder} has no tokenizer: none of tokenizer.json, tokenizer.model, vocab.json"
