@@ -1,4 +1,4 @@
-"""What every backend offers: the megakernel, the CPU reference and Hugging Face itself look the same to chat and compare."""
+"""What every backend offers: megakernel, CPU reference and Hugging Face look the same to chat and compare."""
 
 from __future__ import annotations
 
