@@ -34,7 +34,8 @@ def test_the_generated_source_is_the_golden_one():
 def test_the_source_does_not_depend_on_the_process():
     code = (
         "from mpk_spec.emit.source import emit; from mpk_spec.planner import plan;"
-        "from mpk_spec.schema import load_spec; import sys; sys.stdout.write(emit(plan(load_spec('qwen3'), size='tiny', context=256)).source)"
+        "from mpk_spec.schema import load_spec; import sys;"
+        "sys.stdout.write(emit(plan(load_spec('qwen3'), size='tiny', context=256)).source)"
     )
     sources = [
         subprocess.run(
