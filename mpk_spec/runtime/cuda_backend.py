@@ -105,6 +105,19 @@ class CudaBackend:
         values = self.memory.arena[tensor.offset : tensor.offset + size].view(dtype).view(tokens, -1)
         return values.clone() if tensor.dtype != "bf16" else values.float()
 
+    def fill_cache(self, count: int, seed: int = 0) -> list[int]:
+        """Random keys and values everywhere, as if the `count` ids that it returns had been read.
+
+        For timing at long contexts: reading a prompt of that length would take longer than what is timed.
+        """
+        import torch
+
+        cache = self.memory.cache.view(torch.bfloat16)
+        cache.normal_(generator=torch.Generator(cache.device).manual_seed(seed))
+        torch.cuda.synchronize()
+        self._cached = [(17 + 31 * n) % self.vocab_size for n in range(count)]
+        return list(self._cached)
+
     def reset(self) -> None:
         self._cached = []
 

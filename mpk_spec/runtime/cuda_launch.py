@@ -158,6 +158,7 @@ class Launcher:
         self.steps = 0
         self.timeout_s = TIMEOUT_S
         self.trace, self.trace_step = None, 0
+        self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()  # all that was prepared on other streams is there
 
     def start(self, prompt: list[int], position: int, max_new: int, stop: frozenset[int] = frozenset()) -> None:
@@ -177,7 +178,10 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
-        self.module.launch(self._params(position + len(prompt), max_new, stop, chunk), self.stream.cuda_stream)
+        params = self._params(position + len(prompt), max_new, stop, chunk)
+        self.began.record(self.stream)
+        self.module.launch(params, self.stream.cuda_stream)
+        self.ended.record(self.stream)
 
     def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
         params = np.zeros((), PARAMS)
@@ -232,6 +236,10 @@ class Launcher:
         ran = (int(control["published"]) - 1 - self.steps) & 0xFFFFFFFF
         self.steps = (self.steps + ran) & 0xFFFFFFFF
         return ran
+
+    def elapsed_ms(self) -> float:
+        """How long the last launch took by the GPU's clock; to be asked after `finish`."""
+        return self.began.elapsed_time(self.ended)
 
     def reset_events(self, steps: int = 0) -> None:
         """Sets every counter to what it holds after `steps` steps, and forgets an abort."""

@@ -16,7 +16,9 @@ def load_weights(plan: Plan, layout: Layout, checkpoint: Any, device: torch.devi
     import torch
 
     from mpk_spec.reference.state import find_prefix, read_share
+    from mpk_spec.weights import on_device
 
+    checkpoint = on_device(checkpoint, device)
     prefix = find_prefix(plan, set(checkpoint.names()), checkpoint)
     arena = torch.empty(layout.weight_bytes, dtype=torch.uint8, device=device)
 
