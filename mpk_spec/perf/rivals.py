@@ -1,7 +1,7 @@
 """What a decode step costs elsewhere, on the same weights and the same GPU: Hugging Face's model, three ways.
 
 eager    the model as it is, with its growing cache
-compile  torch.compile(mode="reduce-overhead", fullgraph=True) over a static cache: what Hugging Face's own guide sets up
+compile  torch.compile(mode="reduce-overhead", fullgraph=True) over a static cache: as Hugging Face's guide sets it up
 graph    torch.compile(mode="max-autotune-no-cudagraphs"), the sample included, captured as one CUDA graph by hand: no
          work for the host but the replay
 

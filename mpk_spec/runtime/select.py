@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
+    from mpk_spec.planner.targets import Target
     from mpk_spec.runtime.backend import Backend
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
@@ -73,16 +74,22 @@ def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context
     return "cuda", "there is a GPU that runs this plan"
 
 
-def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> Plan:
-    """The plan for this machine's GPU. Raises UserError where there is none, or none that plans are made for."""
+def target_here() -> tuple[Target, Any]:
+    """(what plans for this machine's GPU are made for, the GPU's properties). UserError where there is none."""
     import torch
 
-    from mpk_spec.planner import plan
     from mpk_spec.planner.targets import target_of
     from mpk_spec.runtime.cuda_backend import find_device
 
     found = torch.cuda.get_device_properties(find_device())
-    target = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
+    return target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count), found
+
+
+def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> Plan:
+    """The plan for this machine's GPU. Raises UserError where there is none, or none that plans are made for."""
+    from mpk_spec.planner import plan
+
+    target, _ = target_here()
     return plan(
         spec,
         size=size,

@@ -27,7 +27,7 @@ __all__ = [
     "normalise_config",
     "on_device",
     "open_checkpoint",
-    "stream_hf_model",
     "remove_cache_entry",
+    "stream_hf_model",
     "text_config",
 ]
