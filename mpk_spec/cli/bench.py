@@ -112,9 +112,9 @@ def on_gpu(model: str, size: str | None, weights: str | None, spec: str | None, 
         most = choose_context(None, target.checkpoint.config)
 
         def opened(cache: int):
-            cache = max(cache, min(LEAST_CACHE, most))
-            engine = open_backend(target.spec, target.size, target.checkpoint, "cuda", cache, progress=report)
-            return engine.backend
+            context = None if target.build else max(cache, min(LEAST_CACHE, most))
+            where = (target.spec, target.size, target.checkpoint)
+            return open_backend(*where, "cuda", context, report, target.build).backend
 
         return bench(opened, target.checkpoint, settings, report)
 
@@ -129,16 +129,14 @@ def in_turns(
     from mpk_spec.cli.target import open_target
     from mpk_spec.runtime.select import open_backend
 
-    context = prompt_tokens + new_tokens
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
-        opened = {
-            name: open_backend(target.spec, target.size, target.checkpoint, name, context, progress=report)
-            for name in names
-        }
+        context = None if target.build else prompt_tokens + new_tokens
+        where = (target.spec, target.size, target.checkpoint)
+        opened = {name: open_backend(*where, name, context, report, target.build) for name in names}
         runs = measure.take_turns(opened, prompt_tokens, new_tokens, repeats, report)
     return {
-        "model": {"spec": target.spec.name, "size": target.size, "weights": target.checkpoint.source},
+        "model": {"spec": target.name, "size": target.size, "weights": target.checkpoint.source},
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,

@@ -21,7 +21,10 @@ SEQUENCE = 512  # tokens of one sequence, unless --context says otherwise
 def command(
     model: Annotated[
         str,
-        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
+        typer.Argument(
+            metavar="SPEC",
+            help="A spec (name or file), a folder that build made, or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
+        ),
     ],
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")

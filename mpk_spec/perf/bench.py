@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpk_spec.errors import UserError
 from mpk_spec.perf.clock import start_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ def bench(
     _free()
     backend = opened(settings.cache)
     plan, description = backend.plan, backend.description
+    if plan.context < settings.cache:
+        raise UserError(
+            f"the kernel was built for {plan.context} positions; timing at context {settings.context} needs "
+            f"{settings.cache}",
+            f"build it with -c {settings.cache}",
+        )
     result = {
         "model": {"spec": plan.spec, "size": plan.size, "weights": str(checkpoint.source)},
         "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),

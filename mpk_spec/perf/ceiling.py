@@ -113,7 +113,7 @@ def _gpu_timer(target: Target) -> Callable[[int, int, int, bool], float]:
 
     from mpk_spec.emit.compiler import compile_kernel
     from mpk_spec.paths import templates_dir
-    from mpk_spec.runtime.cuda_backend import find_device
+    from mpk_spec.runtime.cuda_device import find_device
     from mpk_spec.runtime.cuda_launch import check
 
     device = find_device()

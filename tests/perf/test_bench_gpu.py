@@ -81,7 +81,7 @@ def machine(made, monkeypatch):
     order = []
     backend = FakeKernel(made)
 
-    def opened(spec, size, checkpoint, name, context, progress):
+    def opened(spec, size, checkpoint, name, context, progress, build):
         order.append(f"ours, cache {context}")
         return SimpleNamespace(backend=backend)
 
