@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError
 from mpk_spec.perf.clock import start_of
+from mpk_spec.runtime.cuda_device import free_gpu
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
@@ -51,7 +52,7 @@ def bench(
     target, gpu = target_here()
     progress("measuring the ceiling of memory", 0, 0)
     ceiling = measure_ceiling(target)
-    _free()
+    free_gpu()
     backend = opened(settings.cache)
     plan, description = backend.plan, backend.description
     if plan.context < settings.cache:
@@ -70,7 +71,7 @@ def bench(
     if settings.positions:
         result["verdict"] = _verdict(backend, checkpoint, settings.positions, progress)
     backend.close()
-    _free()
+    free_gpu()
     result["rivals"] = _rivals(checkpoint, settings, progress)
     result["software"] = _software()
     return result
@@ -119,7 +120,7 @@ def _verdict(backend: CudaBackend, checkpoint: Checkpoint, positions: int, progr
     from mpk_spec.testing.yardstick import Yardstick, sequences
 
     ids = sequences(backend.vocab_size, positions, SEEDS, min(backend.context, LEAST_CACHE))
-    return Yardstick(checkpoint, ids, progress).judge(backend, progress).data()
+    return Yardstick(checkpoint, ids, progress).judge(backend, progress, alone=len(ids[0]) // 4).data()
 
 
 def _rivals(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -132,25 +133,14 @@ def _rivals(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> d
 
     logging.disable_progress_bar()
     model = load_hf_model(checkpoint, dtype="bfloat16", device="cuda")
-    _free()
+    free_gpu()
     found = {}
     for number, name in enumerate(settings.rivals):
         progress("timing the rivals", number, len(settings.rivals))
         found[name] = time_rival(name, model, settings.context, settings.tokens, settings.repeats).data()
     del model
-    _free()
+    free_gpu()
     return found
-
-
-def _free() -> None:
-    """Gives back what torch only keeps for later."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _software() -> dict[str, Any]:

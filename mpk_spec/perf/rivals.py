@@ -46,7 +46,7 @@ def time_rival(name: str, model, context: int, tokens: int, repeats: int) -> Riv
 
     tokens = min(tokens, EAGER_TOKENS) if name == "eager" else tokens
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():  # as generate() has it: compiled CUDA graphs want tensors that count their versions
         rival = RIVALS[name](model, context, tokens)
         _pace(rival.decode(WARM_UP))
         setup = time.perf_counter() - started

@@ -19,9 +19,12 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, plan: Plan, checkpoint: Any, progress=None, build: Build | None = None):
+    def __init__(
+        self, plan: Plan, checkpoint: Any, progress=None, *, defines: tuple[str, ...] = (), build: Build | None = None
+    ):
         """Compiles (or finds) the kernel, checks that all fits into memory, packs the weights.
 
+        defines: macros of a build for testing.
         build: the kernel of a folder that `mpk-spec build` made of `plan`; nothing is compiled then.
         Raises UserError for a machine, a driver or a plan that the kernel cannot run on.
         """
@@ -33,7 +36,9 @@ class CudaBackend:
         device = find_device()
         self.plan, self.context = plan, plan.context
         self.emitted = build.emitted if build else emit(plan)
-        module = KernelModule(self.emitted, build.cubin if build else self._compile(progress), device.index or 0)
+        module = KernelModule(
+            self.emitted, build.cubin if build else self._compile(defines, progress), device.index or 0
+        )
         admit(self.emitted, device)
         with memory_runs_out():
             weights = load_weights(plan, self.emitted.layout, checkpoint, device, progress)
@@ -45,13 +50,13 @@ class CudaBackend:
         )
         self._cached: list[int] = []
 
-    def _compile(self, progress) -> bytes:
+    def _compile(self, defines: tuple[str, ...], progress) -> bytes:
         from mpk_spec.emit.compiler import compile_kernel
         from mpk_spec.planner.targets import find_target
 
         if progress is not None:
             progress("compiling the kernel", 0, 0)
-        self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch)
+        self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch, defines)
         return self.compiled.cubin
 
     @property
@@ -88,18 +93,24 @@ class CudaBackend:
         if count:  # else the prompt was cut short: forget it
             self._cached = (ids + tokens)[:-1]
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
+        """See `Backend.logits`. What comes before the `last` is one launch; then each step is, to read its logits."""
         import torch
+
+        from mpk_spec.runtime.backend import pieces
 
         if len(ids) > self.context:
             raise UserError(f"{len(ids)} tokens do not fit a context of {self.context}", "a larger context: -c")
         self.reset()
         chunk, parts = max(s.tokens for s in self.plan.steps.values()), []
-        for start in range(0, len(ids), chunk):
-            part = list(ids[start : start + chunk])
-            self.launcher.start(part, start, 0)
+        unread = len(ids) - (len(ids) if last is None else last)
+        if unread:
+            self.launcher.start(list(ids[:unread]), 0, 0)
             self.launcher.finish()
-            parts.append(self.value("logits", len(part))[:, : self.vocab_size].cpu())
+        for lo, hi in pieces(unread, len(ids), chunk, alone):
+            self.launcher.start(list(ids[lo:hi]), lo, 0)
+            self.launcher.finish()
+            parts.append(self.value("logits", hi - lo)[:, : self.vocab_size].cpu())
         return torch.cat(parts)
 
     def value(self, name: str, tokens: int) -> torch.Tensor:

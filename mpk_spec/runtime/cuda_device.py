@@ -77,6 +77,7 @@ def admit(emitted, device) -> None:
     """Raises UserError, saying what context would fit, unless weights, cache and activations fit into free memory."""
     import torch
 
+    free_gpu()
     free, total = torch.cuda.mem_get_info(device)
     plan, layout = emitted.plan, emitted.layout
     fixed = layout.weight_bytes + sum(plan.arena_bytes.values()) + SPARE_BYTES
@@ -91,6 +92,17 @@ def admit(emitted, device) -> None:
     fits = int((free - fixed) / (layout.cache_bytes / plan.context)) // 64 * 64
     smaller = "end what else uses the GPU" if others else "a smaller model would fit"
     raise UserError(message, f"a context of {fits} fits: -c {fits}" if fits > 0 else smaller)
+
+
+def free_gpu() -> None:
+    """Gives back the memory that torch only keeps for later."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

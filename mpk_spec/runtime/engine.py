@@ -47,7 +47,7 @@ class Engine:
         if plan.target != "cpu":
             from mpk_spec.runtime.cuda_backend import CudaBackend
 
-            return CudaBackend(plan, checkpoint, progress, build)
+            return CudaBackend(plan, checkpoint, progress, build=build)
         from mpk_spec.reference.backend import ReferenceBackend
 
         return ReferenceBackend(plan, checkpoint, progress)
@@ -61,6 +61,6 @@ class Engine:
         """See `Backend.stream`."""
         return self.backend.stream(ids, max_new_tokens=max_new_tokens, stop=stop)
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
         """See `Backend.logits`."""
-        return self.backend.logits(ids)
+        return self.backend.logits(ids, last=last, alone=alone)

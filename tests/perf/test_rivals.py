@@ -25,7 +25,7 @@ def known_cache(rival, like):
 
 
 def test_a_static_cache_gives_the_tokens_of_the_growing_one(model):
-    with torch.inference_mode():
+    with torch.no_grad():
         eager = rivals.Eager(model, context=40, tokens=8)
         static = rivals.Compiled(model, context=40, tokens=8)
         assert eager.start == static.start == 36
@@ -45,7 +45,7 @@ def test_the_step_is_one_graph_for_every_position(model):
         captured.append(graph)
         return graph.forward
 
-    with torch.inference_mode():
+    with torch.no_grad():
         static = rivals.Compiled(model, context=20, tokens=4)
         static.step = torch.compile(static.forward, backend=keep, fullgraph=True, dynamic=False)
         compiled = [*static.decode(4), *static.decode(4)]

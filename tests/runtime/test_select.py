@@ -83,3 +83,18 @@ def test_cuda_without_a_gpu_says_what_works_instead(monkeypatch):
     with pytest.raises(UserError) as error:
         select.open_backend(None, None, CHECKPOINT, "cuda")
     assert error.value.hint.endswith("--backend cpu runs the same plan on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("span", "chunk", "alone", "cut"),
+    [
+        ((0, 40), 16, 0, [(0, 16), (16, 32), (32, 40)]),
+        ((8, 40), 16, 3, [(8, 24), (24, 37), (37, 38), (38, 39), (39, 40)]),
+        ((5, 8), 16, 9, [(5, 6), (6, 7), (7, 8)]),
+        ((4, 4), 16, 0, []),
+    ],
+)
+def test_positions_are_cut_into_chunks_and_single_steps(span, chunk, alone, cut):
+    from mpk_spec.runtime.backend import pieces
+
+    assert pieces(*span, chunk, alone) == cut
