@@ -55,6 +55,7 @@ __device__ void run_worker(const Params& params, const Shared& shared) {
       const u32 kind = plan::stage_template[progress.stage];
       const u32 first = shared.program.queue_begin[kind], last = shared.program.queue_begin[kind + 1];
       for (u32 i = first; i < last; ++i) {
+        if (beyond_stop(progress.stage, shared.program.entry[i].group)) break;
         progress.trace = open_trace(params, progress, i - first);
         run_task(progress, shared.program.entry[i].run, i);
       }

@@ -1,6 +1,7 @@
 // The scheduler: the one warp of an SM that looks at events. It hands the workers one task after the other as they become
 // ready, and the descriptor of a step before its first task.
 #pragma once
+#include "runtime/stop_after.cuh"
 #include "runtime/worker.cuh"
 
 namespace mpk {
@@ -58,6 +59,7 @@ struct Scheduler {
 
   // The descriptor of the next step goes to shared memory. 0: stop or abort.
   __device__ u32 next_step() {
+    if (stops_early() && step != params.first_step) return end_early();
     if (lane == 0) say({given, 0, step, plan::num_stages, 0, 0, 0, step + 1});
     while (static_cast<i32>(ptx::load_acquire(&params.control->published) - (step + 1)) < 0)
       if (aborted()) return 0;
@@ -71,10 +73,19 @@ struct Scheduler {
     return tokens;
   }
 
+  // As if the step that follows said: stop.
+  __device__ u32 end_early() {
+    wait_taken();
+    if (lane == 0) shared.step[step % 2].tokens = 0;
+    give();
+    return 0;
+  }
+
   __device__ bool run_stage() {
     const u32 kind = plan::stage_template[stage];
     for (u32 i = shared.program.queue_begin[kind]; i < shared.program.queue_begin[kind + 1]; ++i) {
       const Entry& entry = shared.program.entry[i];
+      if (beyond_stop(stage, entry.group)) break;
       wait_taken();
       for (u32 w = lane; w < entry.num_waits; w += warp_size)
         wait_event(shared.program.wait[entry.first_wait + w], entry);

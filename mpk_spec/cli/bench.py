@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpk_spec.errors import UserError
+from mpk_spec.errors import UserError, VerdictFailed, did_you_mean
+
+if TYPE_CHECKING:
+    from mpk_spec.perf.bench import Settings
+
+RIVALS = ("eager", "compile", "graph")
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A spec (name or file) or a checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A spec (name or file), a checkpoint, or a folder that build made.")
+    ],
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
     ] = None,
@@ -21,9 +29,20 @@ def command(
     ] = None,
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
     backends: Annotated[
-        list[str] | None, typer.Option("--backend", metavar="NAME", help="Repeatable; default: cpu and torch.")
+        list[str] | None,
+        typer.Option("--backend", metavar="NAME", help="Repeatable; default: cuda, without a GPU cpu and torch."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")] = 128,
+    rivals: Annotated[
+        list[str] | None,
+        typer.Option("--rival", metavar="NAME", help="With cuda, repeatable: eager, compile, graph (Hugging Face)."),
+    ] = None,
+    context: Annotated[
+        int, typer.Option("-c", "--context", min=1, metavar="N", help="With cuda: positions in the filled cache.")
+    ] = 128,
+    verdict: Annotated[
+        bool, typer.Option("--verdict/--no-verdict", help="With cuda: judge the numbers beside the speed.")
+    ] = True,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt, without cuda.")] = 128,
     max_new_tokens: Annotated[
         int, typer.Option("-n", "--max-new-tokens", min=2, metavar="N", help="Tokens of an answer.")
     ] = 64,
@@ -33,27 +52,93 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure tokens per second against Hugging Face on the same weights. Medians; the backends take turns."""
-    import json
+    """Measure speed against Hugging Face on the same weights.
 
+    On a GPU: milliseconds per token of the kernel, beside the ceiling of memory measured in the same run, the
+    simulation, the rivals asked for, and a verdict on the numbers. On the CPU the backends take turns.
+    """
+    from mpk_spec.cli import measure
+    from mpk_spec.perf import page
+    from mpk_spec.perf.bench import Settings
+
+    names = _backends(backends)
+    _check_rivals(names, rivals or [])
+    if names == ["cuda"]:
+        positions = Settings.positions if verdict else 0
+        settings = Settings(context, max_new_tokens, repeats, tuple(dict.fromkeys(rivals or [])), positions)
+        result = on_gpu(model, size, weights, spec, settings)
+        shown, name = page.as_markdown(result), f"{result['model']['spec']}-{result['model']['size']}"
+        name += f"-{result['target']}-context{context}"
+    else:
+        result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats)
+        shown, name = (
+            measure.as_markdown(result),
+            f"{result['model']['spec']}-{result['model']['size'] or 'checkpoint'}",
+        )
+    if output is not None:
+        write(output, name, shown, json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2) if as_json else shown, end="" if not as_json else "\n")
+    if not result.get("verdict", {"passed": True})["passed"]:
+        raise VerdictFailed("the kernel is further from the truth than Hugging Face in bf16: its speed says nothing")
+
+
+def _backends(wanted: list[str] | None) -> list[str]:
+    if wanted:
+        return list(dict.fromkeys(wanted))
+    import torch
+
+    return ["cuda"] if torch.cuda.is_available() else ["cpu", "torch"]
+
+
+def _check_rivals(names: list[str], rivals: list[str]) -> None:
+    if "cuda" in names and len(names) > 1:
+        raise UserError("'cuda' is measured alone, beside its rivals", "--backend cuda --rival eager --rival compile")
+    if rivals and names != ["cuda"]:
+        raise UserError("rivals are run beside the backend 'cuda'", "--backend torch measures Hugging Face alone")
+    for name in rivals:
+        if name not in RIVALS:
+            raise UserError(f"there is no rival '{name}'", did_you_mean(name, RIVALS, "rivals"))
+
+
+def on_gpu(model: str, size: str | None, weights: str | None, spec: str | None, settings: Settings) -> dict[str, Any]:
+    """See `mpk_spec.perf.bench.bench`; the cache is as long as the model allows where that is less than usual."""
+    from mpk_spec.cli.progress import progress
+    from mpk_spec.cli.target import open_target
+    from mpk_spec.perf.bench import LEAST_CACHE, bench
+    from mpk_spec.runtime.select import choose_context, open_backend
+
+    with progress() as report:
+        target = open_target(model, report, size=size, weights=weights, spec=spec)
+        most = choose_context(None, target.checkpoint.config)
+
+        def opened(cache: int):
+            context = None if target.build else max(cache, min(LEAST_CACHE, most))
+            where = (target.spec, target.size, target.checkpoint)
+            return open_backend(*where, "cuda", context, report, target.build).backend
+
+        return bench(opened, target.checkpoint, settings, report)
+
+
+def in_turns(
+    model: str, size: str | None, weights: str | None, spec: str | None, names: list[str], prompt_tokens: int,
+    new_tokens: int, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Backends on the same weights, one answer each at a time."""
     from mpk_spec.cli import measure
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
     from mpk_spec.runtime.select import open_backend
 
-    names = list(dict.fromkeys(backends or ["cpu", "torch"]))
-    context = prompt_tokens + max_new_tokens
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
-        opened = {
-            name: open_backend(target.spec, target.size, target.checkpoint, name, context, progress=report)
-            for name in names
-        }
-        runs = measure.take_turns(opened, prompt_tokens, max_new_tokens, repeats, report)
-    result = {
-        "model": {"spec": target.spec.name, "size": target.size, "weights": target.checkpoint.source},
+        context = None if target.build else prompt_tokens + new_tokens
+        where = (target.spec, target.size, target.checkpoint)
+        opened = {name: open_backend(*where, name, context, report, target.build) for name in names}
+        runs = measure.take_turns(opened, prompt_tokens, new_tokens, repeats, report)
+    return {
+        "model": {"spec": target.name, "size": target.size, "weights": target.checkpoint.source},
         "prompt_tokens": prompt_tokens,
-        "new_tokens": max_new_tokens,
+        "new_tokens": new_tokens,
         "repeats": repeats,
         "machine": measure.machine(),
         "backends": {
@@ -61,13 +146,10 @@ def command(
             for name, measured in runs.items()
         },
     }
-    page = measure.as_markdown(result)
-    if output is not None:
-        _write(output, f"{target.spec.name}-{target.size or 'checkpoint'}", page, json.dumps(result, indent=2))
-    print(json.dumps(result, indent=2) if as_json else page, end="" if not as_json else "\n")
 
 
-def _write(folder: Path, name: str, page: str, data: str) -> None:
+def write(folder: Path, name: str, page: str, data: str) -> None:
+    """NAME.md and NAME.json. Raises UserError where the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.md").write_text(page, encoding="utf-8")

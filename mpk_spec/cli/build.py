@@ -12,8 +12,7 @@ from mpk_spec.errors import UserError
 if TYPE_CHECKING:
     from mpk_spec.emit.compiler import Compiled
     from mpk_spec.planner.plan import Plan
-
-FILES = ("megakernel.cubin", "megakernel.cu", "plan.json", "manifest.json")
+    from mpk_spec.schema import Spec
 
 
 def command(
@@ -37,26 +36,45 @@ def command(
     from mpk_spec.planner.targets import find_target
     from mpk_spec.schema import load_spec
 
-    made = plan(load_spec(spec), size=size, target=target, context=context)
+    loaded = load_spec(spec)
+    made = plan(loaded, size=size, target=target, context=context)
     emitted = emit(made)
     compiled = compile_kernel(made.name, emitted.source, find_target(target).arch)
-    report = manifest(made, compiled)
+    report = manifest(loaded, made, emitted.source, compiled)
     if output is not None:
         write(output, made, emitted.source, compiled.cubin, report)
     print(json.dumps(report, indent=2) if as_json else _readable(report, compiled))
 
 
-def manifest(plan: Plan, compiled: Compiled) -> dict[str, Any]:
-    """What was built, from what, by what."""
+def manifest(spec: Spec, plan: Plan, source: str, compiled: Compiled) -> dict[str, Any]:
+    """What was built, from what, by what; what `mpk_spec.runtime.built` checks before it runs it elsewhere."""
     from mpk_spec import __version__
+    from mpk_spec.runtime.built import FORMAT, digest, source_digest
 
     report = compiled.report
     return {
-        "mpk_spec": __version__, "plan": plan.key, "spec": plan.spec, "size": plan.size, "target": plan.target,
-        "arch": report.arch, "context": plan.context, "compiler": report.compiler, "registers": report.registers,
+        "format": FORMAT, "mpk_spec": __version__, "plan": plan.key, "cubin": digest(compiled.cubin),
+        "source": source_digest(source), "weights": list(spec.sizes[plan.size].weights),
+        "config": numbers_rest_on(spec, plan), "spec": plan.spec, "size": plan.size, "target": plan.target,
+        "arch": report.arch, "num_sms": plan.num_sms, "context": plan.context, "compiler": report.compiler,
+        "registers": report.registers,
         "spill_bytes": report.spill_bytes, "ring_bytes": plan.ring_bytes, "cubin_bytes": len(compiled.cubin),
         "compile_seconds": report.seconds, "cached": compiled.cached,
     }  # fmt: skip
+
+
+def numbers_rest_on(spec: Spec, plan: Plan) -> dict[str, Any]:
+    """The keys of the config that the spec mentions, with the values that were planned with.
+
+    Not the longest context, which differs between tunes of one model and which the plan has its own of.
+    """
+    import re
+
+    from mpk_spec.weights import text_config
+
+    mentioned = set(re.findall(r"\bconfig\.(\w+)", spec.resolved_yaml())) - {"max_position_embeddings"}
+    config = text_config(plan.config)
+    return {key: config[key] for key in sorted(mentioned) if key in config}
 
 
 def _readable(report: dict[str, Any], compiled: Compiled) -> str:
@@ -73,6 +91,8 @@ def write(folder: Path, plan: Plan, source: str, cubin: bytes, report: dict[str,
     import json
     import shutil
     import tempfile
+
+    from mpk_spec.runtime.built import FILES
 
     strangers = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if strangers or folder.is_file():

@@ -13,7 +13,10 @@ from mpk_spec.errors import UserError
 def command(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A spec (name or file), a folder that build made, or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
+        ),
     ],
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Ask this once and end.")] = None,
     size: Annotated[
@@ -93,12 +96,12 @@ def open_session(
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
         tokenizer = RawTokens() if target.checkpoint.directory is None else load_tokenizer(target.checkpoint)
-        opened = open_backend(target.spec, target.size, target.checkpoint, backend, context, progress=report)
+        opened = open_backend(target.spec, target.size, target.checkpoint, backend, context, report, target.build)
     if target.checkpoint.directory is None:
         print("random weights have no tokenizer: bytes go in, other ids come out as numbers", file=sys.stderr)
     elif not tokenizer.chat_template:
         print("this checkpoint has no chat template: it continues your text as it is", file=sys.stderr)
-    origin = {"spec": target.spec.name, "size": target.size or "", "weights": str(target.checkpoint.source)}
+    origin = {"spec": target.name, "size": target.size or "", "weights": str(target.checkpoint.source)}
     return ChatSession(
         opened, tokenizer, frozenset(eos_ids(target.checkpoint)), origin={k: v for k, v in origin.items() if v}
     )

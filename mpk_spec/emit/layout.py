@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpk_spec.errors import UserError
+from mpk_spec.ops.linear import K_BLOCK
 from mpk_spec.planner.plan import Plan
 
 ALIGN = 256
@@ -125,16 +126,15 @@ def _packed(plan: Plan, packing, cursor: _Cursor) -> Packed:
         if weight.storage or weight.dtype != "bf16":
             raise UserError(f"the CUDA kernel reads bf16 weights, '{weight.name}' is {weight.storage or weight.dtype}")
     k, used = weights[0].shape[-1], sum(w.shape[-2] for w in weights)
-    if k % 32:
+    if k % K_BLOCK:
         raise UserError(
-            f"the CUDA kernel multiplies in blocks of 32 columns, the weights of '{packing.group}' have {k}"
+            f"the CUDA kernel multiplies in blocks of {K_BLOCK} columns, the weights of '{packing.group}' have {k}"
         )
     rows = -(-used // packing.tile_rows) * packing.tile_rows
-    tile_k = min(-(-packing.tile_k // 32) * 32, k)
     offset, stride = cursor.take(rows * k * 2, weights[0].per_layer)
     return Packed(
-        packing.group, packing.weights, packing.layout, packing.groups, rows, used, k, packing.tile_rows, tile_k,
-        offset, stride,
+        packing.group, packing.weights, packing.layout, packing.groups, rows, used, k, packing.tile_rows,
+        packing.tile_k, offset, stride,
     )  # fmt: skip
 
 

@@ -78,13 +78,18 @@ class ReferenceBackend:
     def _sampled(self) -> int:
         return int(self.executor.value(self.plan.feeds["token_ids"], self.last_row))
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
         import torch
+
+        from mpk_spec.runtime.backend import pieces
 
         self.reset()
         chunk, parts = self.plan.steps["prefill"].tokens, []
-        for start in range(0, len(ids), chunk):
-            self._step("prefill", list(ids[start : start + chunk]))
+        unread = len(ids) - (len(ids) if last is None else last)
+        for lo, hi in pieces(0, unread, chunk, 0):
+            self._step("prefill", list(ids[lo:hi]), last_only=True)
+        for lo, hi in pieces(unread, len(ids), chunk, alone):
+            self._step("decode" if lo >= len(ids) - alone else "prefill", list(ids[lo:hi]))
             parts.append(self.executor.value(self._logits)[:, : self.vocab_size])
         return torch.cat(parts)
 

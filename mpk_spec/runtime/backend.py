@@ -1,4 +1,4 @@
-"""What every backend offers: megakernel, CPU reference and Hugging Face itself look the same to chat and compare."""
+"""What every backend offers: megakernel, CPU reference and Hugging Face look the same to chat and compare."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ class Backend(Protocol):
         """
         ...
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Teacher-forced logits, float32 `[len(ids), vocab_size]`, from an empty cache."""
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
+        """Teacher-forced logits, float32 `[last, vocab_size]`, from an empty cache.
+
+        last: positions that are wanted, at the end (default: all). alone: how many of them, the final ones, are
+        computed token by token, as an answer's are; the others in chunks, as a prompt's.
+        """
         ...
 
     def reset(self) -> None:
@@ -41,3 +45,9 @@ class Backend(Protocol):
     def close(self) -> None:
         """Frees what the backend holds; it cannot be used afterwards."""
         ...
+
+
+def pieces(lo: int, hi: int, chunk: int, alone: int) -> list[tuple[int, int]]:
+    """The positions from `lo` to `hi` in chunks, the final `alone` of them one by one."""
+    edge = max(lo, hi - alone)
+    return [(n, min(n + chunk, edge)) for n in range(lo, edge, chunk)] + [(n, n + 1) for n in range(edge, hi)]

@@ -11,7 +11,7 @@ from mpk_spec.planner.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-SPARE_BYTES = 512 << 20  # what the driver, the loading of weights and torch itself take
+    from mpk_spec.runtime.built import Build
 
 
 class CudaBackend:
@@ -19,33 +19,45 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, plan: Plan, checkpoint: Any, progress=None):
+    def __init__(
+        self, plan: Plan, checkpoint: Any, progress=None, *, defines: tuple[str, ...] = (), build: Build | None = None
+    ):
         """Compiles (or finds) the kernel, checks that all fits into memory, packs the weights.
 
+        defines: macros of a build for testing.
+        build: the kernel of a folder that `mpk-spec build` made of `plan`; nothing is compiled then.
         Raises UserError for a machine, a driver or a plan that the kernel cannot run on.
         """
-        from mpk_spec.emit.compiler import compile_kernel
         from mpk_spec.emit.source import emit
-        from mpk_spec.planner.targets import find_target
+        from mpk_spec.runtime.cuda_device import admit, find_device, memory_runs_out
         from mpk_spec.runtime.cuda_launch import KernelModule, Launcher, Memory
         from mpk_spec.runtime.cuda_weights import load_weights
 
         device = find_device()
         self.plan, self.context = plan, plan.context
-        self.emitted = emit(plan)
-        if progress is not None:
-            progress("compiling the kernel", 0, 0)
-        self.compiled = compile_kernel(plan.name, self.emitted.source, find_target(plan.target).arch)
-        module = KernelModule(self.emitted, self.compiled.cubin)
+        self.emitted = build.emitted if build else emit(plan)
+        module = KernelModule(
+            self.emitted, build.cubin if build else self._compile(defines, progress), device.index or 0
+        )
         admit(self.emitted, device)
-        weights = load_weights(plan, self.emitted.layout, checkpoint, device, progress)
-        self.memory = Memory(self.emitted, device)
+        with memory_runs_out():
+            weights = load_weights(plan, self.emitted.layout, checkpoint, device, progress)
+            self.memory = Memory(self.emitted, device)
         self.launcher = Launcher(self.emitted, module, self.memory, weights)
         self.description = (
             f"cuda, one persistent kernel on {plan.num_sms} SMs, {len(self.emitted.step.stages)} stages, "
             f"context {plan.context}"
         )
         self._cached: list[int] = []
+
+    def _compile(self, defines: tuple[str, ...], progress) -> bytes:
+        from mpk_spec.emit.compiler import compile_kernel
+        from mpk_spec.planner.targets import find_target
+
+        if progress is not None:
+            progress("compiling the kernel", 0, 0)
+        self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch, defines)
+        return self.compiled.cubin
 
     @property
     def vocab_size(self) -> int:
@@ -81,18 +93,24 @@ class CudaBackend:
         if count:  # else the prompt was cut short: forget it
             self._cached = (ids + tokens)[:-1]
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
+        """See `Backend.logits`. What comes before the `last` is one launch; then each step is, to read its logits."""
         import torch
+
+        from mpk_spec.runtime.backend import pieces
 
         if len(ids) > self.context:
             raise UserError(f"{len(ids)} tokens do not fit a context of {self.context}", "a larger context: -c")
         self.reset()
         chunk, parts = max(s.tokens for s in self.plan.steps.values()), []
-        for start in range(0, len(ids), chunk):
-            part = list(ids[start : start + chunk])
-            self.launcher.start(part, start, 0)
+        unread = len(ids) - (len(ids) if last is None else last)
+        if unread:
+            self.launcher.start(list(ids[:unread]), 0, 0)
             self.launcher.finish()
-            parts.append(self.value("logits", len(part))[:, : self.vocab_size].cpu())
+        for lo, hi in pieces(unread, len(ids), chunk, alone):
+            self.launcher.start(list(ids[lo:hi]), lo, 0)
+            self.launcher.finish()
+            parts.append(self.value("logits", hi - lo)[:, : self.vocab_size].cpu())
         return torch.cat(parts)
 
     def value(self, name: str, tokens: int) -> torch.Tensor:
@@ -105,46 +123,25 @@ class CudaBackend:
         values = self.memory.arena[tensor.offset : tensor.offset + size].view(dtype).view(tokens, -1)
         return values.clone() if tensor.dtype != "bf16" else values.float()
 
+    def fill_cache(self, count: int, seed: int = 0) -> list[int]:
+        """Random keys and values everywhere, as if the `count` ids that it returns had been read.
+
+        For timing at long contexts: reading a prompt of that length would take longer than what is timed.
+        """
+        import torch
+
+        cache = self.memory.cache.view(torch.bfloat16)
+        cache.normal_(generator=torch.Generator(cache.device).manual_seed(seed))
+        torch.cuda.synchronize()
+        self._cached = [(17 + 31 * n) % self.vocab_size for n in range(count)]
+        return list(self._cached)
+
     def reset(self) -> None:
         self._cached = []
 
     def close(self) -> None:
         self._cached = []
         del self.launcher, self.memory
-
-
-def find_device() -> torch.device:
-    """The GPU that torch sees; UserError where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        raise UserError(
-            "there is no usable NVIDIA GPU here" if built else "this torch is built without CUDA",
-            "--backend cpu runs the same plan on the CPU",
-        )
-    torch.cuda.synchronize()  # makes the device's context current, which the driver calls need
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def admit(emitted, device) -> None:
-    """Raises UserError, saying what context would fit, unless weights, cache and activations fit into free memory."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    plan, layout = emitted.plan, emitted.layout
-    fixed = layout.weight_bytes + sum(plan.arena_bytes.values()) + SPARE_BYTES
-    if fixed + layout.cache_bytes <= free:
-        return
-    per_position = layout.cache_bytes / plan.context
-    fits = int((free - fixed) / per_position) // 64 * 64
-    gib = 1 << 30
-    message = (
-        f"the model needs {fixed / gib:.1f} GiB and its cache {layout.cache_bytes / gib:.1f} GiB "
-        f"at context {plan.context}, "
-        f"the GPU has {free / gib:.1f} of {total / gib:.1f} GiB free"
-    )
-    raise UserError(message, f"a context of {fits} fits: -c {fits}" if fits > 0 else "a smaller model would fit")
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -41,13 +41,16 @@ TIMEOUT_S = 10.0
 
 
 def check(result: tuple) -> Any:
-    """The values of a driver call; UserError with the driver's own words where it failed."""
+    """The values of a driver call; UserError with the driver's own words, and what to do, where it failed."""
     from cuda.bindings import driver
+
+    from mpk_spec.runtime.cuda_device import HINTS
 
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(error)
-        raise UserError(f"the CUDA driver says: {text.decode() if text else error}")
+        hint = HINTS.get(error.name.removeprefix("CUDA_ERROR_"))
+        raise UserError(f"the CUDA driver says: {text.decode() if text else error.name}", hint)
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
@@ -77,7 +80,10 @@ class KernelModule:
         ours = {"params": PARAMS, "control": CONTROL, "report": REPORT, "step": STEP}
         for name, dtype in ours.items():
             if sizes[name] != dtype.itemsize:
-                raise RuntimeError(f"the kernel's '{name}' has {sizes[name]} bytes, the host's {dtype.itemsize}")
+                raise UserError(
+                    f"the kernel's '{name}' has {sizes[name]} bytes, the host's {dtype.itemsize}",
+                    "kernel and mpk-spec are of different versions: build it again",
+                )
         return sizes
 
     def launch(self, params: np.ndarray, stream: int) -> None:
@@ -107,7 +113,10 @@ def _check_device(emitted: Emitted, device) -> None:
     minor = check(driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
     sms = check(driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device))
     if f"sm_{major}{minor}" != target.arch.rstrip("a"):
-        raise UserError(f"the plan is for {target.title} ({target.arch}), this GPU is sm_{major}{minor}")
+        raise UserError(
+            f"the plan is for {target.title} ({target.arch}), this GPU is sm_{major}{minor}",
+            "build it for this GPU: mpk-spec build SPEC --target NAME",
+        )
     if sms != emitted.plan.num_sms:
         raise UserError(
             f"the plan is for {emitted.plan.num_sms} SMs, this GPU has {sms}", "one block per SM: plan for this GPU"
@@ -158,6 +167,7 @@ class Launcher:
         self.steps = 0
         self.timeout_s = TIMEOUT_S
         self.trace, self.trace_step = None, 0
+        self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()  # all that was prepared on other streams is there
 
     def start(self, prompt: list[int], position: int, max_new: int, stop: frozenset[int] = frozenset()) -> None:
@@ -177,7 +187,10 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
-        self.module.launch(self._params(position + len(prompt), max_new, stop, chunk), self.stream.cuda_stream)
+        params = self._params(position + len(prompt), max_new, stop, chunk)
+        self.began.record(self.stream)
+        self.module.launch(params, self.stream.cuda_stream)
+        self.ended.record(self.stream)
 
     def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
         params = np.zeros((), PARAMS)
@@ -232,6 +245,10 @@ class Launcher:
         ran = (int(control["published"]) - 1 - self.steps) & 0xFFFFFFFF
         self.steps = (self.steps + ran) & 0xFFFFFFFF
         return ran
+
+    def elapsed_ms(self) -> float:
+        """How long the last launch took by the GPU's clock; to be asked after `finish`."""
+        return self.began.elapsed_time(self.ended)
 
     def reset_events(self, steps: int = 0) -> None:
         """Sets every counter to what it holds after `steps` steps, and forgets an abort."""

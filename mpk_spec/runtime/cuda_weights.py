@@ -16,9 +16,11 @@ def load_weights(plan: Plan, layout: Layout, checkpoint: Any, device: torch.devi
     import torch
 
     from mpk_spec.reference.state import find_prefix, read_share
+    from mpk_spec.weights import on_device
 
+    checkpoint = on_device(checkpoint, device)
     prefix = find_prefix(plan, set(checkpoint.names()), checkpoint)
-    arena = torch.empty(layout.weight_bytes, dtype=torch.uint8, device=device)
+    arena = torch.zeros(layout.weight_bytes, dtype=torch.uint8, device=device)
 
     def read(name: str, layer: int | None) -> torch.Tensor:
         return read_share(checkpoint, prefix, plan.weights[name], layer, 0).to(device=device, dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpk_spec.runtime.backend import Backend
+    from mpk_spec.runtime.built import Build
 
 
 class Engine:
@@ -19,11 +20,12 @@ class Engine:
 
     weights: a `Checkpoint` (see `mpk_spec.weights`) or a state dict already in memory, names as Hugging Face has them,
     whose tensors are used where they lie. progress: called with (what, done, total) while loading.
+    build: the compiled kernel of a folder that `mpk-spec build` made of `plan`, for the GPU.
     Raises UserError where a weight is missing or of another shape, where the checkpoint has tensors that nothing reads,
     and for a machine or a plan that the kernel cannot run on.
     """
 
-    def __init__(self, plan: Plan, weights: Any, *, progress=None):
+    def __init__(self, plan: Plan, weights: Any, *, progress=None, build: Build | None = None):
         from mpk_spec.reference.state import unread_tensors
 
         if isinstance(weights, Mapping):
@@ -38,14 +40,14 @@ class Engine:
                 "another spec may fit; tensors that may stay unread belong in the spec's model.ignore",
             )
         self.plan = plan
-        self.backend: Backend = self._make(plan, weights, progress)
+        self.backend: Backend = self._make(plan, weights, progress, build)
 
     @staticmethod
-    def _make(plan: Plan, checkpoint: Any, progress) -> Backend:
+    def _make(plan: Plan, checkpoint: Any, progress, build: Build | None) -> Backend:
         if plan.target != "cpu":
             from mpk_spec.runtime.cuda_backend import CudaBackend
 
-            return CudaBackend(plan, checkpoint, progress)
+            return CudaBackend(plan, checkpoint, progress, build=build)
         from mpk_spec.reference.backend import ReferenceBackend
 
         return ReferenceBackend(plan, checkpoint, progress)
@@ -59,6 +61,6 @@ class Engine:
         """See `Backend.stream`."""
         return self.backend.stream(ids, max_new_tokens=max_new_tokens, stop=stop)
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
         """See `Backend.logits`."""
-        return self.backend.logits(ids)
+        return self.backend.logits(ids, last=last, alone=alone)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
+    from mpk_spec.planner.targets import Target
     from mpk_spec.runtime.backend import Backend
+    from mpk_spec.runtime.built import Build
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
 
@@ -31,8 +33,9 @@ def open_backend(
     backend: str = "auto",
     context: int | None = None,
     progress: Progress = _quiet,
+    build: Build | None = None,
 ) -> Backend:
-    """The model of `checkpoint`, ready to run as `spec` says.
+    """The model of `checkpoint`, ready to run as `spec` says, or as the plan of `build` does.
 
     `backend`: one of `BACKENDS`; what "auto" chose is said in one line on standard error.
     `progress(stage, done, total)` hears of what takes long.
@@ -41,11 +44,35 @@ def open_backend(
     """
     if backend not in BACKENDS:
         raise UserError(f"there is no backend '{backend}'", hint=did_you_mean(backend, BACKENDS, "backends"))
+    if build is not None:
+        return open_built(build, checkpoint, backend, context, progress)
     context = choose_context(context, checkpoint.config)
     if backend == "auto":
         backend, why = choose_backend(spec, size, checkpoint, context)
         print(f"backend: {backend}, chosen since {why} (--backend chooses)", file=sys.stderr)
     return OPENERS[backend](spec, size, checkpoint, context, progress)
+
+
+def open_built(
+    build: Build, checkpoint: Checkpoint, backend: str, context: int | None, progress: Progress = _quiet
+) -> Backend:
+    """A build on its GPU (`auto`, `cuda`), its plan on the CPU (`cpu`), or Hugging Face beside it (`torch`)."""
+    plan = build.plan
+    if context not in (None, plan.context):
+        raise UserError(
+            f"{build.folder} was built for a context of {plan.context}, {context} was asked for",
+            f"build it again with -c {context}",
+        )
+    choose_context(plan.context, checkpoint.config)
+    if backend == "torch":
+        return _open_torch(None, None, checkpoint, plan.context, progress)
+    if backend == "cpu":
+        from mpk_spec.reference.backend import ReferenceBackend
+
+        return ReferenceBackend(plan, checkpoint, progress)
+    from mpk_spec.runtime.engine import Engine
+
+    return Engine(plan, checkpoint, progress=progress, build=build)
 
 
 def choose_context(wanted: int | None, config: dict) -> int:
@@ -73,16 +100,22 @@ def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context
     return "cuda", "there is a GPU that runs this plan"
 
 
-def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> Plan:
-    """The plan for this machine's GPU. Raises UserError where there is none, or none that plans are made for."""
+def target_here() -> tuple[Target, Any]:
+    """(what plans for this machine's GPU are made for, the GPU's properties). UserError where there is none."""
     import torch
 
-    from mpk_spec.planner import plan
     from mpk_spec.planner.targets import target_of
-    from mpk_spec.runtime.cuda_backend import find_device
+    from mpk_spec.runtime.cuda_device import find_device
 
     found = torch.cuda.get_device_properties(find_device())
-    target = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
+    return target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count), found
+
+
+def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> Plan:
+    """The plan for this machine's GPU. Raises UserError where there is none, or none that plans are made for."""
+    from mpk_spec.planner import plan
+
+    target, _ = target_here()
     return plan(
         spec,
         size=size,

@@ -45,13 +45,21 @@ class TorchBackend:
                 return
             pending = [token]
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], *, last: int | None = None, alone: int = 0) -> torch.Tensor:
         import torch
 
         check_fits(len(ids), self.context + 1)  # no answer follows
-        with torch.inference_mode():
-            batch = torch.tensor([list(ids)], device=self.model.device)
-            return self.model(input_ids=batch, use_cache=False).logits[0].float()
+        wanted = len(ids) if last is None else last
+        if not alone:
+            with torch.inference_mode():
+                batch = torch.tensor([list(ids)], device=self.model.device)
+                return self.model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits[0].float()
+        self.reset()
+        edge = len(ids) - alone
+        parts = [self._forward(list(ids[:edge]), wanted - alone)] if edge else []
+        parts += [self._forward([token], 1) for token in ids[edge:]]
+        self.reset()
+        return torch.cat(parts)
 
     def _keep_common_prefix(self, ids: list[int]) -> list[int]:
         """Crops the cache to what it shares with `ids`; returns the rest, at least one id, to have a logit."""
@@ -68,8 +76,8 @@ class TorchBackend:
             del self._ids[common:]
         return ids[common:]
 
-    def _forward(self, ids: list[int]) -> torch.Tensor:
-        """Appends `ids` to the cache; returns the logits after the last one, `[vocab_size]`."""
+    def _forward(self, ids: list[int], last: int = 1) -> torch.Tensor:
+        """Appends `ids` to the cache; returns the logits after the last ones, `[last, vocab_size]`."""
         import torch
         from transformers import DynamicCache
 
@@ -80,9 +88,9 @@ class TorchBackend:
         cache, self._cache = self._cache, None
         with torch.inference_mode():
             batch = torch.tensor([ids], device=self.model.device)
-            out = self.model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=max(last, 1))
         self._cache, self._ids = cache, seen + ids
-        return out.logits[0, -1].float()
+        return out.logits[0, len(out.logits[0]) - last :].float()
 
 
 def check_fits(length: int, context: int) -> None:

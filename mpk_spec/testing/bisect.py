@@ -54,6 +54,7 @@ class Bisection:
     entries: tuple[Entry, ...]
     tokens: int
     left: int
+    against: str = "float32"
 
     @property
     def first(self) -> Entry | None:
@@ -73,7 +74,7 @@ class Bisection:
         return f"'{entry.place}' ({entry.op}) {found}, what it reads {entry.inputs:.2g}"
 
     def page(self) -> list[str]:
-        lines = [self.title, f"relative errors of {self.tokens} tokens' values, ours against float32", ""]
+        lines = [self.title, f"relative errors of {self.tokens} tokens' values, ours against {self.against}", ""]
         lines.append(f"{'operator':<28}{'op':<16}{'error':>10}{'inputs':>10}")
         for e in self.entries:
             mark = "  jumps" if e.jumps else ""
@@ -88,7 +89,8 @@ class Bisection:
     def data(self) -> dict:
         entries = [{**asdict(e), "error": e.error if math.isfinite(e.error) else None} for e in self.entries]
         first = self.first.place if self.first else None
-        return {"model": self.title, "tokens": self.tokens, "left": self.left, "first": first, "entries": entries}
+        return {"model": self.title, "tokens": self.tokens, "left": self.left, "against": self.against,
+                "first": first, "entries": entries}  # fmt: skip
 
 
 def bisect(

@@ -138,6 +138,11 @@ class ChangedWeights:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._checkpoint, name)
 
+    def on(self, device: Any) -> ChangedWeights:
+        from mpk_spec.weights import on_device
+
+        return ChangedWeights(on_device(self._checkpoint, device), self._changes)
+
     def read(self, name: str, slices: tuple[slice, ...] | None = None):
         if name not in self._changes:
             return self._checkpoint.read(name, slices)

@@ -36,23 +36,48 @@ class Metrics:
     broken: int = 0
 
 
-def measure(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Metrics:
-    """Metrics over all (true, other) pairs of logits, `[positions, vocab]` each."""
+@dataclass(frozen=True)
+class Tally:
+    """Distances of single positions `[positions]`: KL divergence (float64), largest error, flipped, broken."""
+
+    kl: torch.Tensor
+    worst: torch.Tensor
+    flipped: torch.Tensor
+    broken: torch.Tensor
+
+    def metrics(self, rows: torch.Tensor | None = None) -> Metrics:
+        """Of all positions, or of those that the bool tensor `rows` picks."""
+        kl, worst, flipped, broken = (
+            t if rows is None else t[rows] for t in (self.kl, self.worst, self.flipped, self.broken)
+        )
+        count, lost = len(kl), int(broken.sum())
+        if lost:
+            return Metrics(count, math.inf, 0.0, math.inf, 0.0, math.inf, int(flipped.sum()), lost)
+        spread = kl.std().item() if count > 1 else 0.0
+        error = spread / math.sqrt(count)
+        return Metrics(count, kl.mean().item(), error, *_p99(kl), worst.max().item(), int(flipped.sum()))
+
+
+def tally(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Tally:
+    """Every position of all (true, other) pairs of logits, `[positions, vocab]` each. On the GPU where there is one."""
     import torch
 
-    divergences, worst, flips, broken = [], 0.0, 0, 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: list[tuple[torch.Tensor, ...]] = []
     for whole_truth, whole_other in pairs:
         for truth, other in zip(whole_truth.split(_ROWS), whole_other.split(_ROWS), strict=True):
+            truth, other = truth.to(device), other.to(device)
             p, q = truth.double().log_softmax(-1), other.double().log_softmax(-1)
-            divergences.append((p.exp() * (p - q)).sum(-1))
-            worst = max(worst, (truth - other).abs().max().item())
-            flips += int((truth.argmax(-1) != other.argmax(-1)).sum())
-            broken += int((~other.isfinite()).any(-1).sum())
-    kl = torch.cat(divergences)
-    if broken:
-        return Metrics(len(kl), math.inf, 0.0, math.inf, 0.0, math.inf, flips, broken)
-    spread = kl.std().item() if len(kl) > 1 else 0.0
-    return Metrics(len(kl), kl.mean().item(), spread / math.sqrt(len(kl)), *_p99(kl), worst, flips)
+            flipped = truth.argmax(-1) != other.argmax(-1)
+            broken = (~other.isfinite()).any(-1)
+            rows = ((p.exp() * (p - q)).sum(-1), (truth - other).abs().amax(-1), flipped, broken)
+            found.append(tuple(row.cpu() for row in rows))
+    return Tally(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def measure(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Metrics:
+    """Metrics over all (true, other) pairs of logits, `[positions, vocab]` each."""
+    return tally(pairs).metrics()
 
 
 def _p99(kl: torch.Tensor) -> tuple[float, float]:
@@ -88,6 +113,8 @@ class Verdict:
 
     rival: Metrics
     ours: Metrics
+    alone: Verdict | None = None
+    """The same for those positions alone that were computed token by token."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -103,7 +130,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return not self.ours.broken and all(row.passed for row in self.rows)
+        return not self.ours.broken and all(row.passed for row in self.rows) and (not self.alone or self.alone.passed)
 
     @property
     def kl_ratio(self) -> float:
@@ -114,7 +141,8 @@ class Verdict:
         """For JSON; infinities as null."""
         rows = [{k: _finite(v) for k, v in asdict(row).items()} | {"passed": row.passed} for row in self.rows]
         found = {"positions": self.ours.positions, "broken_positions": self.ours.broken, "passed": self.passed}
-        return {**found, "kl_ratio": _finite(self.kl_ratio), "rows": rows}
+        alone = {"token_by_token": self.alone.data()} if self.alone else {}
+        return {**found, "kl_ratio": _finite(self.kl_ratio), "rows": rows, **alone}
 
 
 def most_flips(rival: int) -> int:

@@ -10,6 +10,7 @@ from mpk_spec.errors import UserError
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
     from mpk_spec.runtime.backend import Backend
+    from mpk_spec.runtime.built import Build
     from mpk_spec.schema import Spec
     from mpk_spec.testing.defects import Defect
     from mpk_spec.weights import Checkpoint
@@ -47,10 +48,20 @@ def open_ours(
     context: int = 512,
     tp: int = 1,
     defect: Defect | None = None,
+    build: Build | None = None,
 ) -> Backend:
-    """A backend to judge. Raises UserError for what it cannot do: a defect or a degree that only plans have."""
+    """A backend to judge. Raises UserError for what it cannot do: a defect or a degree that only plans have.
+
+    build: what `mpk-spec build` made; `spec` is not looked at then.
+    """
+    if build is not None:
+        from mpk_spec.runtime.select import open_built
+
+        return open_built(build, checkpoint, backend, None)
     if backend == "cpu":
         return _cpu(plan_ours(spec, size, checkpoint, context, tp, defect), checkpoint, defect)
+    if defect is not None and backend == "cuda":
+        return _cuda(spec, size, checkpoint, context, defect)
     if defect is not None:
         raise UserError(f"defects are planted into plans; the backend '{backend}' runs none", "--backend cpu")
     if tp > 1:
@@ -58,6 +69,17 @@ def open_ours(
     from mpk_spec.runtime.select import open_backend
 
     return open_backend(spec, size, checkpoint, backend, context)
+
+
+def _cuda(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, defect: Defect) -> Backend:
+    """The kernel with a defect in its plan or its packed weights; what it holds beside them is not the executor's."""
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.runtime.select import plan_for_gpu
+
+    if defect.executor is not None:
+        raise UserError(f"'{defect.name}' changes what the CPU's executor holds: the kernel has none", "--backend cpu")
+    made = defect.plan(plan_for_gpu(defect.spec(spec), size, checkpoint, context))
+    return CudaBackend(made, defect.weights(checkpoint, made))
 
 
 def _cpu(plan: Plan, checkpoint: Checkpoint, defect: Defect | None) -> Any:

@@ -9,7 +9,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from mpk_spec.errors import UserError
-from mpk_spec.testing.metrics import Metrics, Verdict, measure
+from mpk_spec.runtime.cuda_device import free_gpu
+from mpk_spec.testing.metrics import Metrics, Verdict, tally
 
 if TYPE_CHECKING:
     import torch
@@ -18,41 +19,77 @@ if TYPE_CHECKING:
     from mpk_spec.weights import Checkpoint
 
 POSITIONS, SEEDS = 2000, 4
+SPARE_BYTES = 2 << 30  # of GPU memory: libraries and what torch keeps for later
 SMALL = 5_000_000  # parameters: threads that wait for one another cost more than they save
 
 
-def sequences(vocab: int, positions: int = POSITIONS, seeds: int = SEEDS, context: int = 512) -> list[list[int]]:
-    """Random token ids: at least `positions` of them in `seeds` or more sequences of at most `context`, all as long."""
+def sequences(
+    vocab: int, positions: int = POSITIONS, seeds: int = SEEDS, context: int = 512, whole: bool = False
+) -> list[list[int]]:
+    """Random token ids: at least `positions` of them in `seeds` or more sequences of at most `context`, all as long.
+
+    whole: each is `context` long however few positions are wanted; the last ones are then the ones to judge.
+    """
     import torch
 
     count = max(seeds, -(-positions // context))
-    length = max(1, -(-positions // count))
+    length = context if whole else wanted(positions, count, context)
     drawn = [torch.Generator().manual_seed(seed) for seed in range(count)]
     return [torch.randint(0, vocab, (length,), generator=generator).tolist() for generator in drawn]
+
+
+def wanted(positions: int, count: int, context: int) -> int:
+    """Positions to judge of each of `count` sequences of at most `context`."""
+    return min(context, max(1, -(-positions // count)))
 
 
 class Yardstick:
     """True logits of some sequences, and the distance of the rival: what any number of backends can be held against.
 
     checkpoint: read twice, once per dtype; the two Hugging Face models are never in memory together.
+    last: positions of each sequence that are judged (default: all); the others are only read.
     progress: called with (what, done, total).
     """
 
-    def __init__(self, checkpoint: Checkpoint, ids: list[list[int]], progress: Callable = lambda *_: None):
-        self.ids = ids
-        self.parameters = need_memory(checkpoint, sum(map(len, ids)))
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: list[list[int]],
+        progress: Callable = lambda *_: None,
+        last: int | None = None,
+    ):
+        self.ids, self.last = ids, len(ids[0]) if last is None else last
+        self.parameters = need_memory(checkpoint, len(ids) * self.last)
         with self.threads():
-            self.truth = list(_huggingface(checkpoint, ids, "float32", progress))
-            rival = _huggingface(checkpoint, ids, "bfloat16", progress)
-            self.rival: Metrics = measure(zip(self.truth, rival, strict=True))
+            self.truth = list(_huggingface(checkpoint, ids, self.last, "float32", progress))
+            free_gpu()
+            rival = _huggingface(checkpoint, ids, self.last, "bfloat16", progress)
+            self._rival = tally(zip(self.truth, rival, strict=True))
+            del rival  # and with it the model
+        free_gpu()
 
-    def judge(self, backend: Backend, progress: Callable = lambda *_: None) -> Verdict:
-        """How `backend` does on the same ids."""
-        return Verdict(self.rival, self.measure(backend, progress))
+    @property
+    def rival(self) -> Metrics:
+        return self._rival.metrics()
+
+    def judge(self, backend: Backend, progress: Callable = lambda *_: None, alone: int = 0) -> Verdict:
+        """How `backend` does on the same ids. alone: of each sequence's last positions, computed token by token."""
+        with self.threads():
+            logits = _each(
+                lambda ids: backend.logits(ids, last=self.last, alone=alone), self.ids, "running ours", progress
+            )
+            ours = tally(zip(self.truth, logits, strict=True))
+        rows = self._alone(alone) if alone else None
+        part = Verdict(self._rival.metrics(rows), ours.metrics(rows)) if alone else None
+        return Verdict(self.rival, ours.metrics(), part)
 
     def measure(self, backend: Backend, progress: Callable = lambda *_: None) -> Metrics:
-        with self.threads():
-            return measure(zip(self.truth, _each(backend.logits, self.ids, "running ours", progress), strict=True))
+        return self.judge(backend, progress).ours
+
+    def _alone(self, alone: int) -> torch.Tensor:
+        import torch
+
+        return (torch.arange(self.last) >= self.last - alone).repeat(len(self.ids))
 
     def threads(self):
         """`threads_for` the model."""
@@ -76,23 +113,50 @@ def count_parameters(checkpoint: Checkpoint) -> int:
     return sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
-def _huggingface(checkpoint: Checkpoint, ids: list[list[int]], dtype: str, progress: Callable):
-    """float32 logits of each sequence by transformers' own model."""
+def _huggingface(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str, progress: Callable):
+    """float32 logits of each sequence's last positions by transformers' own model, `[last, vocab]` on the CPU."""
     import torch
     from transformers.utils import logging
 
-    from mpk_spec.weights import load_hf_model
+    from mpk_spec.weights import load_hf_model, stream_hf_model
 
     logging.disable_progress_bar()  # ours says what is being run
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_hf_model(checkpoint, dtype=dtype, device=device)
+    what = f"running Hugging Face in {dtype}"
+    whole = fits_here(checkpoint, ids, last, dtype)
+    model = (load_hf_model if whole else stream_hf_model)(checkpoint, dtype=dtype, device=device)
 
-    def logits(sequence: list[int]) -> torch.Tensor:
+    def logits(batch: list[list[int]]) -> torch.Tensor:
         with torch.inference_mode():
-            batch = torch.tensor([sequence], device=device)
-            return model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+            given = torch.tensor(batch, device=device)
+            return model(input_ids=given, use_cache=False, logits_to_keep=last).logits.float().cpu()
 
-    yield from _each(logits, ids, f"running Hugging Face in {dtype}", progress)
+    if whole:
+        yield from _each(lambda sequence: logits([sequence])[0], ids, what, progress)
+    else:  # all in one batch: the weights are read once
+        progress(f"{what}, layer by layer", 0, 0)
+        yield from logits(ids)
+
+
+def fits_here(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str) -> bool:
+    """`fits` on a GPU; the host's memory was looked at before (`need_memory`)."""
+    import torch
+
+    return not torch.cuda.is_available() or fits(checkpoint, ids, last, dtype)
+
+
+def fits(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str) -> bool:
+    """Whether the model, the tensors that it is made from, its activations and logits fit into free GPU memory."""
+    import torch
+
+    from mpk_spec.weights import text_config
+
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    config = text_config(checkpoint.config)
+    wide = 4 * config.get("intermediate_size", 0) + 12 * config["hidden_size"]  # values of a token alive at once
+    needed = count_parameters(checkpoint) * (size + 2) + len(ids[0]) * wide * size + last * config["vocab_size"] * 8
+    free, _ = torch.cuda.mem_get_info()
+    return needed + SPARE_BYTES < free
 
 
 def _each(logits: Callable, ids: list[list[int]], what: str, progress: Callable):

@@ -34,6 +34,11 @@ class Checkpoint(Protocol):
         """The tensor, or the part that `slices` (one per leading dim, step 1) names; only that part is read."""
 
 
+def on_device(checkpoint: Checkpoint, device: str | torch.device) -> Checkpoint:
+    """The checkpoint for a reader that puts its tensors on `device`: random ones are drawn there, files stay files."""
+    return checkpoint.on(device) if hasattr(checkpoint, "on") else checkpoint
+
+
 class SafetensorsCheckpoint:
     """A folder with config.json and model.safetensors, or shards listed in model.safetensors.index.json.
 

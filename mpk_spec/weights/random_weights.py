@@ -11,6 +11,7 @@ most one rounding to float32, so CPU and CUDA agree to the last bit.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 QK_SCALE = 1.8  # with q and k each scaled so, scores spread by about 3: a handful of positions get the weight
 BIAS_STD = 0.5
 TIED_LOGIT_STD = 4.0  # of a tied head: peaked like a trained model's, yet not one-hot
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements drawn at once: what a core's cache holds; what fills a GPU
+_CHUNK = {
+    "cpu": 1 << 16,
+    "cuda": 1 << 24,
+    "meta": 1 << 24,
+}  # elements drawn at once: what a core's cache holds; what fills a GPU
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -57,6 +62,12 @@ class RandomCheckpoint:
         self.config = normalise_config(architecture, config)
         self._tensors = {t.name: t for t in tensors}
         self._dtype, self._device = _DTYPES.get(dtype, dtype), device
+
+    def on(self, device: str | torch.device) -> RandomCheckpoint:
+        """The same checkpoint, drawn on `device`: the same bits, on a GPU billions of them a second."""
+        other = copy.copy(self)
+        other._device = device
+        return other
 
     def names(self) -> list[str]:
         return list(self._tensors)

@@ -59,7 +59,7 @@ def test_the_summary_is_the_median():
 
 def test_the_command_prints_a_table_and_writes_both_files(monkeypatch, tmp_path, capsys):
     target = SimpleNamespace(
-        spec=SimpleNamespace(name="smollm2"), size="135m", checkpoint=SimpleNamespace(source="./made")
+        spec=None, name="smollm2", size="135m", checkpoint=SimpleNamespace(source="./made"), build=None
     )
     monkeypatch.setattr("mpk_spec.cli.target.open_target", lambda *arguments, **options: target)
     steps = {"cpu": 0.001, "torch": 0.002}

@@ -45,7 +45,7 @@ def test_with_a_gpu_the_choice_is_the_kernel_if_it_can_run_the_model(monkeypatch
     loaded = load_spec(spec)
     checkpoint = SimpleNamespace(config=size_config(loaded, size), architecture=loaded.model.architectures[0])
     gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr("mpk_spec.runtime.cuda_backend.find_device", lambda: 0)
+    monkeypatch.setattr("mpk_spec.runtime.cuda_device.find_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
     monkeypatch.setattr("mpk_spec.emit.compiler.nvrtc_version", lambda: "13.0")
     name, why = select.choose_backend(loaded, size, checkpoint, 256)
@@ -82,4 +82,19 @@ def test_cuda_without_a_gpu_says_what_works_instead(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError) as error:
         select.open_backend(None, None, CHECKPOINT, "cuda")
-    assert error.value.hint == "--backend cpu runs the same plan on the CPU"
+    assert error.value.hint.endswith("--backend cpu runs the same plan on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("span", "chunk", "alone", "cut"),
+    [
+        ((0, 40), 16, 0, [(0, 16), (16, 32), (32, 40)]),
+        ((8, 40), 16, 3, [(8, 24), (24, 37), (37, 38), (38, 39), (39, 40)]),
+        ((5, 8), 16, 9, [(5, 6), (6, 7), (7, 8)]),
+        ((4, 4), 16, 0, []),
+    ],
+)
+def test_positions_are_cut_into_chunks_and_single_steps(span, chunk, alone, cut):
+    from mpk_spec.runtime.backend import pieces
+
+    assert pieces(*span, chunk, alone) == cut

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import SHORT, checkpoint_of, yardstick_of
+from tiny import SHORT, checkpoint_of, spec_of, yardstick_of
 
 from mpk_spec.errors import UserError
 from mpk_spec.testing import yardstick
@@ -42,3 +42,57 @@ def test_a_truth_that_does_not_fit_is_refused(monkeypatch):
 
 def test_free_memory_is_read_from_the_system():
     assert yardstick.free_memory() > 1_000_000
+
+
+def test_long_sequences_are_judged_at_their_end():
+    """The truth of the last positions, in the company of all before them, computed in chunks and then one by one."""
+    from mpk_spec.testing.ours import open_ours
+    from mpk_spec.testing.yardstick import Yardstick, wanted
+
+    ids = sequences(515, 40, 2, 96, whole=True)
+    assert (len(ids), len(ids[0]), wanted(40, 2, 96)) == (2, 96, 20)
+    part, whole = (Yardstick(checkpoint_of("qwen3"), ids, last=last) for last in (20, None))
+    for some, everything in zip(part.truth, whole.truth, strict=True):
+        assert some.shape == (20, 515)
+        assert torch.allclose(some, everything[-20:], atol=1e-5)
+    verdict = part.judge(open_ours(spec_of("qwen3"), "tiny", checkpoint_of("qwen3"), "cpu", 96), alone=8)
+    assert (verdict.ours.positions, verdict.alone.ours.positions) == (40, 16)
+    assert verdict.alone.rival.kl_mean != verdict.rival.kl_mean
+    assert verdict.passed and verdict.data()["token_by_token"]["positions"] == 16
+
+
+def test_a_mistake_in_decode_steps_alone_fails():
+    class Wrong:
+        def logits(self, ids, *, last, alone):
+            right = truth[tuple(ids)].clone()
+            right[-alone:] = right[-alone:].roll(1, -1)
+            return right
+
+    measured = yardstick_of("qwen3", SHORT)
+    truth = {tuple(ids): logits for ids, logits in zip(measured.ids, measured.truth, strict=True)}
+    verdict = measured.judge(Wrong(), alone=2)
+    assert not verdict.alone.passed and not verdict.passed
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_what_does_not_fit_is_streamed_and_gives_the_same_truth(name, monkeypatch):
+    """As on a GPU: all sequences in one batch, read layer by layer."""
+    ids = sequences(515, 24, 2, 12)
+    checkpoint = checkpoint_of(name)
+    whole = list(yardstick._huggingface(checkpoint, ids, 6, "float32", lambda *_: None))
+    monkeypatch.setattr(yardstick, "fits_here", lambda *asked: False)
+    streamed = list(yardstick._huggingface(checkpoint, ids, 6, "float32", lambda *_: None))
+    for one, other in zip(whole, streamed, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_model_fits_if_its_weights_and_activations_do(monkeypatch):
+    ids = [[0] * 1000]
+    free = {"bytes": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["bytes"], 0))
+    checkpoint = checkpoint_of("qwen3")
+    assert not yardstick.fits(checkpoint, ids, 10, "float32")
+    free["bytes"] = yardstick.SPARE_BYTES + yardstick.count_parameters(checkpoint) * 6
+    assert not yardstick.fits(checkpoint, ids, 10, "float32")  # but its activations
+    free["bytes"] += 1000 * 4 * (4 * 256 + 12 * 96) + 10 * 515 * 8 + 1
+    assert yardstick.fits(checkpoint, ids, 10, "float32")

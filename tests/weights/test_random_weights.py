@@ -5,7 +5,17 @@ import torch
 from tiny_models import KEYS, logits, tiny_model
 
 from mpk_spec.errors import UserError
-from mpk_spec.weights import RandomCheckpoint, TensorSpec, eos_ids, load_hf_model, load_tokenizer
+from mpk_spec.runtime.random_model import random_checkpoint
+from mpk_spec.schema import load_spec
+from mpk_spec.weights import (
+    RandomCheckpoint,
+    TensorSpec,
+    eos_ids,
+    load_hf_model,
+    load_tokenizer,
+    on_device,
+    stream_hf_model,
+)
 
 RECORDED = [-0.05168456956744194, -0.02040252648293972, 0.04427795484662056, -0.07024993747472763]
 
@@ -131,3 +141,35 @@ def test_cuda_draws_the_same_bits():
             here = RandomCheckpoint(1, "LlamaForCausalLM", {}, spec, dtype).read("w")
             there = RandomCheckpoint(1, "LlamaForCausalLM", {}, spec, dtype, device="cuda").read("w")
             assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2_5", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_streamed_from_its_checkpoint_computes_the_same(name, dtype):
+    checkpoint = random_checkpoint(load_spec(name), "tiny", 0)
+    read = []
+    original = checkpoint.read
+    checkpoint.read = lambda tensor: (read.append(tensor), original(tensor))[1]
+    ids = torch.tensor([[5, 3, 500, 7], [9, 9, 1, 0]])
+    whole = load_hf_model(checkpoint, dtype)
+    read.clear()
+    streamed = stream_hf_model(checkpoint, dtype, "cpu")
+    assert not read
+    with torch.inference_mode():
+        assert torch.equal(streamed(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert set(read) == set(checkpoint.names())
+    assert all(parameter.device.type == "meta" for parameter in streamed.parameters())
+
+
+def test_stacked_experts_cannot_be_streamed():
+    checkpoint = random_checkpoint(load_spec("qwen3_moe"), "tiny", 0)
+    with pytest.raises(UserError, match="Qwen3MoeForCausalLM cannot be run layer by layer: transformers keeps"):
+        stream_hf_model(checkpoint, "float32", "cpu")
+
+
+def test_drawing_elsewhere_leaves_the_checkpoint_as_it_was():
+    checkpoint = one("linear")
+    there = on_device(checkpoint, "meta")
+    assert there.read("w").device.type == "meta"
+    assert checkpoint.read("w").device.type == "cpu"
+    assert there.source == checkpoint.source and there.names() == checkpoint.names()

@@ -1,0 +1,151 @@
+"""One benchmark of the kernel, in one run: ceiling, our time, the simulation's, the verdict, the rivals, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpk_spec.errors import UserError
+from mpk_spec.perf.clock import start_of
+from mpk_spec.runtime.cuda_device import free_gpu
+
+if TYPE_CHECKING:
+    from mpk_spec.planner.plan import Plan
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.weights import Checkpoint
+
+    Progress = Callable[[str, int, int], None]
+
+LEAST_CACHE = 512  # positions; a conversation needs more than the shortest context that is timed
+PROMPT = 128  # tokens of the prompt whose first token is timed
+SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`context`: positions in the cache, on average over `tokens` tokens. positions: of the verdict; 0: none."""
+
+    context: int = 128
+    tokens: int = 64
+    repeats: int = 5
+    rivals: tuple[str, ...] = ()
+    positions: int = 256
+
+    @property
+    def cache(self) -> int:
+        """Positions that the cache must hold."""
+        return start_of(self.context, self.tokens) + self.tokens
+
+
+def bench(
+    opened: Callable[[int], CudaBackend], checkpoint: Checkpoint, settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """Everything that the page shows, as JSON data.
+
+    opened: gives the backend, with a cache for so many positions, after the ceiling is measured. Raises UserError where
+    this machine cannot be measured.
+    """
+    from mpk_spec.perf.ceiling import measure_ceiling
+    from mpk_spec.runtime.select import target_here
+
+    target, gpu = target_here()
+    progress("measuring the ceiling of memory", 0, 0)
+    ceiling = measure_ceiling(target)
+    free_gpu()
+    backend = opened(settings.cache)
+    plan, description = backend.plan, backend.description
+    if plan.context < settings.cache:
+        raise UserError(
+            f"the kernel was built for {plan.context} positions; timing at context {settings.context} needs "
+            f"{settings.cache}",
+            f"build it with -c {settings.cache}",
+        )
+    result = {
+        "model": {"spec": plan.spec, "size": plan.size, "weights": str(checkpoint.source)},
+        "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),
+        "ceiling": ceiling.data(), "bytes_per_token": bytes_per_token(plan, settings.context),
+        "ours": {"description": description, **_ours(backend, settings, progress)},
+        "simulation": _predicted(plan, settings.context),
+    }  # fmt: skip
+    if settings.positions:
+        result["verdict"] = _verdict(backend, checkpoint, settings.positions, progress)
+    backend.close()
+    free_gpu()
+    result["rivals"] = _rivals(checkpoint, settings, progress)
+    result["software"] = _software()
+    return result
+
+
+def _gpu(properties) -> dict[str, Any]:
+    from cuda.bindings import driver
+
+    from mpk_spec.runtime.cuda_launch import check
+
+    number = check(driver.cuDriverGetVersion())
+    cuda = f"{number // 1000}.{number % 1000 // 10}"
+    return {"name": properties.name, "sms": properties.multi_processor_count, "driver_cuda": cuda}
+
+
+def bytes_per_token(plan: Plan, context: int) -> dict[str, int]:
+    """What a step must read: every weight once, and the keys and values of `context` positions."""
+    from mpk_spec.testing.checks import weight_bytes
+
+    kv = sum(s.layers * s.kv_heads * s.head_dim * 2 * 2 for s in plan.states.values()) * context
+    weights = weight_bytes(plan)
+    return {"weights": weights, "kv": kv, "total": weights + kv}
+
+
+def _ours(backend: CudaBackend, settings: Settings, progress: Progress) -> dict[str, Any]:
+    from mpk_spec.cli.measure import once
+    from mpk_spec.perf.clock import time_decode
+
+    progress("timing the kernel", 0, 0)
+    prompt = min(PROMPT, backend.context - 2)
+    first = min(once(backend, prompt, 2).first_s for _ in range(3))
+    times = time_decode(backend, settings.context, settings.tokens, settings.repeats)
+    return {**times.data(), "prompt_tokens": prompt, "first_token_s": round(first, 5)}
+
+
+def _predicted(plan: Plan, context: int) -> dict[str, Any]:
+    from mpk_spec.planner.cost import cost_model, read_calibration
+    from mpk_spec.planner.simulate import simulate
+
+    calibration = read_calibration(plan.target)
+    found = simulate(plan, "decode", context, cost_model(plan.target, calibration))
+    return {"ms": round(found.ms, 5), "calibrated": calibration is not None}
+
+
+def _verdict(backend: CudaBackend, checkpoint: Checkpoint, positions: int, progress: Progress) -> dict[str, Any]:
+    from mpk_spec.testing.yardstick import Yardstick, sequences
+
+    ids = sequences(backend.vocab_size, positions, SEEDS, min(backend.context, LEAST_CACHE))
+    return Yardstick(checkpoint, ids, progress).judge(backend, progress, alone=len(ids[0]) // 4).data()
+
+
+def _rivals(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> dict[str, Any]:
+    if not settings.rivals:
+        return {}
+    from transformers.utils import logging
+
+    from mpk_spec.perf.rivals import time_rival
+    from mpk_spec.weights import load_hf_model
+
+    logging.disable_progress_bar()
+    model = load_hf_model(checkpoint, dtype="bfloat16", device="cuda")
+    free_gpu()
+    found = {}
+    for number, name in enumerate(settings.rivals):
+        progress("timing the rivals", number, len(settings.rivals))
+        found[name] = time_rival(name, model, settings.context, settings.tokens, settings.repeats).data()
+    del model
+    free_gpu()
+    return found
+
+
+def _software() -> dict[str, Any]:
+    import torch
+
+    from mpk_spec.cli.measure import machine
+
+    return {**machine(), "cuda": torch.version.cuda}

@@ -1,0 +1,121 @@
+"""Whether there is a GPU to run on, and what to do about it where there is none, or none that works."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from mpk_spec.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ON_THE_CPU = "--backend cpu runs the same plan on the CPU"
+GIB = 1 << 30
+
+# What to do about the driver's errors, by their names without CUDA_ERROR_.
+HINTS = {
+    "NO_DEVICE": "no GPU is visible: CUDA_VISIBLE_DEVICES may hide it",
+    "DEVICE_UNAVAILABLE": "another process holds this GPU alone ('nvidia-smi' shows it and the compute mode)",
+    "OUT_OF_MEMORY": "other processes may hold its memory ('nvidia-smi' lists them); a smaller context needs less: -c",
+    "INVALID_IMAGE": "the driver is older than the compiler: update the NVIDIA driver",
+    "NO_BINARY_FOR_GPU": "the kernel was compiled for another GPU: build it for this one, --target says for which",
+    "UNSUPPORTED_PTX_VERSION": "the driver is older than the compiler: update the NVIDIA driver",
+    "INVALID_SOURCE": "the kernel's file may be damaged: build it again",
+    "SYSTEM_DRIVER_MISMATCH": "the driver was updated and not yet loaded: restart the machine",
+    "COMPAT_NOT_SUPPORTED_ON_DEVICE": "the driver is too old for this CUDA: update the NVIDIA driver",
+    "COOPERATIVE_LAUNCH_TOO_LARGE": "the kernel needs every SM: another process (MPS, MIG) may hold a part of the GPU",
+    "MPS_CONNECTION_FAILED": "the MPS server of this machine does not answer",
+    "ECC_UNCORRECTABLE": "the GPU's memory is damaged",
+}
+
+
+def find_device() -> torch.device:
+    """The GPU that torch sees, its context made current, as driver calls need. UserError where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(*why_not(torch.version.cuda, driver_cuda()))
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the GPU cannot be used: {reason}", HINTS["DEVICE_UNAVAILABLE"]) from None
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def why_not(built: str | None, driver: tuple[int, int] | None) -> tuple[str, str]:
+    """(what is wrong, what would work) where torch sees no GPU. built: torch's CUDA; driver: the CUDA it supports."""
+    if built is None:
+        return "this torch is built without CUDA", f"install a CUDA build of torch, or {ON_THE_CPU}"
+    if driver is None:
+        return "there is no usable NVIDIA GPU here", ON_THE_CPU
+    needs = tuple(int(part) for part in built.split(".")[:2])
+    if driver[0] < needs[0]:
+        return (
+            f"the NVIDIA driver is too old: it supports CUDA {driver[0]}.{driver[1]}, this torch is built for {built}",
+            f"update the driver, or {ON_THE_CPU}",
+        )
+    return "there is no usable NVIDIA GPU here", f"CUDA_VISIBLE_DEVICES may hide it; {ON_THE_CPU}"
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The CUDA version that the installed driver supports; None where there is no driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def admit(emitted, device) -> None:
+    """Raises UserError, saying what context would fit, unless weights, cache and activations fit into free memory."""
+    import torch
+
+    free_gpu()
+    free, total = torch.cuda.mem_get_info(device)
+    plan, layout = emitted.plan, emitted.layout
+    fixed = layout.weight_bytes + sum(plan.arena_bytes.values()) + SPARE_BYTES
+    if fixed + layout.cache_bytes <= free:
+        return
+    taken = total - free - torch.cuda.memory_reserved(device)
+    others = f", other processes hold {taken / GIB:.1f}" if taken > GIB else ""
+    message = (
+        f"the model needs {fixed / GIB:.1f} GiB and its cache {layout.cache_bytes / GIB:.1f} GiB "
+        f"at context {plan.context}, the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free{others}"
+    )
+    fits = int((free - fixed) / (layout.cache_bytes / plan.context)) // 64 * 64
+    smaller = "end what else uses the GPU" if others else "a smaller model would fit"
+    raise UserError(message, f"a context of {fits} fits: -c {fits}" if fits > 0 else smaller)
+
+
+def free_gpu() -> None:
+    """Gives back the memory that torch only keeps for later."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def memory_runs_out() -> Iterator[None]:
+    """Inside it a lack of GPU memory, as when another process took some meanwhile, is a UserError."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().splitlines()[0].partition(". GPU")[0]
+        raise UserError(f"the GPU's memory ran out: {reason}", HINTS["OUT_OF_MEMORY"]) from None
+
+
+SPARE_BYTES = 512 << 20
+"""What the driver, the loading of weights and torch itself take."""
