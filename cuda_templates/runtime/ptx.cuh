@@ -83,6 +83,11 @@ __device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
 __device__ __forceinline__ void red_release(u32* p, u32 by) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(by) : "memory");
 }
+__device__ __forceinline__ u32 add_release(u32* p, u32 by) {  // as red_release; returns what was there
+  u32 old;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(by) : "memory");
+  return old;
+}
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
   u32 v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -108,6 +113,9 @@ __device__ __forceinline__ u32 claim_once(u32* p) {  // 0 for the one caller tha
   u32 old;
   asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(old) : "l"(p) : "memory");
   return old;
+}
+__device__ __forceinline__ void max_shared(u64* p, u64 v) {
+  asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(shared_address(p)), "l"(v) : "memory");
 }
 __device__ __forceinline__ u32 load_shared_flag(const u32* p) {
   u32 v;
@@ -200,6 +208,11 @@ __device__ __forceinline__ u32 clock() {
 __device__ __forceinline__ u64 now_ns() {
   u64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
+  return t;
+}
+__device__ __forceinline__ u64 cycles() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)::"memory");
   return t;
 }
 __device__ __forceinline__ void sleep_ns(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }

@@ -19,9 +19,12 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, plan: Plan, checkpoint: Any, progress=None):
+    def __init__(
+        self, plan: Plan, checkpoint: Any, progress=None, *, defines: tuple[str, ...] = (), whole_gpu: bool = True
+    ):
         """Compiles (or finds) the kernel, checks that all fits into memory, packs the weights.
 
+        defines: macros of a build for profiling or testing, see `cuda_probe`. whole_gpu: see `KernelModule`.
         Raises UserError for a machine, a driver or a plan that the kernel cannot run on.
         """
         from mpk_spec.emit.compiler import compile_kernel
@@ -35,8 +38,8 @@ class CudaBackend:
         self.emitted = emit(plan)
         if progress is not None:
             progress("compiling the kernel", 0, 0)
-        self.compiled = compile_kernel(plan.name, self.emitted.source, find_target(plan.target).arch)
-        module = KernelModule(self.emitted, self.compiled.cubin)
+        self.compiled = compile_kernel(plan.name, self.emitted.source, find_target(plan.target).arch, defines)
+        module = KernelModule(self.emitted, self.compiled.cubin, whole_gpu=whole_gpu)
         admit(self.emitted, device)
         weights = load_weights(plan, self.emitted.layout, checkpoint, device, progress)
         self.memory = Memory(self.emitted, device)
