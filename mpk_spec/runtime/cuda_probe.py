@@ -16,10 +16,7 @@ from mpk_spec.errors import UserError
 PROFILE, CONFORM, DELAYS, DEFECTS = "MPK_PROFILE", "MPK_CONFORM", "MPK_DELAYS", "MPK_DEFECTS"
 
 TIMES = np.dtype(
-    [
-        (name, "<u8")
-        for name in ("global_ns", "asked", "ready", "opened", "waited", "computed", "stored", "signalled")
-    ]
+    [(name, "<u8") for name in ("global_ns", "asked", "ready", "opened", "waited", "computed", "stored", "signalled")]
 )
 LOG_FIELDS = ("kind", "step", "stage", "group", "task", "event", "value", "wanted", "clock")
 LOG = np.dtype([(name, "<u4") for name in LOG_FIELDS])
@@ -59,7 +56,7 @@ def find_place(emitted: Emitted, group: str, stage: int = 0, task: int = 0) -> P
 
 
 class Probe:
-    """Buffers on the GPU and settings, for launches of one probing build. Set the fields, launch, read `times` or `log`."""
+    """Buffers on the GPU and settings for launches of a probing build: set fields, launch, read `times` or `log`."""
 
     def __init__(self, emitted: Emitted, device, trace_steps: int = 0, log_entries: int = 0):
         """trace_steps: how many steps' times there is room for; log_entries: per SM and role."""
@@ -68,9 +65,7 @@ class Probe:
         self.emitted, self.trace_steps, self.log_entries = emitted, trace_steps, log_entries
         shape = (trace_steps, emitted.plan.num_sms, len(emitted.step.stages), emitted.programs.max_queue)
         self._times = torch.zeros(*shape, TIMES.itemsize, dtype=torch.uint8, device=device)
-        self._log = torch.zeros(
-            emitted.plan.num_sms, LOGS, log_entries, LOG.itemsize, dtype=torch.uint8, device=device
-        )
+        self._log = torch.zeros(emitted.plan.num_sms, LOGS, log_entries, LOG.itemsize, dtype=torch.uint8, device=device)
         self.trace_step = 0  # the first step whose times are kept, counted as the launcher counts
         self.delay_seed = 0
         self.defect: str | None = None
