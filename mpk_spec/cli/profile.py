@@ -58,13 +58,13 @@ def command(
 
 
 def _open(model: str, size: str | None, weights: str | None, context: int, tokens: int, report):
-    """The CUDA backend, built to record times; weights are made up where the size has none."""
-    from mpk_spec.cli.compare import _target
+    """The CUDA backend, built to record times."""
+    from mpk_spec.cli.target import open_target
     from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.runtime.cuda_probe import PROFILE
     from mpk_spec.runtime.select import plan_for_gpu
 
-    target = _target(model, size, weights, None, report)
+    target = open_target(model, report, size=size, weights=weights)
     room = -(-(context + tokens + ROOM) // 64) * 64
     plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room)
     return CudaBackend(plan, target.checkpoint, report, defines=(PROFILE,))
