@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpk_spec.errors import UserError
+if TYPE_CHECKING:
+    from mpk_spec.planner.simulate import Simulation
+    from mpk_spec.profiler.clock import Times
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+
+ROOM = 16  # positions past the context and the recorded tokens, for those before and after
 
 
 def command(
@@ -37,12 +42,26 @@ def command(
 
     Runs the kernel's profiling build, which reads the clocks at every task and is a little slower. Needs a GPU.
     """
+    from mpk_spec.planner.plan_io import write_aside
+    from mpk_spec.profiler.chrome import chrome_trace
+    from mpk_spec.profiler.report import page, profile_of
+
+    backend, times, predicted = recorded(model, size, weights, context, tokens)
+    profile = profile_of(times, predicted)
+    if output is not None:
+        write_aside(output, chrome_trace(backend.plan, backend.emitted.step, times))
+        print(f"trace: {output}, for ui.perfetto.dev", file=sys.stderr)
+    print(json.dumps(profile.data(), indent=2) if as_json else page(profile))
+
+
+def recorded(
+    model: str, size: str | None, weights: str | None, context: int, tokens: int
+) -> tuple[CudaBackend, Times, Simulation]:
+    """The backend, the times of `tokens` + 1 steps, and what the simulation says of one."""
     from mpk_spec.cli.progress import progress
     from mpk_spec.planner.cost import cost_model, read_calibration
     from mpk_spec.planner.simulate import simulate
-    from mpk_spec.profiler.chrome import chrome_trace
     from mpk_spec.profiler.clock import common_clock
-    from mpk_spec.profiler.report import page, profile_of
     from mpk_spec.profiler.run import record
 
     with progress() as report:
@@ -51,14 +70,11 @@ def command(
         times = common_clock(record(backend, context, tokens))
     plan = backend.plan
     predicted = simulate(plan, context=context, cost=cost_model(plan.target, read_calibration(plan.target)))
-    profile = profile_of(times, predicted)
-    if output is not None:
-        write(output, chrome_trace(plan, backend.emitted.step, times))
-    print(json.dumps(profile.data(), indent=2) if as_json else page(profile))
+    return backend, times, predicted
 
 
-def _open(model: str, size: str | None, weights: str | None, context: int, tokens: int, report):
-    """The CUDA backend, built to record times."""
+def _open(model: str, size: str | None, weights: str | None, context: int, tokens: int, report) -> CudaBackend:
+    """Built to record times, for a context with room for what is recorded."""
     from mpk_spec.cli.target import open_target
     from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.runtime.cuda_probe import PROFILE
@@ -68,14 +84,3 @@ def _open(model: str, size: str | None, weights: str | None, context: int, token
     room = -(-(context + tokens + ROOM) // 64) * 64
     plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room)
     return CudaBackend(plan, target.checkpoint, report, defines=(PROFILE,))
-
-
-ROOM = 16  # positions past the context and the recorded tokens, for those before and after
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    print(f"trace: {path}, for ui.perfetto.dev", file=sys.stderr)

@@ -12,6 +12,8 @@ from mpk_spec.planner.plan import Step
 from mpk_spec.planner.simulate import Ran, Simulation
 from mpk_spec.profiler.clock import Times
 
+AT_ONCE_US = 0.15  # from one task to the next where nothing has to be waited for
+
 
 def measured_steps(times: Times, simulated: Simulation) -> list[Simulation]:
     """One `Simulation` per recorded step but the first, whose end is where the second begins.
@@ -52,7 +54,10 @@ def _records(times: Times, number: int, step: Step, began: float) -> Iterator[Ra
 
 
 def _link(records: list[Ran], step: Step) -> None:
-    """Fills in what each task's start waited for: the last of its signals, or the task before it on its SM."""
+    """Fills in what each task's start waited for: the last of its signals, or the task before it on its SM.
+
+    A signal sent before the SM was free counts too if it was still on its way.
+    """
     index = {(r.stage, r.group, r.task): n for n, r in enumerate(records)}
     senders = _senders(step)
     fired: dict[tuple[int, str, int], tuple[float, int]] = {}
@@ -72,7 +77,7 @@ def _link(records: list[Ran], step: Step) -> None:
         waits = step.templates[step.stages[ran.stage].template].groups[ran.group].tasks[ran.task].waits
         inside = [signal(ran.stage + w.stage, w.event, w.count) for w in waits if ran.stage + w.stage >= 0]
         when, whom = max(inside, default=(-np.inf, -1))
-        ran.by_event = when > ran.free
+        ran.by_event = whom >= 0 and (when > ran.free or ran.start - ran.free > AT_ONCE_US)
         ran.after = whom if ran.by_event else behind.get(ran.sm, -1)
         behind[ran.sm] = n
 

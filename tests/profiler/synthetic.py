@@ -23,7 +23,7 @@ def times_of(simulation: Simulation, steps: int = 3, tick_ns: int = 32, seed: in
         streams = simulation.group_of(ran).tasks[ran.task].load_bytes > 0 or ran.stalled > 0
         for number in range(steps):
             begin = 1000.0 + number * simulation.us
-            stored = (ran.consumed + ran.done) / 2
+            stored = ran.done - (simulation.cost.signal_us if simulation.group_of(ran).tasks[ran.task].signals else 0.0)
             at = [begin + t for t in (ran.free, ran.start, ran.ready, ran.consumed, stored, ran.done)]
             cycles = [int(starts[ran.sm] + t * CYCLES_PER_US) for t in at]
             record = raw[number, ran.sm, stage, place]
