@@ -62,3 +62,42 @@ def test_places_have_names():
     assert template.groups[place.group].name == "down_add" and (place.stage, place.task) == (1, 2)
     with pytest.raises(UserError, match="stage 3 has no group 'qkv'"):
         cuda_probe.find_place(made, "qkv", stage=3)
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """One in the memory of the CPU."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    made = emit(plan(load_spec("qwen3"), size="tiny", target="h100:2", context=64, verified=False))
+    return cuda_probe.Probe(made, "cpu", trace_steps=2, log_entries=3)
+
+
+def test_a_probe_says_where_and_what(probe):
+    probe.trace_step, probe.delay_seed, probe.defect = 2**32 + 5, 9, "wrong-page"
+    probe.at = cuda_probe.Place(1, 2, 3)
+    record = probe.record()
+    assert (record["trace_step"], record["trace_steps"], record["log_capacity"], record["delay_seed"]) == (5, 2, 3, 9)
+    assert cuda_probe.KERNEL_DEFECTS[record["defect"] - 1] == "wrong-page"
+    assert (record["at_stage"], record["at_group"], record["at_task"]) == (1, 2, 3)
+    assert 0 not in (record["times"], record["log"])
+
+
+def test_what_the_kernel_wrote_is_read(probe):
+    times = probe._times.numpy().view(cuda_probe.TIMES)[..., 0]
+    times["signalled"][1, 1, 3, 2] = 77
+    assert probe.times()["signalled"].sum() == probe.times()["signalled"][1, 1, 3, 2] == 77
+    log = probe._log.numpy().view(cuda_probe.LOG)[..., 0]
+    log["kind"][0, 0, :2], log["step"][0, 0, 1] = cuda_probe.WAIT, 4
+    log["kind"][1, 1, 0] = cuda_probe.START
+    (waits, none), (_, works) = probe.log()
+    assert waits["step"].tolist() == [0, 4] and len(none) == 0 and works["kind"].tolist() == [cuda_probe.START]
+    probe.clear()
+    assert not probe.times()["signalled"].any() and all(len(part) == 0 for pair in probe.log() for part in pair)
+
+
+def test_a_full_log_is_no_evidence(probe):
+    probe._log.numpy().view(cuda_probe.LOG)[..., 0]["kind"][1, 0] = cuda_probe.WAIT
+    with pytest.raises(UserError, match="the log of SM 1 is full after 3 entries"):
+        probe.log()
