@@ -13,6 +13,13 @@ namespace mpk::ptx {
 #define MPK_BULK_COPY 0
 #endif
 
+// Whether warpgroups can give registers to each other: only with an architecture-specific target.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#define MPK_MOVES_REGISTERS 1
+#else
+#define MPK_MOVES_REGISTERS 0
+#endif
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // --- mbarriers -------------------------------------------------------------------------------------------------------
@@ -217,16 +224,16 @@ __device__ __forceinline__ u64 cycles() {
 }
 __device__ __forceinline__ void sleep_ns(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
-// Moves registers from producers to workers; called by all warps of a warpgroup. Needs an architecture-specific target.
+// Moves registers from producers to workers; called by all warps of a warpgroup.
 template <u32 Count>
 __device__ __forceinline__ void take_registers() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#if MPK_MOVES_REGISTERS
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 #endif
 }
 template <u32 Count>
 __device__ __forceinline__ void give_registers() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#if MPK_MOVES_REGISTERS
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 #endif
 }
