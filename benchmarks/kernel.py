@@ -2,7 +2,7 @@
 
 python benchmarks/kernel.py check qwen3:tiny smollm2:135m     # logits against Hugging Face in float32 and bf16
 python benchmarks/kernel.py time qwen3:0.6b qwen3:8b          # ms per token, of the kernel alone
-python benchmarks/kernel.py trace qwen3:8b                    # where the time of one layer goes
+python benchmarks/kernel.py trace qwen3:8b                    # where the time of a token goes
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
         {"check": check, "time": measure, "trace": trace}[options.what](model, options)
 
 
-def open_random(model: str, options):
+def open_random(model: str, options, defines: tuple[str, ...] = ()):
     """(backend, checkpoint) with weights drawn on the GPU."""
     from mpk_spec.planner import plan
     from mpk_spec.runtime.cuda_backend import CudaBackend
@@ -39,7 +39,7 @@ def open_random(model: str, options):
     checkpoint = checkpoint_of_plan(made, options.seed)
     checkpoint._device = "cuda"
     started = time.perf_counter()
-    backend = CudaBackend(made, checkpoint)
+    backend = CudaBackend(made, checkpoint, defines=defines)
     backend.launcher.timeout_s = 3.0
     report = backend.compiled.report
     print(
@@ -140,35 +140,15 @@ def measure(model: str, options) -> None:
 
 
 def trace(model: str, options) -> None:
-    import torch
+    from mpk_spec.planner.simulate import simulate
+    from mpk_spec.profiler.clock import common_clock
+    from mpk_spec.profiler.report import page, profile_of
+    from mpk_spec.profiler.run import record
+    from mpk_spec.runtime.cuda_probe import PROFILE
 
-    backend, _ = open_random(model, options)
-    prompt = prompt_of(backend, options.prompt)
-    emitted, launcher = backend.emitted, backend.launcher
-    step, longest = emitted.step, emitted.programs.max_queue
-    launcher.trace = torch.zeros(backend.plan.num_sms, len(step.stages), longest, 4, dtype=torch.int64, device="cuda")
-    launcher.trace_step = launcher.steps + -(-len(prompt) // 16) + 8
-    list(backend.stream(prompt, max_new_tokens=12))
-    times = launcher.trace.cpu()
-    layer = len(step.stages) // 2
-    for stage in (layer, layer + 1, len(step.stages) - 1):
-        template = step.templates[step.stages[stage].template]
-        zero = int(times[:, layer][times[:, layer] > 0].min())
-        for number, group in enumerate(template.groups):
-            rows = [
-                times[sm, stage, place]
-                for sm, queue in enumerate(template.queues)
-                for place, (g, _) in enumerate(queue)
-                if g == number
-            ]
-            t = (torch.stack(rows) - zero).double() / 1e3
-            lo, hi, mean = t.amin(0), t.amax(0), t.mean(0)
-            print(
-                f"  {stage:3d} {group.name:18s} {len(rows):4d} tasks | "
-                f"asked {lo[0]:8.2f}-{hi[0]:8.2f} ready {lo[1]:8.2f}-{hi[1]:8.2f} "
-                f"computed {lo[2]:8.2f}-{hi[2]:8.2f} signalled {lo[3]:8.2f}-{hi[3]:8.2f} | "
-                f"waits {mean[1] - mean[0]:6.2f} runs {mean[2] - mean[1]:6.2f}"
-            )
+    backend, _ = open_random(model, options, (PROFILE,))
+    times = common_clock(record(backend, options.prompt, 4))
+    print(page(profile_of(times, simulate(backend.plan, context=options.prompt))))
     backend.close()
 
 

@@ -27,15 +27,6 @@ __device__ void set_up(const Params& params, Shared& shared) {
   __syncthreads();
 }
 
-// Times of one task, for the profiler: asked, ready, computed, signalled.
-__device__ __forceinline__ u64* open_trace(const Params& params, const Progress& progress, u32 index) {
-  if (params.trace == nullptr || progress.step_index != params.trace_step) return nullptr;
-  const u32 at = (blockIdx.x * plan::num_stages + progress.stage) * plan::max_queue + index;
-  u64* trace = params.trace + static_cast<u64>(at) * 4;
-  if (threadIdx.x == producer_threads) trace[0] = ptx::now_ns();
-  return trace;
-}
-
 // Takes the next step's descriptor; false: stop.
 __device__ __forceinline__ bool take_step(Progress& progress) {
   Worker w(progress, ptx::thread_in_block<~0u>());
@@ -48,7 +39,7 @@ __device__ __forceinline__ bool take_step(Progress& progress) {
   return more;
 }
 
-__device__ void run_worker(const Params& params, const Shared& shared) {
+__device__ void run_worker(const Params& params, Shared& shared) {
   Progress progress;
   for (progress.step_index = params.first_step; take_step(progress); ++progress.step_index) {
     for (progress.stage = 0; progress.stage < plan::num_stages; ++progress.stage) {
@@ -56,7 +47,8 @@ __device__ void run_worker(const Params& params, const Shared& shared) {
       const u32 first = shared.program.queue_begin[kind], last = shared.program.queue_begin[kind + 1];
       for (u32 i = first; i < last; ++i) {
         if (beyond_stop(progress.stage, shared.program.entry[i].group)) break;
-        progress.trace = open_trace(params, progress, i - first);
+        if (threadIdx.x == producer_threads) shared.mark_asked();
+        progress.place = i - first;
         run_task(progress, shared.program.entry[i].run, i);
       }
     }

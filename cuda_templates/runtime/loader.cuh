@@ -110,6 +110,7 @@ __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 l
       u64* bar = &shared.full[oldest % ring_slots];
       while (!ptx::barrier_try(bar, oldest / ring_slots % 2)) {}  // a copy that was issued always lands
     }
+    probe::pause(params, probe::loading, issued);
     ptx::copy_to_shared(ring + slot * plan::slot_bytes, cursor.from, cursor.bytes, &shared.full[slot], lane);
     ++issued;
     if (++slot == ring_slots) {

@@ -2,6 +2,7 @@
 //
 // mpk_spec/emit/program.py writes these structures; the generated source asserts that both sides agree on their sizes.
 #pragma once
+#include "runtime/probe.cuh"
 #include "runtime/types.cuh"
 
 namespace mpk {
@@ -33,7 +34,9 @@ struct Wait {
 };
 
 constexpr int tile_rows = 8;  // rows of a weight that one multiplication takes
-constexpr int tiles_per_block = 8;  // tiles that share one pass over the activations
+// Tiles that share one pass over the activations. Their sums of 16 tokens lie in registers: half as many tiles where no
+// registers can be moved to the workers.
+constexpr int tiles_per_block = MPK_MOVES_REGISTERS ? 8 : 4;
 constexpr int block_rows = tile_rows * tiles_per_block;
 
 // Where a group's packed weight lies, and how its tiles are cut into chunks.
@@ -101,7 +104,6 @@ struct Params {
   Report* reports;  // one per SM
   const i32* prompt;  // by position
   HostRing* host;
-  u64* trace;  // null: off
   u64 timeout_ns;
   u32 first_step;  // steps run before this launch: the running base of all events
   u32 prompt_end;  // positions below it come from `prompt`
@@ -109,9 +111,12 @@ struct Params {
   u32 context;
   u32 chunk;  // prompt tokens per step
   u32 num_stop_ids;
-  u32 trace_step;
   u32 num_pages;
+  u32 spare;
   i32 stop_ids[max_stop_ids];
+#if MPK_PROBED
+  probe::Probes probes;
+#endif
 };
 
 }  // namespace mpk

@@ -13,6 +13,13 @@ namespace mpk::ptx {
 #define MPK_BULK_COPY 0
 #endif
 
+// Whether warpgroups can give registers to each other: only with an architecture-specific target.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#define MPK_MOVES_REGISTERS 1
+#else
+#define MPK_MOVES_REGISTERS 0
+#endif
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // --- mbarriers -------------------------------------------------------------------------------------------------------
@@ -83,6 +90,11 @@ __device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
 __device__ __forceinline__ void red_release(u32* p, u32 by) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(by) : "memory");
 }
+__device__ __forceinline__ u32 add_release(u32* p, u32 by) {  // as red_release; returns what was there
+  u32 old;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(by) : "memory");
+  return old;
+}
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
   u32 v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -108,6 +120,9 @@ __device__ __forceinline__ u32 claim_once(u32* p) {  // 0 for the one caller tha
   u32 old;
   asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(old) : "l"(p) : "memory");
   return old;
+}
+__device__ __forceinline__ void max_shared(u64* p, u64 v) {
+  asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(shared_address(p)), "l"(v) : "memory");
 }
 __device__ __forceinline__ u32 load_shared_flag(const u32* p) {
   u32 v;
@@ -202,18 +217,23 @@ __device__ __forceinline__ u64 now_ns() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
   return t;
 }
+__device__ __forceinline__ u64 cycles() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)::"memory");
+  return t;
+}
 __device__ __forceinline__ void sleep_ns(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
-// Moves registers from producers to workers; called by all warps of a warpgroup. Needs an architecture-specific target.
+// Moves registers from producers to workers; called by all warps of a warpgroup.
 template <u32 Count>
 __device__ __forceinline__ void take_registers() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#if MPK_MOVES_REGISTERS
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 #endif
 }
 template <u32 Count>
 __device__ __forceinline__ void give_registers() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#if MPK_MOVES_REGISTERS
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 #endif
 }

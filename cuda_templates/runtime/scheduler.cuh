@@ -13,23 +13,28 @@ struct Scheduler {
   u32 step;  // steps since the events were zero, this one not counted
   u32 given = 0;
   u32 stage = 0;
+  probe::Log log;
 
   __device__ Scheduler(const Params& p, Shared& s, u32 l) : params(p), shared(s), lane(l), step(p.first_step) {}
 
   __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
 
   // Events are never set back: after n steps a counter stands at n times the signals of one step.
-  __device__ __forceinline__ void wait_event(const Wait& wait, const Entry& entry) {
+  __device__ __forceinline__ void wait_event(const Wait& wait, const Entry& entry, u32 number) {
     const bool before = wait.back > stage;  // it belongs to the step before
     const u32 at = before ? stage + plan::num_stages - wait.back : stage - wait.back;
     const u32 total = plan::event_total[plan::stage_template[at]][wait.event];
-    const u32 wanted = (before ? step - 1 : step) * total + wait.count;
+    const u32 count = probe::starts_early(params, entry) && !wait.back ? 0 : wait.count;
+    const u32 wanted = (before ? step - 1 : step) * total + count;
     const u32 event = at * plan::num_events + wait.event;
     const u32* counter = params.events + event * plan::event_stride;
-    if (static_cast<i32>(ptx::load_acquire(counter) - wanted) >= 0) return;
-    say({given, 0, step, stage, entry.group, entry.task, event, wanted});
-    while (static_cast<i32>(ptx::load_acquire(counter) - wanted) < 0)
+    u32 seen = ptx::load_acquire(counter);
+    if (static_cast<i32>(seen - wanted) < 0) say({given, 0, step, stage, entry.group, entry.task, event, wanted});
+    while (static_cast<i32>(seen - wanted) < 0) {
       if (aborted()) return;
+      seen = ptx::load_acquire(counter);
+    }
+    log.put(params, probe::scheduling, number, {probe::wait, step, stage, entry.group, entry.task, event, seen, wanted});
   }
 
   // For the watchdog.
@@ -88,7 +93,9 @@ struct Scheduler {
       if (beyond_stop(stage, entry.group)) break;
       wait_taken();
       for (u32 w = lane; w < entry.num_waits; w += warp_size)
-        wait_event(shared.program.wait[entry.first_wait + w], entry);
+        wait_event(shared.program.wait[entry.first_wait + w], entry, w);
+      log.skip(entry.num_waits);
+      probe::pause(params, probe::scheduling, given);
       if (__any_sync(all_lanes, aborted())) return false;
       give();
     }

@@ -21,7 +21,7 @@ struct Watched {
   u32 step, stage, group, task, event, wanted;
 };
 
-struct Shared {
+struct Shared : probe::Recorder {
   u64 full[plan::ring_slots];
   u64 empty[plan::ring_slots];
   u64 ready[ready_depth];
@@ -67,7 +67,8 @@ struct Progress {
   u32 chunk = 0;  // chunks taken from the ring, modulo two rounds of it
   u32 taken = 0;  // tasks (and steps) taken from the scheduler
   u32 stage = 0, step_index = 0;
-  u64* trace = nullptr;
+  u32 place = 0;  // of the task in its queue
+  probe::Log log;
 };
 
 // One of the 256 threads that compute. After an abort no wait blocks, so that all of them still meet at every barrier.
@@ -79,6 +80,7 @@ struct Worker : Progress {
   u32 thread, warp, lane;
   const Step* step;
   u32 tokens, position, layer;
+  probe::ChunkWaits waits;
 
   __device__ __forceinline__ Worker(const Progress& progress, u32 thread_in_block)
       : Progress(progress), shared(shared_state()), params(shared.params), ring(shared_memory),
@@ -95,12 +97,17 @@ struct Worker : Progress {
 
   __device__ __forceinline__ u8* activations() const { return scratch; }
   __device__ __forceinline__ float* partials() const { return reinterpret_cast<float*>(scratch + activation_bytes); }
-  __device__ __forceinline__ void sync() const { ptx::named_barrier(1, worker_threads); }
+  __device__ __forceinline__ void sync() const {
+    ptx::named_barrier(1, worker_threads);
+    if (thread == 0) shared.mark_synced();
+  }
 
   // The events of the next task (or the next step's descriptor) have arrived.
   __device__ __forceinline__ void wait_ready() {
     wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);
-    if (trace && thread == 0) trace[1] = ptx::now_ns();
+    if (thread == 0) shared.mark_ready();
+    log.starts();
+    probe::pause(params, probe::working, taken);
   }
   // Every worker has read what the scheduler left; to be called once per wait_ready, after a barrier.
   __device__ __forceinline__ void release_ready() {
@@ -110,29 +117,38 @@ struct Worker : Progress {
   }
 
   // The chunks of a task are numbered from its first; every warp waits for, and frees, those that it takes.
-  __device__ __forceinline__ u32 wait_chunk(u32 n) const {  // its address in shared memory
+  __device__ __forceinline__ u32 wait_chunk(u32 n) {  // its address in shared memory
     const u32 at = chunk + n;
+    if (thread == 0) shared.mark_opened();
+    waits.begin();
     wait_barrier(shared, &shared.full[at % ring_slots], at / ring_slots % 2);
+    waits.end();
     return ptx::shared_address(ring + at % ring_slots * plan::slot_bytes);
   }
   __device__ __forceinline__ void free_chunk(u32 n) const {
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(&shared.empty[(chunk + n) % ring_slots]);
+    if (thread == 0) shared.mark_used();
   }
   __device__ __forceinline__ void pass_chunks(u32 count) {
+    if (lane == 0) shared.mark_waited(waits);
     chunk += count;
     if (chunk >= ring_slots * 2) chunk -= chunk / (ring_slots * 2) * (ring_slots * 2);  // parities repeat after two rounds
   }
 
   // All stores of this task are done by all workers: tell whoever waits for them.
   __device__ __forceinline__ void signal(const Entry& entry) {
-    if (trace && thread == 0) trace[2] = ptx::now_ns();
+    if (thread == 0) shared.mark_stored();
+    probe::pause(params, probe::working, ~taken);
     sync();
-    if (thread < entry.num_signals) {
-      const u32 event = shared.program.signal[entry.first_signal + thread];
-      ptx::red_release(params.events + (stage * plan::num_events + event) * plan::event_stride, 1);
+    if (thread < entry.num_signals && !probe::drops_signals(params, stage, entry)) {
+      const u32 event = stage * plan::num_events + shared.program.signal[entry.first_signal + thread];
+      const u32 found = probe::send(params.events + event * plan::event_stride);
+      log.put(params, probe::working, 1 + thread, {probe::signal, step_index, stage, entry.group, entry.task, event, found});
     }
-    if (trace && thread == 0) trace[3] = ptx::now_ns();
+    if (thread == 0) log.put_start(params, {probe::start, step_index, stage, entry.group, entry.task});
+    log.skip(1 + entry.num_signals);
+    if (thread == 0) shared.mark_signalled(params, step_index, stage, place, plan::num_stages, plan::max_queue);
   }
 };
 
@@ -143,6 +159,7 @@ __device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
   Worker w(progress, ptx::thread_in_block<Number>());
   Task::run(w, w.shared.program.entry[entry]);
   progress.chunk = w.chunk;
+  progress.log = w.log;
   progress.taken = w.taken;
 }
 

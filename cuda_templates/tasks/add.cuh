@@ -27,7 +27,8 @@ struct AddResidual {
       const auto at = Block::place<tile_rows>(i, w.tokens);
       const int row = (block.first + at.tile) * tile_rows + at.row;
       const float product = block.sum(w, at.tile, at.row, at.token);
-      const float before = i == w.thread ? early.value : residual(w, block, i);
+      float before = i == w.thread ? early.value : residual(w, block, i);
+      if (probe::planted(w.params, probe::lost_residual)) before = 0.f;
       if (row < Out::features) Out::store(w, at.token, row, before + (product + Bias::load(w, row)));
     }
   }

@@ -20,7 +20,7 @@ struct AttentionShape {
   static constexpr int lanes = HeadDim / 8;  // that share one position
   static constexpr int positions_per_warp = warp_size / lanes;
   static constexpr int per_lane = Block / (worker_warps * positions_per_warp);
-  static constexpr int at_once = rows > 4 ? 1 : per_lane;  // positions of a lane
+  static constexpr int at_once = rows > 4 || !MPK_MOVES_REGISTERS ? 1 : per_lane;  // positions of a lane
   static_assert(HeadDim == 32 || HeadDim == 64 || HeadDim == 128, "head_dim is 32, 64 or 128");
   static_assert(Block == 64, "a block of positions is a page of 64");
   static_assert(Heads % KvHeads == 0, "query heads share KV heads evenly");
@@ -138,13 +138,19 @@ struct Attention {
     return w.params.cache + CacheOffset + (at * Shape::kv_heads + head) * page_bytes;
   }
 
+  // Where earlier steps' keys and values are read.
+  static __device__ __forceinline__ const u8* cached_page(const Worker& w, int head, int index) {
+    const bool wrong = probe::planted(w.params, probe::wrong_page);  // every second page is the one before it
+    return page(w, head, wrong ? index & ~1 : index) + w.lane % Shape::lanes * 16;
+  }
+
   static __device__ __forceinline__ int position_in_block(const Worker& w, int n) {
     return (n * worker_warps + w.warp) * Shape::positions_per_warp + w.lane / Shape::lanes;
   }
 
   // Positions that an earlier step wrote; the others come from this step's own keys and values.
   static __device__ __forceinline__ void load_block(const Worker& w, int head, int index, int first_new, Cached& cached) {
-    const u8* from = page(w, head, index) + w.lane % Shape::lanes * 16;
+    const u8* from = cached_page(w, head, index);
     load_rows(w, from, index * block, first_new, cached.key);
     load_rows(w, from + block * dim * 2, index * block, first_new, cached.value);
   }
@@ -185,7 +191,8 @@ struct Attention {
       float2 angle[per] = {};
       if (mine && !value) {
         Norms::load(w, !query, gain);
-        Rotary::load(w, position, angle);
+        const bool late = query && probe::planted(w.params, probe::late_position);
+        Rotary::load(w, late ? min_of<int>(position + 1, w.params.context - 1) : position, angle);
       }
       if (waiting) {
         w.wait_ready();
@@ -235,7 +242,7 @@ struct Attention {
       take_new(w, s, index, cached);
       const int next = index + Shape::splits;
       const bool more = next * block <= last;
-      const u8* from = more ? page(w, head, next) + w.lane % Shape::lanes * 16 : nullptr;
+      const u8* from = more ? cached_page(w, head, next) : nullptr;
 #pragma unroll
       for (int n = 0; n < per_lane; n += at_once) {
         float score[rows][at_once] = {};

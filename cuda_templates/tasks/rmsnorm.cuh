@@ -59,6 +59,7 @@ struct RmsNorm {
 
  private:
   static __device__ __forceinline__ uint2 gain(const Worker& w, int feature) {
+    if (probe::planted(w.params, probe::missing_gain)) return make_uint2(0x3f803f80u, 0x3f803f80u);  // ones
     return ptx::load_constant_8(Gain::at(w, feature));
   }
 
@@ -79,7 +80,7 @@ struct RmsNorm {
     float total = 0.f;
 #pragma unroll
     for (u32 i = 0; i < worker_warps; ++i) total += w.shared.reduce[token * worker_warps + i];
-    return rsqrtf(total / features + Eps);
+    return rsqrtf(total / features + (probe::planted(w.params, probe::wrong_eps) ? 0.05f : Eps));
   }
 
   static __device__ __forceinline__ float weighed(float x, float g) {

@@ -21,6 +21,8 @@ COMMANDS = {
     "compare": "Compare a backend's numbers with Hugging Face in float32 and give a verdict.",
     "test": "Run the checks of specs: the built-in ones and their own.",
     "bench": "Measure tokens per second against Hugging Face on the same weights.",
+    "profile": "Say where each microsecond of a token goes on the GPU, and write a trace.",
+    "tune": "Fit the planner's predictions to this machine's GPU.",
     "schema": "Print the JSON Schema of specs, for editors.",
     "new": "Draft a spec from a checkpoint.",
     "doctor": "Say what this machine has and lacks for mpk-spec.",

@@ -20,11 +20,18 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(
-        self, plan: Plan, checkpoint: Any, progress=None, *, defines: tuple[str, ...] = (), build: Build | None = None
+        self,
+        plan: Plan,
+        checkpoint: Any,
+        progress=None,
+        *,
+        defines: tuple[str, ...] = (),
+        build: Build | None = None,
+        whole_gpu: bool = True,
     ):
         """Compiles (or finds) the kernel, checks that all fits into memory, packs the weights.
 
-        defines: macros of a build for testing.
+        defines: macros of a build for profiling or testing, see `cuda_probe`. whole_gpu: see `KernelModule`.
         build: the kernel of a folder that `mpk-spec build` made of `plan`; nothing is compiled then.
         Raises UserError for a machine, a driver or a plan that the kernel cannot run on.
         """
@@ -36,9 +43,8 @@ class CudaBackend:
         device = find_device()
         self.plan, self.context = plan, plan.context
         self.emitted = build.emitted if build else emit(plan)
-        module = KernelModule(
-            self.emitted, build.cubin if build else self._compile(defines, progress), device.index or 0
-        )
+        cubin = build.cubin if build else self._compile(defines, progress)
+        module = KernelModule(self.emitted, cubin, device.index or 0, whole_gpu=whole_gpu)
         admit(self.emitted, device)
         with memory_runs_out():
             weights = load_weights(plan, self.emitted.layout, checkpoint, device, progress)

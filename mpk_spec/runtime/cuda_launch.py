@@ -14,6 +14,7 @@ import numpy as np
 
 from mpk_spec.emit.source import EVENT_STRIDE, Emitted
 from mpk_spec.errors import UserError
+from mpk_spec.runtime.cuda_probe import PROBES, Probe
 
 MAX_TOKENS, MAX_STOP_IDS, STEP_SLOTS = 16, 16, 4
 STEP = np.dtype(
@@ -25,16 +26,17 @@ CONTROL = np.dtype(
 REPORT_FIELDS = ("set", "given", "taken", "step", "stage", "group", "task", "event", "seen", "wanted")
 REPORT = np.dtype([(name, "<u4") for name in REPORT_FIELDS])
 POINTERS = (
-    "weights", "arena", "cache", "pages", "rope", "program", "events", "control", "reports", "prompt", "host", "trace",
+    "weights", "arena", "cache", "pages", "rope", "program", "events", "control", "reports", "prompt", "host",
 )  # fmt: skip
 NUMBERS = (
-    "first_step", "prompt_end", "max_new", "context", "chunk", "num_stop_ids", "trace_step", "num_pages",
+    "first_step", "prompt_end", "max_new", "context", "chunk", "num_stop_ids", "num_pages", "spare",
 )  # fmt: skip
 PARAMS = np.dtype(
     [(n, "<u8") for n in (*POINTERS, "timeout_ns")]
     + [(n, "<u4") for n in NUMBERS]
     + [("stop_ids", "<i4", MAX_STOP_IDS)]
 )
+PROBED_PARAMS = np.dtype([*((n, PARAMS[n]) for n in PARAMS.names), ("probes", PROBES)])
 SIZES = ("shared_bytes", "block_threads", "params", "control", "report", "step")
 HOST_WORDS = 32  # before the ring's tokens: count, stop, padding
 TIMEOUT_S = 10.0
@@ -55,14 +57,17 @@ def check(result: tuple) -> Any:
 
 
 class KernelModule:
-    """A loaded cubin. Checks that this machine is the one that the plan was made for."""
+    """A loaded cubin. Checks that this machine is the one that the plan was made for.
 
-    def __init__(self, emitted: Emitted, cubin: bytes, device: int = 0):
+    whole_gpu: refuse plans for fewer SMs than the GPU has, as those that tests make for a tool that slows all down.
+    """
+
+    def __init__(self, emitted: Emitted, cubin: bytes, device: int = 0, whole_gpu: bool = True):
         from cuda.bindings import driver
 
         check(driver.cuInit(0))
         self.device = check(driver.cuDeviceGet(device))
-        _check_device(emitted, self.device)
+        _check_device(emitted, self.device, whole_gpu)
         self.module = check(driver.cuModuleLoadData(cubin))
         self.function = check(driver.cuModuleGetFunction(self.module, b"megakernel"))
         self.sizes = self._sizes()
@@ -77,7 +82,9 @@ class KernelModule:
         words = np.zeros(size // 4, np.uint32)
         check(driver.cuMemcpyDtoH(words.ctypes.data, address, size))
         sizes = dict(zip(SIZES, words.tolist(), strict=True))
-        ours = {"params": PARAMS, "control": CONTROL, "report": REPORT, "step": STEP}
+        self.probed = sizes["params"] == PROBED_PARAMS.itemsize
+        params = PROBED_PARAMS if self.probed else PARAMS
+        ours = {"params": params, "control": CONTROL, "report": REPORT, "step": STEP}
         for name, dtype in ours.items():
             if sizes[name] != dtype.itemsize:
                 raise UserError(
@@ -102,7 +109,7 @@ class KernelModule:
         check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
 
-def _check_device(emitted: Emitted, device) -> None:
+def _check_device(emitted: Emitted, device, whole_gpu: bool) -> None:
     from cuda.bindings import driver
 
     from mpk_spec.planner.targets import find_target
@@ -117,7 +124,7 @@ def _check_device(emitted: Emitted, device) -> None:
             f"the plan is for {target.title} ({target.arch}), this GPU is sm_{major}{minor}",
             "build it for this GPU: mpk-spec build SPEC --target NAME",
         )
-    if sms != emitted.plan.num_sms:
+    if sms < emitted.plan.num_sms or (whole_gpu and sms != emitted.plan.num_sms):
         raise UserError(
             f"the plan is for {emitted.plan.num_sms} SMs, this GPU has {sms}", "one block per SM: plan for this GPU"
         )
@@ -166,7 +173,7 @@ class Launcher:
         self.stream = torch.cuda.Stream()
         self.steps = 0
         self.timeout_s = TIMEOUT_S
-        self.trace, self.trace_step = None, 0
+        self.probe: Probe | None = None  # for builds that have probes
         self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()  # all that was prepared on other streams is there
 
@@ -193,11 +200,12 @@ class Launcher:
         self.ended.record(self.stream)
 
     def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
-        params = np.zeros((), PARAMS)
+        params = np.zeros((), PROBED_PARAMS if self.module.probed else PARAMS)
+        if self.probe is not None:
+            params["probes"] = self.probe.record()
         for name, address in self.memory.addresses().items():
             params[name] = address
         params["weights"] = self.weights.data_ptr()
-        params["trace"] = 0 if self.trace is None else self.trace.data_ptr()
         params["timeout_ns"] = int(self.timeout_s * 1e9)
         params["first_step"], params["prompt_end"], params["max_new"] = self.steps & 0xFFFFFFFF, prompt_end, max_new
         params["context"], params["chunk"], params["num_pages"] = (
@@ -210,7 +218,6 @@ class Launcher:
             raise UserError(f"the CUDA kernel knows {MAX_STOP_IDS} stop tokens, {len(ids)} were given")
         params["num_stop_ids"] = len(ids)
         params["stop_ids"][: len(ids)] = ids
-        params["trace_step"] = self.trace_step
         return params
 
     def tokens(self):

@@ -1,0 +1,150 @@
+"""compute-sanitizer on the smallest run of the kernel that has everything in it: a chunk of prompt and three tokens.
+
+python benchmarks/sanitize.py                      # memcheck, racecheck, synccheck; a table of verdicts last
+python benchmarks/sanitize.py memcheck --limit 300
+
+The tools slow every access down a hundredfold, and a persistent kernel spins while it waits. So the plan is one for a
+few SMs only, the cubin is built before, the watchdog has all the time there is, and only the kernel is instrumented.
+Exit code 1 unless every tool finds nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+PROMPT, NEW, CONTEXT = 16, 3, 64
+SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
+FOUND = 9  # the tools' exit code for a finding
+
+
+@dataclass(frozen=True)
+class Verdict:
+    tool: str
+    says: str  # "clean", or why not
+    seconds: float
+
+    @property
+    def clean(self) -> bool:
+        return self.says == "clean"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"default: {', '.join(TOOLS)}")
+    parser.add_argument("--spec", default="qwen3")
+    parser.add_argument("--target", default="h100")
+    parser.add_argument("--sms", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds for each tool")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return run(options)
+    program = find_sanitizer()
+    build(options)
+    expected = Checked("no tool", [], options)
+    print(expected.output, flush=True)
+    verdicts = [expected.verdict(expected.tokens)]
+    for tool in options.tools or TOOLS:
+        command = [program, "--tool", tool, "--kernel-name", "kns=megakernel", "--error-exitcode", str(FOUND)]
+        checked = Checked(tool, command, options)
+        print(f"--- {tool}\n{shortened(checked.output)}", flush=True)
+        verdicts.append(checked.verdict(expected.tokens))
+    print(f"{'tool':<12}{'seconds':>8}  verdict")
+    for verdict in verdicts:
+        print(f"{verdict.tool:<12}{verdict.seconds:>8.1f}  {verdict.says}")
+    return 0 if all(v.clean for v in verdicts) else 1
+
+
+def find_sanitizer() -> str:
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if found is None:
+        sys.exit("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    return found
+
+
+def shortened(text: str, lines: int = 40) -> str:
+    kept = text.splitlines()
+    return "\n".join(kept if len(kept) <= 2 * lines else [*kept[:lines], "...", *kept[-lines:]])
+
+
+class Checked:
+    """One run of this program under a tool; ended after the limit."""
+
+    def __init__(self, tool: str, command: list[str], options):
+        self.tool, self.limit = tool, options.limit
+        same = ["--spec", options.spec, "--target", options.target, "--sms", str(options.sms)]
+        arguments = [*command, sys.executable, __file__, "--child", "--limit", str(options.limit), *same]
+        # one allocation per tensor: inside torch's own blocks no access would be out of bounds
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            self.output, _ = process.communicate(timeout=options.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool's child holds the GPU
+            self.output, _ = process.communicate()
+        self.code, self.seconds = process.returncode, time.perf_counter() - started
+        made = re.search(r"^tokens: (.*)$", self.output, re.MULTILINE)
+        self.tokens = made[1] if made else None
+
+    def verdict(self, expected: str | None) -> Verdict:
+        found = SUMMARY.findall(self.output)
+        if self.code == -signal.SIGKILL:
+            says = f"not done in {self.limit:.0f} s"
+        elif self.tool != "no tool" and not found:
+            says = f"no summary, exit code {self.code}"
+        elif any(int(count) for _, count in found):
+            says = ", ".join(f"{count} {'hazards' if kind == 'RACECHECK' else 'errors'}" for kind, count in found)
+        elif self.code != 0:
+            says = f"exit code {self.code}"
+        elif self.tokens is None or self.tokens != expected:
+            says = f"other tokens: {self.tokens}, not {expected}"
+        else:
+            says = "clean"
+        return Verdict(self.tool, says, self.seconds)
+
+
+def plan_small(options):
+    from mpk_spec.planner import plan
+    from mpk_spec.schema import load_spec
+
+    return plan(load_spec(options.spec), size="tiny", target=f"{options.target}:{options.sms}", context=CONTEXT)
+
+
+def build(options) -> None:
+    """Puts the cubin into the cache."""
+    from mpk_spec.emit.compiler import compile_kernel
+    from mpk_spec.emit.source import emit
+    from mpk_spec.planner.targets import find_target
+
+    made = plan_small(options)
+    compile_kernel(made.name, emit(made).source, find_target(made.target).arch)
+
+
+def run(options) -> int:
+    """What is looked at."""
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.runtime.random_model import checkpoint_of_plan
+
+    made = plan_small(options)
+    backend = CudaBackend(made, checkpoint_of_plan(made, 0), whole_gpu=False)
+    backend.launcher.timeout_s = options.limit
+    prompt = [(17 + 31 * n) % backend.vocab_size for n in range(PROMPT)]
+    print("tokens:", *backend.stream(prompt, max_new_tokens=NEW), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

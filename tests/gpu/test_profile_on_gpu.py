@@ -1,0 +1,28 @@
+"""`mpk-spec profile` on a GPU: every task of the plan was timed, and its phases make sense."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_profile_of_a_tiny_model(gpu, capsys, tmp_path):
+    from mpk_spec.cli.main import main
+
+    trace = tmp_path / "trace.json"
+    arguments = ["profile", "qwen3", "--size", "tiny", "--weights", "random:0", "-c", "100"]
+    assert main([*arguments, "--tokens", "6", "-o", str(trace), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["us_per_token"]) == 6
+    assert all(5 < us < 1000 for us in data["us_per_token"])
+    assert sum(c["us"] for c in data["critical"]) == pytest.approx(sum(data["us_per_token"]) / 6, rel=0.1)
+    for row in data["rows"]:
+        assert min(row["mean"].values()) >= 0, row
+        assert row["span_us"] < 1000
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {e["name"] for e in events if e.get("cat") == "task"}
+    assert {"qkv[0]", "attend[0]", "o_add[0]", "gate_up[0]", "down_add[0]", "head[0]", "next_ids[0]"} <= names
+    assert len({e["args"]["step"] for e in events if e.get("cat") == "task"}) == 7

@@ -1,0 +1,128 @@
+"""What a recorded trace is turned into, from synthetic records: no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from profiler.synthetic import times_of
+
+from mpk_spec.errors import UserError
+from mpk_spec.planner import plan
+from mpk_spec.planner.cost import cost_model
+from mpk_spec.planner.simulate import simulate
+from mpk_spec.profiler.chrome import chrome_trace
+from mpk_spec.profiler.clock import PHASES, common_clock
+from mpk_spec.profiler.measured import measured_steps
+from mpk_spec.profiler.report import page, profile_of
+from mpk_spec.runtime.cuda_probe import TIMES
+from mpk_spec.schema import load_spec
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    return simulate(plan(load_spec("qwen3"), size="tiny", target="h100", context=128, verified=False))
+
+
+@pytest.fixture(scope="module")
+def times(simulation):
+    return common_clock(times_of(simulation))
+
+
+@pytest.mark.parametrize(("tick", "within"), [(1, 0.01), (32, 0.05), (1024, 1.2)])
+def test_all_clocks_become_one(simulation, tick, within):
+    found = common_clock(times_of(simulation, tick_ns=tick))
+    first = simulation.records[simulation.first :]
+    zero = min(r.free for r in first)
+    for ran in first[:: max(1, len(first) // 40)]:
+        stage = ran.stage - simulation.warm
+        template = simulation.step.templates[simulation.step.stages[stage].template]
+        at = (1, ran.sm, stage, list(template.queues[ran.sm]).index((ran.group, ran.task)))
+        assert found.signalled[at] == pytest.approx(ran.done - zero + simulation.us, abs=within)
+
+
+def test_a_coarse_timer_is_averaged_over_neighbours():
+    """2000 tasks of 1 us each on one SM, and a timer of 1024 ns: the ramp comes out straight."""
+    raw = np.zeros((1, 1, 2000, 1), TIMES)
+    at = np.arange(2000.0)
+    raw["global_ns"][0, 0, :, 0] = (at * 1e3).astype(np.uint64) // 1024 * 1024
+    for name in ("asked", "ready", "opened", "computed", "stored", "signalled"):
+        raw[name][0, 0, :, 0] = 5000 + at * 1755
+    steps = np.diff(common_clock(raw).asked[0, 0, :, 0])
+    assert np.abs(steps - 1).max() < 0.15
+
+
+def test_phases_add_up(times):
+    phases = times.phases()
+    whole = times.signalled - times.asked
+    there = np.isfinite(whole)
+    assert len(phases) == len(PHASES)
+    assert np.allclose(phases.sum(0)[there], whole[there])
+    assert (phases[:, there] >= -1e-3).all()
+
+
+def test_a_measured_step_is_what_was_simulated(simulation, times):
+    steps = measured_steps(times, simulation)
+    assert len(steps) == 2
+    for step in steps:
+        assert step.us == pytest.approx(simulation.us, abs=0.1)
+        assert len(step.records) == len(simulation.records) - simulation.first
+        assert sum(step.critical.values()) == pytest.approx(step.us, abs=0.1)
+        for (name, what), us in simulation.critical.items():
+            if name != simulation.step.templates[0].groups[0].name:  # its first wait reaches into the step before
+                assert step.critical.get((name, what), 0.0) == pytest.approx(us, abs=0.5), (name, what)
+
+
+def test_the_path_follows_the_last_signal(simulation):
+    """One task of a middle stage takes 50 us longer on every clock: the path goes through it."""
+    raw = times_of(simulation, steps=2)
+    late = 60_000 * 1755 // 1000
+    step = simulation.step
+    sm, group = next((sm, q[0][0]) for sm, q in enumerate(step.templates[1].queues) if q)
+    for name in ("stored", "signalled"):
+        raw[name][:, sm, 1, 0] += late
+    name = step.templates[1].groups[group].name
+    before = measured_steps(common_clock(times_of(simulation, steps=2)), simulation)[0].critical[name, "work"]
+    after = measured_steps(common_clock(raw), simulation)[0]
+    assert after.critical[name, "work"] > before + 40
+
+
+def test_the_report_names_every_operator_and_marks_what_differs(simulation, times):
+    profile = profile_of(times, simulation)
+    text = page(profile)
+    for template in simulation.step.templates:
+        for group in template.groups:
+            assert f" {group.name} " in text
+    assert "differs" not in text.split("\n\n")[0]
+    assert sum(c.us for c in profile.critical) == pytest.approx(profile.us, rel=0.01)
+    assert sum(r.share_us for r in profile.rows) + profile.between_us == pytest.approx(profile.us)
+    slower = simulate(simulation.plan, cost=replace(cost_model("h100"), signal_us=3.0))
+    other = profile_of(times, slower)
+    assert "differs by more than 5 %" in page(other)
+    assert any(c.differs for c in other.critical)
+
+
+def test_the_data_is_json(simulation, times):
+    data = json.loads(json.dumps(profile_of(times, simulation).data()))
+    assert len(data["us_per_token"]) == 2
+    assert {row["name"] for row in data["rows"]} == {g.name for t in simulation.step.templates for g in t.groups}
+
+
+def test_the_trace_has_every_task_of_every_step(simulation, times):
+    events = json.loads(chrome_trace(simulation.plan, simulation.step, times))["traceEvents"]
+    tasks = [e for e in events if e.get("cat") == "task"]
+    step = simulation.step
+    count = sum(len(g.tasks) for s in step.stages for g in step.templates[s.template].groups)
+    assert len(tasks) == 3 * count
+    assert {"step", "stage", "waits", "data_wait_us"} <= tasks[0]["args"].keys()
+    assert {e["name"] for e in events if e.get("cat") == "phase"} >= {"compute", "epilogue", "signal"}
+    assert {e["tid"] for e in tasks} <= set(range(132))
+
+
+def test_what_cannot_be_a_profile(simulation):
+    with pytest.raises(UserError, match="the profile is empty"):
+        common_clock(np.zeros((2, 1, 1, 1), TIMES))
+    with pytest.raises(UserError, match="1 steps were recorded, at least 2 are needed"):
+        measured_steps(common_clock(times_of(simulation, steps=1)), simulation)
