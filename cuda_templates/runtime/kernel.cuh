@@ -14,7 +14,7 @@ __device__ void set_up(const Params& params, Shared& shared) {
   if (threadIdx.x == 0) {
     for (u32 i = 0; i < ring_slots; ++i) {
       ptx::barrier_init(&shared.full[i], ptx::copy_arrivals);
-      ptx::barrier_init(&shared.empty[i], 1);
+      ptx::barrier_init(&shared.empty[i], worker_warps);
     }
     for (u32 i = 0; i < ready_depth; ++i) {
       ptx::barrier_init(&shared.ready[i], 1);

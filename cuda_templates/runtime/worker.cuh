@@ -38,7 +38,7 @@ struct Shared : probe::Recorder {
 };
 
 constexpr u32 activation_bytes = 33792;  // a chunk of 1024 columns for 16 tokens, or 16,000 columns of one token
-constexpr u32 partial_bytes = 16384;  // 64 tokens x chunks of a row, x 64 rows x 4 bytes
+constexpr u32 partial_bytes = 16384;  // 8 warps x 8 tiles x 8 tokens (or 4 tiles x 16) x 8 rows x 4 bytes
 constexpr u32 scratch_bytes = activation_bytes + partial_bytes;
 
 // The plan's ring, or what the rest leaves of it.
@@ -64,7 +64,7 @@ __device__ __forceinline__ Shared& shared_state() {
 
 // Where a worker stands: all that one task hands to the next.
 struct Progress {
-  u32 chunk = 0;  // chunks taken from the ring, modulo two rounds of it
+  u32 slot = 0, slot_parity = 0;  // of the next chunk
   u32 taken = 0;  // tasks (and steps) taken from the scheduler
   u32 stage = 0, step_index = 0;
   u32 place = 0;  // of the task in its queue
@@ -116,24 +116,23 @@ struct Worker : Progress {
     if (thread == 0) ptx::store_shared_flag(&shared.watched.taken, taken);
   }
 
-  // The chunks of a task are numbered from its first; every warp waits for, and frees, those that it takes.
-  __device__ __forceinline__ u32 wait_chunk(u32 n) {  // its address in shared memory
-    const u32 at = chunk + n;
+  // The next chunk's address in shared memory. All warps take all chunks: one that skipped some could be a round of the ring
+  // ahead of a copy that lands late, and take the one before for it.
+  __device__ __forceinline__ u32 wait_chunk() {
     if (thread == 0) shared.mark_opened();
     waits.begin();
-    wait_barrier(shared, &shared.full[at % ring_slots], at / ring_slots % 2);
+    wait_barrier(shared, &shared.full[slot], slot_parity);
     waits.end();
-    return ptx::shared_address(ring + at % ring_slots * plan::slot_bytes);
+    return ptx::shared_address(ring) + slot * plan::slot_bytes;
   }
-  __device__ __forceinline__ void free_chunk(u32 n) const {
+  __device__ __forceinline__ void free_chunk() {
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(&shared.empty[(chunk + n) % ring_slots]);
+    if (lane == 0) ptx::barrier_arrive(&shared.empty[slot]);
     if (thread == 0) shared.mark_used();
-  }
-  __device__ __forceinline__ void pass_chunks(u32 count) {
-    if (lane == 0) shared.mark_waited(waits);
-    chunk += count;
-    if (chunk >= ring_slots * 2) chunk -= chunk / (ring_slots * 2) * (ring_slots * 2);  // parities repeat after two rounds
+    if (++slot == ring_slots) {
+      slot = 0;
+      slot_parity ^= 1;
+    }
   }
 
   // All stores of this task are done by all workers: tell whoever waits for them.
@@ -158,7 +157,8 @@ template <u32 Number, class Task>
 __device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
   Worker w(progress, ptx::thread_in_block<Number>());
   Task::run(w, w.shared.program.entry[entry]);
-  progress.chunk = w.chunk;
+  progress.slot = w.slot;
+  progress.slot_parity = w.slot_parity;
   progress.log = w.log;
   progress.taken = w.taken;
 }

@@ -69,10 +69,11 @@ struct TokenLoop {
       next.tokens = stopped ? 0 : min_of(p.chunk, p.prompt_end - next.position);
       for (u32 i = 0; i < next.tokens; ++i) next.ids[i] = p.prompt[next.position + i];
     } else if (p.max_new > 0) {
-      p.host->tokens[next.emitted] = sampled;
+      const bool none = sampled == no_id;  // every logit is NaN: the host says so
+      p.host->tokens[next.emitted] = none ? -1 : sampled;
       ++next.emitted;
       const bool full = next.position >= p.context || next.emitted >= p.max_new;
-      next.tokens = stopped || full || is_stop(p, sampled) ? 0 : 1;
+      next.tokens = stopped || none || full || is_stop(p, sampled) ? 0 : 1;
       next.ids[0] = sampled;
     }
     if (w.aborted()) return;

@@ -127,7 +127,7 @@ struct Attention {
       one_pass(w, s, head, worker, row, used, cached);
       w.sync();
       store(w, s, head, worker, row, used);
-      w.sync();
+      if (row + rows < queries) w.sync();
     }
     w.signal(entry);
   }

@@ -3,12 +3,13 @@
 // Shared memory: the ring (weights), activations 33 KB, partial sums 16 KB. Registers: at most 168.
 //
 // A weight tile is 8 rows, stored as chunks of `tile_k` columns, each chunk as [tile_k / 32][4][8][8]: core matrices that
-// ldmatrix (and wgmma without swizzle) reads. A warp takes a chunk. Tokens are the 16 rows of mma.m16n8k16, weight rows its 8
-// columns, so 16 tokens cost what one costs. Order of summation of a result: four chains over a chunk, of the first and of
-// the second 16 columns of its even and of its odd blocks of 32; their sum; then the chunks in order. It does not depend on
-// the number of tokens.
+// ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Tokens are the 16 rows
+// of mma.m16n8k16, weight rows its 8 columns, so 16 tokens cost what one costs. Order of summation of a result: two chains,
+// of the first and of the second 16 columns of the blocks b, b + 8, ... of every chunk, chunks in order; their sum; then
+// the 8 warps in order. It does not depend on the number of tokens.
 //
-// Little code: the tasks of a layer must fit the instruction cache, or fetching them costs more than the arithmetic.
+// One token has a path of its own with little code, which keeps the sums of a block's tiles in shared memory: at so few
+// instructions per byte, what counts is how many there are, and that a layer's tasks fit the instruction cache.
 #pragma once
 #include "runtime/worker.cuh"
 
@@ -19,14 +20,17 @@ template <int K, int Rows, int TileK>
 struct Tiles {
   static constexpr int k = K, rows = Rows, tile_k = TileK;
   static constexpr int chunks = ceil_div(K, TileK);
-  static constexpr int at_once = TileK % 256 == 0 ? 8 : 4;  // blocks of 32 columns that are loaded before they are multiplied
+  static constexpr int blocks_per_warp = ceil_div(TileK / 32, worker_warps);
+  static constexpr bool even = K % TileK == 0 && TileK % (32 * worker_warps) == 0;  // every warp has as many blocks
   static_assert(K % 32 == 0 && TileK % 32 == 0, "columns come in blocks of 32");
   static_assert(tile_rows * TileK * 2 <= plan::slot_bytes, "a chunk fits a slot of the ring");
   static_assert(max_tokens * ((TileK * 2 + 127) / 128 * 128 + 64) <= activation_bytes, "a chunk's activations fit for all tokens");
 
-  // Of 32 columns.
-  static __device__ __forceinline__ int blocks(int chunk) {
-    return K % TileK == 0 ? TileK / 32 : min_of(TileK, K - chunk * TileK) / 32;
+  // Whether block `j` of a warp exists in a chunk.
+  static __device__ __forceinline__ bool has_block(const Worker& w, int chunk, int j) {
+    if (K % TileK == 0 && j < TileK / (32 * static_cast<int>(worker_warps))) return true;
+    const int blocks = K % TileK == 0 ? TileK / 32 : min_of(TileK, K - chunk * TileK) / 32;
+    return static_cast<int>(w.warp + j * worker_warps) < blocks;
   }
 };
 
@@ -55,10 +59,10 @@ struct Panel {
   }
 };
 
-// A block of tiles whose partial sums lie in shared memory: [part][tile][token][8 rows]. Results are numbered by tile, token
-// and row; number `i` belongs to thread i % 256.
+// Tiles whose partial sums lie in shared memory: [warp][tile][token][8 rows]. Results are numbered by tile, token and row;
+// number `i` belongs to thread i % 256.
 struct Block {
-  int first, tiles, parts;
+  int first, tiles;
 
   struct Place {
     int tile, row;  // the tile in the block
@@ -73,9 +77,9 @@ struct Block {
   __device__ __forceinline__ float sum(const Worker& w, int tile, int row, u32 token) const {
     const u32 stride = tiles * w.tokens * tile_rows;
     const float* at = w.partials() + (tile * w.tokens + token) * tile_rows + row;
-    float total = *at;
-#pragma unroll 4
-    for (int i = 1; i < parts; ++i) total += at[i * stride];
+    float total = at[0];
+#pragma unroll
+    for (u32 i = 1; i < worker_warps; ++i) total += at[i * stride];
     return total;
   }
 };
@@ -86,7 +90,6 @@ struct Linear {
     w.wait_ready();
     const int panel_chunks = whole_panel(w.tokens) ? Shape::chunks : max_of(1, chunks_that_fit(w.tokens));
     const bool whole = panel_chunks == Shape::chunks;
-    const bool apart = whole && w.tokens <= 8 && Shape::chunks * w.tokens <= partial_bytes / (block_rows * 4);
     Panel panel{0, Shape::k};
     const bool filled = Prologue::prepare(w, entry, whole);
     if (whole) {
@@ -94,22 +97,26 @@ struct Linear {
       w.sync();
     }
     for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
-      const Block block{tile, min_of(tiles_per_block, entry.hi - tile), apart ? Shape::chunks : 1};
-      typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
-      Epilogue::load_early(w, block, early);
-      if (apart)
-        chunks_apart(w, block.tiles);
-      else
-        tiles_apart(w, block.tiles, panel, panel_chunks, whole);
-      w.sync();
-      Epilogue::finish(w, block, early);
+      const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
+      if (w.tokens == 1) {
+        typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
+        Epilogue::load_early(w, block, early);
+        one_token(w, block.tiles, panel, panel_chunks, whole);
+        w.sync();
+        Epilogue::finish(w, block, early);
+      } else {
+        many_tokens(w, block, panel, panel_chunks, whole);
+      }
       if (tile + tiles_per_block < entry.hi) w.sync();
     }
+    if (w.lane == 0) w.shared.mark_waited(w.waits);
     w.release_ready();
     w.signal(entry);
   }
 
  private:
+  static constexpr int per_warp = Shape::blocks_per_warp;
+
   static __device__ __forceinline__ bool whole_panel(u32 tokens) {
     return tokens * Panel::row_bytes(Shape::k) <= activation_bytes;
   }
@@ -117,91 +124,150 @@ struct Linear {
     return (activation_bytes / tokens - 64) / 128 * 128 / (Shape::tile_k * 2);
   }
 
-  // Few tokens: every warp takes the next chunk, whatever its tile. The operand's rows 8 to 15, which no token needs, take the
-  // other half of a block's columns: a result is the sum of rows r of one multiplication and r + 8 of the other.
-  static __device__ __forceinline__ void chunks_apart(Worker& w, int tiles) {
-    const u32 token = w.lane / 4;
-    const bool present = token < w.tokens;
-    const u32 row = ptx::shared_address(w.activations()) + token * Panel::row_bytes(Shape::k) + w.lane % 4 * 16;
-    float2* to = reinterpret_cast<float2*>(w.partials() + token * tile_rows) + w.lane % 4;
-    const int count = Shape::chunks * tiles;
-    u32 a[Shape::at_once][4] = {};  // of absent tokens they stay zero
-#pragma unroll 1
-    for (int n = w.warp; n < count; n += worker_warps) {
-      const int chunk = n / tiles;
-      const u32 weights = w.wait_chunk(n) + w.lane * 16;
-      float sums[2][2][4] = {};
-      each_block(chunk, [&](int at, int j) {
-        u32 b[4];
-        ptx::load_matrices(b, weights + at * 512);
-        ptx::load_shared_16(a[j], row + (chunk * (Shape::tile_k / 32) + at) * 64, present);
-        ptx::mma(sums[j % 2][0], a[j], b[0], b[1]);
-        ptx::mma(sums[j % 2][1], a[j], b[2], b[3]);
-      });
-      w.free_chunk(n);
-      if (present)
-        to[n * w.tokens * 4] = make_float2((sums[0][0][0] + sums[0][1][2]) + (sums[1][0][0] + sums[1][1][2]),
-                                           (sums[0][0][1] + sums[0][1][3]) + (sums[1][0][1] + sums[1][1][3]));
-    }
-    w.pass_chunks(count);
+  // The columns from `chunk` on take the place of those before, if that is where they end.
+  static __device__ __forceinline__ void next_panel(const Worker& w, Panel& panel, int chunk, int panel_chunks) {
+    if (chunk % panel_chunks) return;
+    panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
+    w.sync();
+    Prologue::fill(w, panel);
+    w.sync();
   }
 
-  // Many tokens, or long rows: warp t takes all chunks of tile t, while the activations pass by.
-  static __device__ __forceinline__ void tiles_apart(
-      Worker& w, int tiles, Panel& panel, int panel_chunks, bool whole) {
-    const u32 token = w.lane / 4;
-    float total[4] = {};
+  // This lane's first 16 bytes of the activations of a token in a chunk.
+  static __device__ __forceinline__ u32 operand(const Worker& w, const Panel& panel, int chunk, u32 token) {
+    return ptx::shared_address(w.activations()) + token * panel.row_bytes() + (chunk * Shape::tile_k - panel.lo) * 2 +
+           w.warp * 64 + w.lane % 4 * 16;
+  }
+
+  // This warp's part of a chunk of weights.
+  struct Weights {
+    u32 b[per_warp][4];
+
+    __device__ __forceinline__ void load(Worker& w, int chunk) {
+      const u32 from = w.wait_chunk() + w.warp * 512 + w.lane * 16;
+#pragma unroll
+      for (int j = 0; j < per_warp; ++j) {
+        if (!Shape::even) b[j][0] = b[j][1] = b[j][2] = b[j][3] = 0;
+        if (Shape::has_block(w, chunk, j)) ptx::load_matrices(b[j], from + j * worker_warps * 512);
+      }
+      w.free_chunk();
+    }
+  };
+
+  // --- one token: lanes 0 to 3 have the results of two rows each
+  //
+  // The operand's rows 8 to 15, which no token needs, take the other half of a block's columns: the first chain is in row 0 of
+  // one multiplication and the second one in row 8 of the other. Between chunks the chains lie behind the partial sums.
+
+  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel, int panel_chunks, bool whole) {
+    float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
+    float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
+    u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
 #pragma unroll 1
     for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-      if (!whole && chunk % panel_chunks == 0) {
-        panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
-        w.sync();
-        Prologue::fill(w, panel);
-        w.sync();
-      }
-      if (static_cast<int>(w.warp) >= tiles) continue;
-      const int n = chunk * tiles + w.warp;
-      const u32 weights = w.wait_chunk(n) + w.lane * 16;
-      const u32 row = ptx::shared_address(w.activations()) + token * panel.row_bytes() +
-                      (chunk * Shape::tile_k - panel.lo) * 2 + w.lane % 4 * 16;
-      float sums[2][2][4] = {};
-      each_block(chunk, [&](int at, int j) {
-        u32 b[4], low[4] = {}, high[4] = {};
-        ptx::load_matrices(b, weights + at * 512);
-        ptx::load_shared_16(low, row + at * 64, token < w.tokens);
-        ptx::load_shared_16(high, row + at * 64 + 8 * panel.row_bytes(), token + 8 < w.tokens);
-        const u32 first[4] = {low[0], high[0], low[2], high[2]}, second[4] = {low[1], high[1], low[3], high[3]};
-        ptx::mma(sums[j % 2][0], first, b[0], b[1]);
-        ptx::mma(sums[j % 2][1], second, b[2], b[3]);
-      });
-      w.free_chunk(n);
+      if (!whole) next_panel(w, panel, chunk, panel_chunks);
+      const u32 row = operand(w, panel, chunk, 0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float sum = (sums[0][0][i] + sums[0][1][i]) + (sums[1][0][i] + sums[1][1][i]);
-        total[i] = chunk ? total[i] + sum : sum;
+      for (int j = 0; j < per_warp; ++j)
+        ptx::load_shared_16(a[j], row + j * worker_warps * 64, w.lane < 4 && Shape::has_block(w, chunk, j));
+      int t = 0;
+#pragma unroll 1
+      for (; t + 2 <= tiles; t += 2) {
+        Weights first, second;
+        first.load(w, chunk);
+        second.load(w, chunk);
+        add_one_token(w, chunk, a, first, chains + t * 4, partial + t * 4);
+        add_one_token(w, chunk, a, second, chains + t * 4 + 4, partial + t * 4 + 4);
+      }
+      if (t < tiles) {
+        Weights last;
+        last.load(w, chunk);
+        add_one_token(w, chunk, a, last, chains + t * 4, partial + t * 4);
       }
     }
-    w.pass_chunks(Shape::chunks * tiles);
-    if (static_cast<int>(w.warp) >= tiles) return;
-    float* to = w.partials() + (w.warp * w.tokens + token) * tile_rows + w.lane % 4 * 2;
-    if (token < w.tokens) *reinterpret_cast<float2*>(to) = make_float2(total[0], total[1]);
-    if (token + 8 < w.tokens) *reinterpret_cast<float2*>(to + 8 * tile_rows) = make_float2(total[2], total[3]);
   }
 
-  // Calls work(block, its place among those at once) for every block of 32 columns of a chunk, some at once.
-  template <class Work>
-  static __device__ __forceinline__ void each_block(int chunk, Work work) {
-    const int blocks = Shape::blocks(chunk);
-    int at = 0;
-#pragma unroll 1
-    for (; at + Shape::at_once <= blocks; at += Shape::at_once) {
-#pragma unroll
-      for (int j = 0; j < Shape::at_once; ++j) work(at + j, j);
+  static __device__ __forceinline__ void add_one_token(
+      const Worker& w, int chunk, const u32 (&a)[per_warp][4], const Weights& weights, float4* chains, float2* partial) {
+    float even[4] = {}, odd[4] = {};
+    if (Shape::chunks > 1 && chunk && w.lane < 4) {
+      const float4 c = *chains;
+      even[0] = c.x, even[1] = c.y, odd[2] = c.z, odd[3] = c.w;
     }
-    if constexpr (Shape::tile_k / 32 % Shape::at_once || Shape::k % Shape::tile_k) {
 #pragma unroll
-      for (int j = 0; j < Shape::at_once - 1; ++j)
-        if (at + j < blocks) work(at + j, j);
+    for (int j = 0; j < per_warp; ++j) {
+      if (!Shape::has_block(w, chunk, j)) continue;
+      ptx::mma(even, a[j], weights.b[j][0], weights.b[j][1]);
+      ptx::mma(odd, a[j], weights.b[j][2], weights.b[j][3]);
+    }
+    if (w.lane >= 4) return;
+    if (chunk + 1 < Shape::chunks)
+      *chains = make_float4(even[0], even[1], odd[2], odd[3]);
+    else
+      *partial = make_float2(even[0] + odd[2], even[1] + odd[3]);
+  }
+
+  // --- several tokens: a block's sums stay in registers while its activations pass by
+
+  static __device__ __forceinline__ void many_tokens(
+      Worker& w, const Block& block, Panel& panel, int panel_chunks, bool whole) {
+    float sums[tiles_per_block][2][4] = {};
+    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
+      if (!whole) next_panel(w, panel, chunk, panel_chunks);
+      multiply_chunks(w, sums, block.tiles, chunk, panel);
+    }
+    const int per_round = w.tokens <= 8 ? tiles_per_block : tiles_per_block / 2;  // as there is room for
+    for (int first = 0; first < block.tiles; first += per_round) {
+      const Block part{block.first + first, min_of(per_round, block.tiles - first)};
+      typename Epilogue::Early early{};
+      Epilogue::load_early(w, part, early);
+      if (first) w.sync();
+      store_partials(w, sums, first, part.tiles);
+      w.sync();
+      Epilogue::finish(w, part, early);
+    }
+  }
+
+  // One chunk of each tile of the block.
+  static __device__ __forceinline__ void multiply_chunks(
+      Worker& w, float (&sums)[tiles_per_block][2][4], int tiles, int chunk, const Panel& panel) {
+    const u32 token = w.lane / 4;
+    const u32 low = operand(w, panel, chunk, token), high = low + 8 * panel.row_bytes();
+    u32 a[per_warp][2][4] = {};
+#pragma unroll
+    for (int j = 0; j < per_warp; ++j) {
+      const bool mine = Shape::has_block(w, chunk, j);
+      ptx::load_shared_16(a[j][0], low + j * worker_warps * 64, mine && token < w.tokens);
+      ptx::load_shared_16(a[j][1], high + j * worker_warps * 64, mine && token + 8 < w.tokens);
+    }
+#pragma unroll
+    for (int t = 0; t < tiles_per_block; ++t) {
+      if (t >= tiles) continue;
+      Weights weights;
+      weights.load(w, chunk);
+#pragma unroll
+      for (int j = 0; j < per_warp; ++j) {
+        if (!Shape::has_block(w, chunk, j)) continue;
+        const u32(&lo)[4] = a[j][0], (&hi)[4] = a[j][1];
+        const u32 first[4] = {lo[0], hi[0], lo[2], hi[2]}, second[4] = {lo[1], hi[1], lo[3], hi[3]};
+        ptx::mma(sums[t][0], first, weights.b[j][0], weights.b[j][1]);
+        ptx::mma(sums[t][1], second, weights.b[j][2], weights.b[j][3]);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store_partials(
+      const Worker& w, const float (&sums)[tiles_per_block][2][4], int first, int count) {
+    const u32 token = w.lane / 4, row = w.lane % 4 * 2;
+    float* to = w.partials() + (w.warp * count * w.tokens + token) * tile_rows + row;
+#pragma unroll
+    for (int t = 0; t < tiles_per_block; ++t) {
+      if (t < first || t >= first + count) continue;
+      const auto& s = sums[t];
+      float* at = to + (t - first) * w.tokens * tile_rows;
+      if (token < w.tokens) *reinterpret_cast<float2*>(at) = make_float2(s[0][0] + s[1][0], s[0][1] + s[1][1]);
+      if (token + 8 < w.tokens)
+        *reinterpret_cast<float2*>(at + 8 * tile_rows) = make_float2(s[0][2] + s[1][2], s[0][3] + s[1][3]);
     }
   }
 };

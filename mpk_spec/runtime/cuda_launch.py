@@ -221,14 +221,17 @@ class Launcher:
         return params
 
     def tokens(self):
-        """Yields tokens as the kernel publishes them, until it ends."""
+        """Yields tokens as the kernel publishes them, until it ends. Raises UserError where all logits are NaN."""
         ring, seen = self.memory.ring, 0
         idle = 0
         while True:
             done = self.stream.query()
             count = int(ring[0])
             while seen < count:
-                yield int(ring[HOST_WORDS + seen])
+                token = int(ring[HOST_WORDS + seen])
+                if token < 0:
+                    raise UserError("the model's logits are no numbers (NaN)", "are these weights whole?")
+                yield token
                 seen += 1
                 idle = 0
             if done and seen == int(ring[0]):

@@ -89,6 +89,7 @@ def test_a_wait_with_too_low_a_threshold_does_not_conform(models, probe):
     early = probe(backend, log_entries=LOG_ENTRIES)
     early.defect, early.at = "early-event", find_place(backend.emitted, "down_add")
     first = backend.launcher.steps
-    list(backend.stream(ids_of(backend, 20), max_new_tokens=2))
+    with pytest.raises(UserError, match="NaN"):  # what it read too early was poisoned
+        list(backend.stream(ids_of(backend, 20), max_new_tokens=2))
     problems = conform(backend.emitted, early.log(), first, backend.launcher.steps - first)
     assert any("waits until gate_up.done" in problem for problem in problems)
