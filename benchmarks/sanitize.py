@@ -55,6 +55,8 @@ def main() -> int:
     verdicts = [expected.verdict(expected.tokens)]
     for tool in options.tools or TOOLS:
         command = [program, "--tool", tool, "--kernel-name", "kns=megakernel", "--error-exitcode", str(FOUND)]
+        # what the libraries ask the driver for in vain (a symbol of another version) is no error of the kernel
+        command += ["--report-api-errors", "no"] if tool == "memcheck" else []
         checked = Checked(tool, command, options)
         print(f"--- {tool}\n{shortened(checked.output)}", flush=True)
         verdicts.append(checked.verdict(expected.tokens))

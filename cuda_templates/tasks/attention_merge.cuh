@@ -15,33 +15,107 @@ struct AttentionMerge {
   static __device__ __forceinline__ bool prepare(Worker&, const Entry&, bool) { return false; }
 
   static __device__ void fill(const Worker& w, const Panel& panel) {
-    const int count = (panel.hi - panel.lo) / 4;
-    const int total = count * w.tokens;
-    for (int i = w.thread; i < total; i += worker_threads * at_once) {
-      Item items[at_once];
-#pragma unroll
-      for (int n = 0; n < at_once; ++n) {
-        const int it = i + n * worker_threads;
-        const int token = w.tokens == 1 ? 0 : it / count;
-        items[n].open(w, token, panel.lo + (it - token * count) * 4, it < total);
-      }
-      for (int first = 0;; first += few) {  // so many splits are loaded at once
-        bool more = false;
-#pragma unroll
-        for (int n = 0; n < at_once; ++n) more |= items[n].load(first);
-#pragma unroll
-        for (int n = 0; n < at_once; ++n) items[n].add(first);
-        if (!more) break;
-      }
-#pragma unroll
-      for (int n = 0; n < at_once; ++n)
-        if (items[n].live) panel.store_four(w, items[n].token, items[n].feature, items[n].rounded());
+    const int live = seen(w, 0);
+    if (w.tokens > 1 || live > few) return merge_many(w, panel);
+    switch (live) {
+      case 1: return merge_few<1>(w, panel);
+      case 2: return merge_few<2>(w, panel);
+      case 3: return merge_few<3>(w, panel);
+      default: return merge_few<few>(w, panel);
     }
   }
 
  private:
-  static constexpr int few = 4, at_once = 2;
+  static constexpr int few = 4;  // so many splits are loaded at once
   static constexpr u32 split_bytes = Heads * row * 4;
+  static_assert(Heads <= static_cast<int>(worker_threads), "a thread works out one head's factors");
+  static_assert(Heads * 8 * 4 <= partial_bytes, "the heads' factors fit where partial sums go later");
+
+  // Splits that saw a position of a token.
+  static __device__ __forceinline__ int seen(const Worker& w, int token) {
+    return min_of(Splits, static_cast<int>(w.position + token) / Block + 1);
+  }
+  static __device__ __forceinline__ const u8* at(const Worker& w, int token, int head, int dim) {
+    return w.params.arena + Offset + static_cast<u64>(token * Splits * Heads + head) * (row * 4) + dim * 4;
+  }
+
+  // One token, few splits: all is asked for at once, and a thread works out the factors of a whole head.
+  template <int Live>
+  static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
+    constexpr int at_once = 4;
+    const int count = (panel.hi - panel.lo) / 4;
+#pragma unroll 1
+    for (int first = 0; first < count; first += at_once * worker_threads) {
+      uint2 low[at_once][Live], high[at_once][Live];
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
+        const u8* from = at(w, 0, feature / HeadDim, feature % HeadDim);
+#pragma unroll
+        for (int s = 0; s < Live; ++s) {
+          low[n][s] = ptx::load_l2_8(from + s * split_bytes);
+          high[n][s] = ptx::load_l2_8(from + s * split_bytes + 8);
+        }
+      }
+      if (first == 0) {
+        if (static_cast<int>(w.thread) < Heads) leave_factors<Live>(w, w.thread);
+        w.sync();
+      }
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        const int i = first + w.thread + n * worker_threads;
+        if (i >= count) continue;
+        const int feature = panel.lo + i * 4;
+        const float* factors = w.partials() + feature / HeadDim * 8;
+        float top[4] = {};
+#pragma unroll
+        for (int s = 0; s < Live; ++s) add(top, low[n][s], high[n][s], factors[s]);
+        panel.store_four(w, 0, feature, rounded(top, factors[few]));
+      }
+    }
+  }
+
+  // A head's factors of its splits and, behind them, of their sum.
+  template <int Live>
+  static __device__ __forceinline__ void leave_factors(const Worker& w, int head) {
+    uint2 stats[Live];
+    float* to = w.partials() + head * 8;
+    float peak = -infinity, bottom = 0.f;
+#pragma unroll
+    for (int s = 0; s < Live; ++s) stats[s] = ptx::load_l2_8(at(w, 0, head, HeadDim) + s * split_bytes);
+#pragma unroll
+    for (int s = 0; s < Live; ++s) peak = fmaxf(peak, __uint_as_float(stats[s].x));
+#pragma unroll
+    for (int s = 0; s < Live; ++s) {
+      const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - peak);
+      bottom = fmaf(__uint_as_float(stats[s].y), factor, bottom);
+      to[s] = factor;
+    }
+    to[few] = 1.f / bottom;
+  }
+
+  static __device__ __forceinline__ void add(float (&top)[4], uint2 low, uint2 high, float factor) {
+    top[0] = fmaf(__uint_as_float(low.x), factor, top[0]);
+    top[1] = fmaf(__uint_as_float(low.y), factor, top[1]);
+    top[2] = fmaf(__uint_as_float(high.x), factor, top[2]);
+    top[3] = fmaf(__uint_as_float(high.y), factor, top[3]);
+  }
+  static __device__ __forceinline__ uint2 rounded(const float (&top)[4], float factor) {
+    return make_uint2(ptx::pack_bf16(top[0] * factor, top[1] * factor), ptx::pack_bf16(top[2] * factor, top[3] * factor));
+  }
+
+  static __device__ void merge_many(const Worker& w, const Panel& panel) {
+    const int count = (panel.hi - panel.lo) / 4;
+    for (int i = w.thread; i < count * static_cast<int>(w.tokens); i += worker_threads) {
+      Item item;
+      item.open(w, i / count, panel.lo + i % count * 4);
+      for (int first = 0; first < item.live; first += few) {
+        item.load(first);
+        item.add_splits(first);
+      }
+      panel.store_four(w, item.token, item.feature, rounded(item.top, 1.f / item.bottom));
+    }
+  }
 
   // Four features of one token: the running sum over splits, relative to the highest maximum so far.
   struct Item {
@@ -50,16 +124,15 @@ struct AttentionMerge {
     float top[4], bottom, peak;
     uint2 low[few], high[few], stats[few];
 
-    __device__ __forceinline__ void open(const Worker& w, int at_token, int at_feature, bool exists) {
+    __device__ __forceinline__ void open(const Worker& w, int at_token, int at_feature) {
       token = at_token, feature = at_feature;
-      live = exists ? min_of(Splits, static_cast<int>(w.position + token) / Block + 1) : 0;
-      const int head = feature / HeadDim, dim = feature % HeadDim;
-      from = w.params.arena + Offset + static_cast<u64>(token * Splits * Heads + head) * (row * 4) + dim * 4;
+      live = seen(w, token);
+      from = at(w, token, feature / HeadDim, feature % HeadDim);
       top[0] = top[1] = top[2] = top[3] = bottom = 0.f;
       peak = -infinity;
     }
-    // Asks for splits `first` and following; whether there are more after them.
-    __device__ __forceinline__ bool load(int first) {
+    // Asks for splits `first` and following.
+    __device__ __forceinline__ void load(int first) {
 #pragma unroll
       for (int s = 0; s < few; ++s) {
         low[s] = high[s] = stats[s] = make_uint2(0, 0);  // on every path, or the registers would be in use in other tasks
@@ -69,9 +142,8 @@ struct AttentionMerge {
         high[s] = ptx::load_l2_8(at + 8);
         stats[s] = ptx::load_l2_8(at + (HeadDim - feature % HeadDim) * 4);
       }
-      return first + few < live;
     }
-    __device__ __forceinline__ void add(int first) {
+    __device__ __forceinline__ void add_splits(int first) {
       float highest = peak;
 #pragma unroll
       for (int s = 0; s < few; ++s)
@@ -87,15 +159,9 @@ struct AttentionMerge {
       for (int s = 0; s < few; ++s) {
         if (first + s >= live) continue;
         const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - highest);
-        top[0] = fmaf(__uint_as_float(low[s].x), factor, top[0]);
-        top[1] = fmaf(__uint_as_float(low[s].y), factor, top[1]);
-        top[2] = fmaf(__uint_as_float(high[s].x), factor, top[2]);
-        top[3] = fmaf(__uint_as_float(high[s].y), factor, top[3]);
+        add(top, low[s], high[s], factor);
         bottom = fmaf(__uint_as_float(stats[s].y), factor, bottom);
       }
-    }
-    __device__ __forceinline__ uint2 rounded() const {
-      return make_uint2(ptx::pack_bf16(top[0] / bottom, top[1] / bottom), ptx::pack_bf16(top[2] / bottom, top[3] / bottom));
     }
   };
 };

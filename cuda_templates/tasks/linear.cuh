@@ -173,38 +173,48 @@ struct Linear {
       int t = 0;
 #pragma unroll 1
       for (; t + 2 <= tiles; t += 2) {
-        Weights first, second;
-        first.load(w, chunk);
-        second.load(w, chunk);
-        add_one_token(w, chunk, a, first, chains + t * 4, partial + t * 4);
-        add_one_token(w, chunk, a, second, chains + t * 4 + 4, partial + t * 4 + 4);
+        Weights weights[2];
+        weights[0].load(w, chunk);
+        weights[1].load(w, chunk);
+        add_one_token(w, chunk, a, weights, chains + t * 4, partial + t * 4);
       }
       if (t < tiles) {
-        Weights last;
-        last.load(w, chunk);
-        add_one_token(w, chunk, a, last, chains + t * 4, partial + t * 4);
+        Weights weights[1];
+        weights[0].load(w, chunk);
+        add_one_token(w, chunk, a, weights, chains + t * 4, partial + t * 4);
       }
     }
   }
 
+  template <int Count>
   static __device__ __forceinline__ void add_one_token(
-      const Worker& w, int chunk, const u32 (&a)[per_warp][4], const Weights& weights, float4* chains, float2* partial) {
-    float even[4] = {}, odd[4] = {};
+      const Worker& w, int chunk, const u32 (&a)[per_warp][4], const Weights (&weights)[Count], float4* chains,
+      float2* partial) {
+    float even[Count][4] = {}, odd[Count][4] = {};
     if (Shape::chunks > 1 && chunk && w.lane < 4) {
-      const float4 c = *chains;
-      even[0] = c.x, even[1] = c.y, odd[2] = c.z, odd[3] = c.w;
+#pragma unroll
+      for (int t = 0; t < Count; ++t) {
+        const float4 c = chains[t * 4];
+        even[t][0] = c.x, even[t][1] = c.y, odd[t][2] = c.z, odd[t][3] = c.w;
+      }
     }
 #pragma unroll
     for (int j = 0; j < per_warp; ++j) {
       if (!Shape::has_block(w, chunk, j)) continue;
-      ptx::mma(even, a[j], weights.b[j][0], weights.b[j][1]);
-      ptx::mma(odd, a[j], weights.b[j][2], weights.b[j][3]);
+#pragma unroll
+      for (int t = 0; t < Count; ++t) {
+        ptx::mma(even[t], a[j], weights[t].b[j][0], weights[t].b[j][1]);
+        ptx::mma(odd[t], a[j], weights[t].b[j][2], weights[t].b[j][3]);
+      }
     }
     if (w.lane >= 4) return;
-    if (chunk + 1 < Shape::chunks)
-      *chains = make_float4(even[0], even[1], odd[2], odd[3]);
-    else
-      *partial = make_float2(even[0] + odd[2], even[1] + odd[3]);
+#pragma unroll
+    for (int t = 0; t < Count; ++t) {
+      if (chunk + 1 < Shape::chunks)
+        chains[t * 4] = make_float4(even[t][0], even[t][1], odd[t][2], odd[t][3]);
+      else
+        partial[t * 4] = make_float2(even[t][0] + odd[t][2], even[t][1] + odd[t][3]);
+    }
   }
 
   // --- several tokens: a block's sums stay in registers while its activations pass by

@@ -85,7 +85,8 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(models, monkey
 
     from mpk_spec.errors import UserError
     from mpk_spec.runtime import cuda_weights
-    from mpk_spec.runtime.cuda_backend import SPARE_BYTES, CudaBackend
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.runtime.cuda_device import SPARE_BYTES
 
     backend = models.backend("qwen3", "0.6b")
     layout, plan = backend.emitted.layout, backend.plan
