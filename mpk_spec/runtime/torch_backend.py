@@ -88,9 +88,17 @@ class TorchBackend:
         cache, self._cache = self._cache, None
         with torch.inference_mode():
             batch = torch.tensor([ids], device=self.model.device)
-            out = self.model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=max(last, 1))
+            named = {_cache_name(self.model): cache}
+            out = self.model(input_ids=batch, use_cache=True, logits_to_keep=max(last, 1), **named)
         self._cache, self._ids = cache, seen + ids
         return out.logits[0, len(out.logits[0]) - last :].float()
+
+
+def _cache_name(model) -> str:
+    """The name of forward's cache: transformers is renaming it, and a name that it does not know goes unnoticed."""
+    from inspect import signature
+
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def check_fits(length: int, context: int) -> None:

@@ -292,6 +292,25 @@ def stale_in_next_step(plan: Plan, kind: str, stage: int) -> Plan:
     return edit_template(plan, kind, stage, change)
 
 
+def late_append(plan: Plan, kind: str, stage: int) -> Plan:
+    """A task of the last stage still appends when the step has ended: the next one loads the cache without it."""
+    template = template_of(plan, kind, stage)
+    if template.name != "head" or plan.num_sms < 2:
+        raise Unfit
+    sample = next(iter(_sms_of(template, "sample")))
+    task = Task(
+        0, (0, 1), (), (Span("kv", 0, plan.states["kv"].extent),), waits=_group(template, "head").tasks[0].waits
+    )
+    group = replace(_group(template, "sample"), name="late", tasks=(task,), outputs=("kv",), nodes=())
+    sm = (sample + 1) % plan.num_sms
+
+    def change(t: Template) -> Template:
+        queue = (*t.queues[sm], (len(t.groups), 0))
+        return replace(t, groups=(*t.groups, group), queues=_at(t.queues, sm, queue))
+
+    return edit_template(plan, kind, stage, change)
+
+
 def step_before(plan: Plan, kind: str, stage: int) -> Plan:
     """A step reads what only the step before wrote."""
     if template_of(plan, kind, stage).name != "embed":
@@ -417,6 +436,7 @@ RULES = (
     queued_twice,
     not_queued,
     not_loaded,
+    late_append,
     span_gap,
     written_twice,
     too_many_threads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from defects import DEFECTS, Unfit, template_of
+from defects import DEFECTS, Unfit, late_append, template_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import Shape, edit_tasks, edit_template, make_plan
@@ -124,6 +124,13 @@ def test_each_defect_at_each_place(defect, layers):
             assert refused(spoiled)
             found += 1
     assert found
+
+
+def test_appends_come_before_the_end_of_their_step():
+    """What earlier steps appended may be loaded ahead of a task's events, once the SM knows that they are over."""
+    spoiled = late_append(make_plan(Shape(layers=4)), "decode", 5)
+    (said,) = refused(spoiled)
+    assert said.startswith("decode, head, sample[0] ends the step and nothing makes it wait for decode, head, late[0]")
 
 
 def test_induction_leaves_out_equal_layers():

@@ -139,3 +139,13 @@ def test_logits_are_those_of_the_model_at_every_position(model):
         wanted = model(input_ids=torch.tensor([ids])).logits[0].float()
     assert got.dtype == torch.float32
     assert torch.equal(got, wanted)
+
+
+def test_the_cache_goes_by_either_of_its_names():
+    """A name that forward does not know would vanish in its further arguments, and every step would see no past."""
+    from types import SimpleNamespace
+
+    from mpk_spec.runtime.torch_backend import _cache_name
+
+    assert _cache_name(SimpleNamespace(forward=lambda input_ids, cache=None, **more: None)) == "cache"
+    assert _cache_name(SimpleNamespace(forward=lambda input_ids, past_key_values=None: None)) == "past_key_values"

@@ -4,6 +4,9 @@ Proved: acyclic; no deadlock of queues, rings and claim pools under any assignme
 after every write that it needs and every write after every use that it ends (buffer reuse, KV cache, other ranks'
 inboxes and the next step of any kind included); partial values summed over the ranks once; limits of the target.
 
+An SM enters a step when the task that ended the one before has said so. That task comes after all appends of its step,
+so a task may load what earlier steps put into the KV cache ahead of its events.
+
 Beyond the next step: each task of a step knows all tasks of the step before it (shown for every pair of kinds), hence
 of all steps. Where that fails, triples of steps are walked in full and must show it for the step after next.
 """

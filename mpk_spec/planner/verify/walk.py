@@ -10,6 +10,7 @@ shows that all its tasks come after all tasks of this one.)
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mpk_spec.planner.plan import Plan, Step
@@ -26,7 +27,11 @@ MIN_REPEATS = 4
 
 @dataclass
 class Walked:
-    """One step of a walk. `bits`: all its tasks. `own`, `peers`: what each of its tasks knows (the least of them)."""
+    """One step of a walk. `bits`: all its tasks. `own`, `peers`: what each of its tasks knows (the least of them).
+
+    `appends`: those of its tasks that write the KV cache. `enders`: bit and knowledge of those that make what feeds the
+    next step.
+    """
 
     stages: list[Stage]
     bits: int = 0
@@ -35,6 +40,8 @@ class Walked:
     peers: int = -1
     peers_at_end: list[int] = field(default_factory=list)
     induced: int = 0
+    appends: int = 0
+    enders: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Walk:
@@ -79,7 +86,17 @@ class Walk:
             walked.induced += self._repeat(step, index, period, repeats, reach, walked)
             index += period * repeats
         self.steps += 1
+        self._check_end(walked)
         return walked
+
+    def _check_end(self, walked: Walked) -> None:
+        """The step ends after all its appends: the next one loads what they wrote ahead of its own events."""
+        for bit, known in walked.enders:
+            late = walked.appends & ~known
+            if late:
+                append = self.name((late & -late).bit_length() - 1)
+                said = f"ends the step and nothing makes it wait for {append}, which writes the KV cache"
+                self.report.add(f"{self.name(bit)} {said}", walked.stages[0].code.kind, "end")
 
     def _repeat(self, step: Step, index: int, period: int, repeats: int, reach: int, walked: Walked) -> int:
         """Walks a run of layers until it repeats itself; the number of stages left out."""
@@ -107,6 +124,9 @@ class Walk:
         self.hazards.walk(stage, own, peers)
         walked.stages.append(stage)
         walked.bits |= stage.bits
+        for n in self._writers(code, self.plan.states):
+            walked.appends |= 1 << (stage.base + n)
+        walked.enders += [(stage.base + n, own[n]) for n in self._writers(code, self.plan.feeds.values())]
         for n, known in enumerate(own):
             walked.own &= known
             if code.cross[n]:
@@ -114,6 +134,10 @@ class Walk:
         for known in peers:
             walked.peers &= known
         walked.peers_at_end = peers
+
+    @staticmethod
+    def _writers(code: Code, tensors: Iterable[str]) -> list[int]:
+        return [n for t in tensors for group in code.groups for _, _, n in group.writes.get(t, ())]
 
     def _state(self, starts: list[int], reach: int):
         """Everything that later checks depend on, relative to the last repetition.
