@@ -63,7 +63,7 @@ def bench(
         )
     result = {
         "model": {"spec": plan.spec, "size": plan.size, "weights": str(checkpoint.source)},
-        "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),
+        "plan": plan.key, "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),
         "ceiling": ceiling.data(), "bytes_per_token": bytes_per_token(plan, settings.context),
         "ours": {"description": description, **_ours(backend, settings, progress)},
         "simulation": _predicted(plan, settings.context),
