@@ -154,7 +154,8 @@ def write_table(folder: Path, jobs: list[Job], target: str) -> None:
 def row_of(result: dict) -> dict:
     from mpk_spec.perf.page import floor_ms, percent
 
-    ours, rivals, verdict = result["ours"], result["rivals"], result.get("verdict")
+    ours, verdict = result["ours"], result.get("verdict")
+    rivals = {name: rival for name, rival in result["rivals"].items() if "ms" in rival}
     return {
         "model": f"{result['model']['spec']} {result['model']['size']}", "context": result["context"],
         "gigabytes": result["bytes_per_token"]["total"] / 1e9, "ceiling_gbps": result["ceiling"]["gbps"],
@@ -211,7 +212,7 @@ def plot(rows: list[dict], path: Path) -> bool:
     axes.set_ylabel("percent of the memory ceiling")
     axes.set_ylim(0, 105)
     axes.axhline(100, color="grey", linewidth=0.8)
-    axes.legend(loc="upper left", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(series), fontsize=8)
     figure.savefig(path, dpi=150)
     return True
 
