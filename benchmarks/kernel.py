@@ -1,43 +1,60 @@
 """Checks and times the CUDA kernel on random weights, one size after another, in one go.
 
-python benchmarks/kernel.py check qwen3:tiny smollm2:135m     # logits against Hugging Face in float32 and bf16
-python benchmarks/kernel.py time qwen3:0.6b qwen3:8b          # ms per token, of the kernel alone
+python benchmarks/kernel.py check qwen3:tiny smollm2:135m     # the same bits each way, and the distance from float32
+python benchmarks/kernel.py time qwen3:0.6b qwen3:8b          # ms per token; --ceiling measures what 100 % is
 python benchmarks/kernel.py trace qwen3:8b                    # where the time of a token goes
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "time", "trace"])
     parser.add_argument("models", nargs="+", metavar="SPEC:SIZE")
     parser.add_argument("--target", default="h100")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--context", type=int, default=512, help="positions that the cache has room for")
+    parser.add_argument("--prompt", type=int, default=128, help="positions in the cache, on average, when timed")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a timed launch")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ceiling", action="store_true", help="measure the ceiling of memory first")
     options = parser.parse_args()
+    options.gbps = measured_ceiling(options.target) if options.ceiling else None
     for model in options.models:
         {"check": check, "time": measure, "trace": trace}[options.what](model, options)
+    return 0
+
+
+def measured_ceiling(target: str) -> float:
+    from mpk_spec.perf.ceiling import measure_ceiling
+    from mpk_spec.planner.targets import find_target
+    from mpk_spec.runtime.cuda_device import free_gpu
+
+    ceiling = measure_ceiling(find_target(target))
+    free_gpu()
+    best = ceiling.best
+    print(
+        f"ceiling {ceiling.gbps:.0f} GB/s, chunks of {best.chunk_kib} KiB, {best.flight_kib} KiB in flight for each SM"
+    )
+    return ceiling.gbps
 
 
 def open_random(model: str, options, defines: tuple[str, ...] = ()):
-    """(backend, checkpoint) with weights drawn on the GPU."""
+    """(backend, checkpoint) with random weights."""
     from mpk_spec.planner import plan
     from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.runtime.random_model import checkpoint_of_plan
     from mpk_spec.schema import load_spec
 
     name, _, size = model.partition(":")
-    made = plan(load_spec(name), size=size, target=options.target, context=options.context)
+    context = max(options.context, options.prompt + options.new)
+    made = plan(load_spec(name), size=size, target=options.target, context=context)
     checkpoint = checkpoint_of_plan(made, options.seed)
-    checkpoint._device = "cuda"
     started = time.perf_counter()
     backend = CudaBackend(made, checkpoint, defines=defines)
     backend.launcher.timeout_s = 3.0
@@ -49,92 +66,41 @@ def open_random(model: str, options, defines: tuple[str, ...] = ()):
     return backend, checkpoint
 
 
-def prompt_of(backend, count: int, salt: int = 0) -> list[int]:
-    return [(17 + 31 * n + 7 * salt + n * n * 13) % backend.vocab_size for n in range(count)]
-
-
 def check(model: str, options) -> None:
+    """The same bits run after run, token by token as in chunks, streamed as read; and the verdict of `compare`."""
     import torch
 
-    from mpk_spec.weights import load_hf_model
+    from mpk_spec.testing.yardstick import Yardstick, sequences
 
-    torch.backends.cuda.matmul.allow_tf32 = False
     backend, checkpoint = open_random(model, options)
-    ids = prompt_of(backend, options.prompt)
-    ours = backend.logits(ids).cuda()
-    again = backend.logits(ids).cuda()
+    (ids,) = sequences(backend.vocab_size, options.prompt, 1, options.prompt)
+    ours, again = backend.logits(ids), backend.logits(ids)
     print(f"  same bits twice: {torch.equal(ours, again)}; not finite: {int((~ours.isfinite()).sum())}")
-    one = [i for n, i in enumerate(ids[:40])]
-    backend.reset()
-    parts = []
-    for n, token in enumerate(one):  # one token a step: the same bits as in chunks
-        backend.launcher.start([token], n, 0)
-        backend.launcher.finish()
-        parts.append(backend.value("logits", 1)[:, : backend.vocab_size])
-    alone = torch.cat(parts)
-    print(
-        f"  same bits token by token: {torch.equal(ours[:40], alone)} "
-        f"(max difference {(ours[:40] - alone).abs().max():.2e})"
-    )
-    results = {}
-    for dtype in ("float32", "bfloat16"):
-        hf = load_hf_model(checkpoint, dtype=dtype, device="cuda")
-        with torch.inference_mode():
-            results[dtype] = hf(torch.tensor([ids], device="cuda")).logits[0].float()
-        del hf
-    truth = results["float32"]
-    for name, logits in (("ours", ours), ("HF bf16", results["bfloat16"])):
-        error = (logits - truth).norm() / truth.norm()
-        kl = (truth.softmax(-1) * (truth.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
-        top = (logits.argmax(-1) == truth.argmax(-1)).float().mean()
-        print(f"  {name}: relative error {error:.2e}, KL mean {kl.mean():.2e} max {kl.max():.2e}, top-1 {top:.4f}")
+    one = backend.logits(ids, alone=40)
+    apart = (ours - one).abs().max()
+    print(f"  same bits token by token: {torch.equal(ours, one)} (max difference {apart:.2e})")
     made = list(backend.stream(ids[:37], max_new_tokens=40))
-    replay = backend.logits(ids[:37] + made)
-    want = replay[36:-1].argmax(-1).tolist()
+    want = backend.logits(ids[:37] + made)[36:-1].argmax(-1).tolist()
     print(f"  stream agrees with its own logits: {made == want} ({len(made)} tokens)")
+    verdict = Yardstick(checkpoint, [ids]).judge(backend)
+    for row in verdict.rows:
+        print(f"  {row.name}: ours {row.ours:.3g}, Hugging Face in bf16 {row.rival:.3g}, at most {row.limit:.3g}")
+    print(f"  verdict over {verdict.ours.positions} positions: {'passed' if verdict.passed else 'FAILED'}")
     backend.close()
 
 
-def kernel_ms(backend, prompt: list[int], new: int) -> float:
-    """One launch, by the GPU's clock."""
-    import torch
-
-    launcher = backend.launcher
-    backend.reset()
-    launch = launcher.module.launch
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def timed(params, stream):
-        begin.record(launcher.stream)
-        launch(params, stream)
-        end.record(launcher.stream)
-
-    launcher.module.launch = timed
-    try:
-        launcher.start(prompt, 0, new)
-        launcher.finish()
-    finally:
-        launcher.module.launch = launch
-    return begin.elapsed_time(end)
-
-
 def measure(model: str, options) -> None:
+    from mpk_spec.perf.bench import bytes_per_token
+    from mpk_spec.perf.clock import time_decode
+
     backend, _ = open_random(model, options)
-    prompt = prompt_of(backend, options.prompt)
-    runs = []
-    for _ in range(6):
-        short, long = kernel_ms(backend, prompt, 1), kernel_ms(backend, prompt, options.new + 1)
-        runs.append((long - short) / options.new)
-    layout = backend.emitted.layout
-    size = sum(p.rows * p.k * 2 * (layout.layers if p.layer_stride else 1) for p in layout.packed.values())
-    ms = statistics.median(runs[1:])
-    started = time.perf_counter()
-    made = list(backend.stream(prompt, max_new_tokens=options.new))
-    total = time.perf_counter() - started
+    times = time_decode(backend, options.prompt, options.new, options.repeats)
+    ms, size = times.kernel_ms, bytes_per_token(backend.plan, options.prompt)["total"]
+    gbps = size / ms / 1e6
+    share = f", {100 * gbps / options.gbps:.1f} % of the ceiling" if options.gbps else ""
     print(
-        f"  {ms:.4f} ms/token ({min(runs):.4f} to {max(runs[1:]):.4f}), {size / 1e9:.3f} GB, "
-        f"{size / ms / 1e6:.0f} GB/s; "
-        f"prompt of {len(prompt)}: {short:.2f} ms; {len(made)} tokens seen by the host in {total * 1e3:.1f} ms"
+        f"  {ms:.4f} ms/token ({times.kernel_ms_min:.4f} to {times.kernel_ms_max:.4f}), {size / 1e9:.3f} GB, "
+        f"{gbps:.0f} GB/s{share}; as a user sees it {times.user_ms:.4f} ms, a launch costs {times.launch_ms:.3f} ms"
     )
     backend.close()
 

@@ -63,7 +63,7 @@ def bench(
         )
     result = {
         "model": {"spec": plan.spec, "size": plan.size, "weights": str(checkpoint.source)},
-        "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),
+        "plan": plan.key, "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),
         "ceiling": ceiling.data(), "bytes_per_token": bytes_per_token(plan, settings.context),
         "ours": {"description": description, **_ours(backend, settings, progress)},
         "simulation": _predicted(plan, settings.context),
@@ -132,15 +132,26 @@ def _rivals(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> d
     from mpk_spec.weights import load_hf_model
 
     logging.disable_progress_bar()
-    model = load_hf_model(checkpoint, dtype="bfloat16", device="cuda")
+    progress("loading Hugging Face's model", 0, 0)
+    try:
+        model = load_hf_model(checkpoint, dtype="bfloat16", device="cuda")
+    except RuntimeError as error:  # no memory for it
+        return {key: {"failed": _first_line(error)} for key in settings.rivals}
     free_gpu()
     found = {}
     for number, name in enumerate(settings.rivals):
         progress("timing the rivals", number, len(settings.rivals))
-        found[name] = time_rival(name, model, settings.context, settings.tokens, settings.repeats).data()
-    del model
-    free_gpu()
+        try:
+            found[name] = time_rival(name, model, settings.context, settings.tokens, settings.repeats).data()
+        except RuntimeError as error:  # its compiler's, its memory's: ours was measured all the same
+            found[name] = {"failed": _first_line(error)}
+        free_gpu()
     return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _software() -> dict[str, Any]:

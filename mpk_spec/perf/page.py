@@ -45,6 +45,8 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("the ceiling of memory", f"{floor_ms(result):.3f}", floor_ms(result), ""),
     ]
     for name, rival in result["rivals"].items():
+        if "failed" in rival:
+            continue
         times = f"{rival['ms'] / ours['user_ms']:.2f} times"
         rows.append((TITLES[name], f"{rival['ms']:.3f}", rival["ms"], times))
     return [(what, ms, f"{percent(result, value):.1f} %", times) for what, ms, value, times in rows]
@@ -62,6 +64,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"the first token after a prompt of {ours['prompt_tokens']} takes {ours['first_token_s'] * 1e3:.1f} ms; "
         f"weights {result['model']['weights']}. Rivals are timed as a user sees them and compared with ours so timed.",
         _said(result.get("verdict")),
+        *(f"{TITLES[n]} did not run: {r['failed']}" for n, r in result["rivals"].items() if "failed" in r),
         f"{ours['description']}; cache of {result['cache']} positions; CUDA {software['cuda']}, driver for CUDA "
         f"{result['gpu']['driver_cuda']}, Python {software['python']}, torch {software['torch']}, "
         f"transformers {software['transformers']}.",

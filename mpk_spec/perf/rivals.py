@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 EAGER_TOKENS = 16  # at tens of milliseconds each
+ROUND = 64  # positions of a static cache: odd lengths cost attention its fast kernels
 WARM_UP = 4  # steps: compile, record, replay
 
 
@@ -89,7 +90,8 @@ class Static:
         from transformers import StaticCache
 
         self.model, self.start = model, start_of(context, tokens)
-        self.cache = StaticCache(config=model.config, max_cache_len=self.start + max(tokens, WARM_UP) + 1)
+        room = self.start + max(tokens, WARM_UP) + 1
+        self.cache = StaticCache(config=model.config, max_cache_len=-(-room // ROUND) * ROUND)
         model(input_ids=_token(model), past_key_values=self.cache, use_cache=True)  # allocates its tensors
         for layer in self.cache.layers:
             layer.keys.normal_()

@@ -143,3 +143,75 @@ def test_bench_takes_a_build(folder, capsys):
     ask = ["bench", str(folder), "--weights", "random:0", "--backend", "cpu", "-n", "2", "--repeats", "1", "--json"]
     assert main([*ask, "--prompt-tokens", "4"]) == errors.EXIT_OK
     assert json.loads(capsys.readouterr().out)["model"] == {"spec": "qwen3", "size": "tiny", "weights": "random:0"}
+
+
+def test_compare_judges_a_build(folder, capsys):
+    ask = ["compare", str(folder), "--weights", "random:0", "--backend", "cpu", "--positions", "32", "--seeds", "1"]
+    assert main([*ask, "-c", "32", "--json"]) == errors.EXIT_OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["model"].startswith("qwen3 tiny, weights random:0, cpu reference") and data["passed"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--plant", "no-rope"], "a build runs as it was built: no defect can be planted in it"),
+        (["--stop-after", "all"], "a build cannot stop after an operator"),
+        (["-c", "300"], "a context of 300 is more than the 256 positions that the kernel was built for"),
+    ],
+)
+def test_what_compare_cannot_do_with_a_build(folder, more, message, capsys):
+    assert main(["compare", str(folder), "--weights", "random:0", *more]) == errors.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def no_gpu(gpu, patch):
+    patch.undo()
+    patch.setattr("torch.cuda.is_available", lambda: False)
+    patch.setattr("torch.version.cuda", "13.0")
+    patch.setattr("mpk_spec.runtime.cuda_device.driver_cuda", lambda: None)
+
+
+def old_driver(gpu, patch):
+    no_gpu(gpu, patch)
+    patch.setattr("mpk_spec.runtime.cuda_device.driver_cuda", lambda: (12, 2))
+
+
+def another_process(gpu, patch):
+    gpu.free, gpu.reserved = 100 << 20, 0
+
+
+@pytest.mark.parametrize(
+    ("luck", "message"),
+    [
+        (no_gpu, "there is no usable NVIDIA GPU here\n  hint: --backend cpu"),
+        (
+            old_driver,
+            "the NVIDIA driver is too old: it supports CUDA 12.2, this torch is built for 13.0\n  hint: update",
+        ),
+        (another_process, "of 85.0 GiB free, other processes hold 84.9\n  hint: end what else uses the GPU"),
+        (
+            lambda gpu, patch: gpu.driver.attributes.update(COMPUTE_CAPABILITY_MAJOR=10),
+            "the plan is for NVIDIA H100 80GB SXM (sm_90a), this GPU is sm_100\n  hint: build it for this GPU",
+        ),
+        (
+            lambda gpu, patch: gpu.driver.attributes.update(MULTIPROCESSOR_COUNT=78),
+            "the plan is for 132 SMs, this GPU has 78\n  hint: one block per SM",
+        ),
+        (
+            lambda gpu, patch: gpu.driver.errors.update(cuModuleLoadData="UNSUPPORTED_PTX_VERSION"),
+            "the CUDA driver says: words for CUDA_ERROR_UNSUPPORTED_PTX_VERSION\n  hint: the driver is older",
+        ),
+        (
+            lambda gpu, patch: gpu.driver.errors.update(cuInit="NO_DEVICE"),
+            "the CUDA driver says: words for CUDA_ERROR_NO_DEVICE\n  hint: no GPU is visible",
+        ),
+    ],
+)
+def test_bad_luck_is_one_message_and_exit_code_1(folder, fake_gpu, monkeypatch, capsys, luck, message):
+    luck(fake_gpu, monkeypatch)
+    assert chat(folder, "--backend", "cuda") == errors.EXIT_BAD_INPUT
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("error: ") == 1
+    assert message in shown.err
+    assert not fake_gpu.launchers

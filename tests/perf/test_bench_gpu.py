@@ -124,6 +124,19 @@ def test_the_command_measures_all_in_one_run(machine, tmp_path, capsys):
     assert data["rivals"]["compile"]["ms"] == 2.0 and data["simulation"]["ms"] > 0
 
 
+def test_a_rival_that_breaks_is_said_and_ours_stays(machine, capsys):
+    def broken(name, *asked):
+        if name == "compile":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+        return RivalTimes(2.0, 1.9, 2.1, 3.0, 16)
+
+    machine.monkeypatch.setattr("mpk_spec.perf.rivals.time_rival", broken)
+    assert main([*ASK, "--no-verdict", "--rival", "compile", "--rival", "eager"]) == errors.EXIT_OK
+    shown = capsys.readouterr().out
+    assert "torch.compile with its CUDA graphs did not run: OutOfMemoryError: CUDA out of memory." in shown
+    assert "| Hugging Face, eager | 2.000 |" in shown and "| the kernel, by the GPU's clock | 0.500" in shown
+
+
 def test_numbers_that_are_wrong_are_said_and_end_with_their_code(machine, capsys):
     """A backend whose logits are the truth passes; zeros do not."""
     machine.monkeypatch.setattr("mpk_spec.weights.load_hf_model", load_hf_model)
