@@ -16,11 +16,12 @@ template <int Heads, int KvHeads, int HeadDim, int Splits, int Block>
 struct AttentionShape {
   static constexpr int heads = Heads, kv_heads = KvHeads, dim = HeadDim, splits = Splits, block = Block;
   static constexpr int group = Heads / KvHeads;
-  static constexpr int rows = group <= 4 ? 4 : 8;  // query rows (of tokens x group) of one pass over the cache
+  // Query rows (of tokens x group) of one pass over the cache. Their sums lie in registers: fewer where none can be moved.
+  static constexpr int rows = group <= 4 || !MPK_MOVES_REGISTERS ? 4 : 8;
   static constexpr int lanes = HeadDim / 8;  // that share one position
   static constexpr int positions_per_warp = warp_size / lanes;
   static constexpr int per_lane = Block / (worker_warps * positions_per_warp);
-  static constexpr int at_once = rows > 4 || !MPK_MOVES_REGISTERS ? 1 : per_lane;  // positions of a lane
+  static constexpr int at_once = rows > 4 ? 1 : per_lane;  // positions of a lane
   static_assert(HeadDim == 32 || HeadDim == 64 || HeadDim == 128, "head_dim is 32, 64 or 128");
   static_assert(Block == 64, "a block of positions is a page of 64");
   static_assert(Heads % KvHeads == 0, "query heads share KV heads evenly");

@@ -15,29 +15,28 @@ WARM_UP = 8  # tokens before the first that is recorded
 
 
 def record(backend: CudaBackend, context: int, tokens: int) -> np.ndarray:
-    """`cuda_probe.TIMES` of `tokens` + 1 steps in one launch, with about `context` positions in the cache.
+    """`cuda_probe.TIMES` of `tokens` + 1 steps in one launch, with about `context` random positions in the cache.
 
     `backend` must be built with `PROFILE`. Raises UserError where the steps do not fit the plan's context.
     """
     from mpk_spec.runtime.cuda_probe import Probe
 
     launcher, plan = backend.launcher, backend.plan
-    prompt = max(1, context - WARM_UP - tokens // 2)
+    before = max(1, context - WARM_UP - tokens // 2)
     made = WARM_UP + tokens + 2
-    if prompt + made > plan.context:
+    if before + made > plan.context:
         raise UserError(
-            f"a profile at {context} positions takes {prompt + made}, the plan holds {plan.context}",
+            f"a profile at {context} positions takes {before + made}, the plan holds {plan.context}",
             "a smaller --context or fewer --tokens",
         )
     probe = Probe(backend.emitted, backend.memory.arena.device, trace_steps=tokens + 1)
-    chunk = max(step.tokens for step in plan.steps.values())
-    probe.trace_step = launcher.steps + -(-prompt // chunk) + WARM_UP
+    probe.trace_step = launcher.steps + WARM_UP
     launcher.probe = probe
-    backend.reset()
-    ids = [(17 + 31 * position) % backend.vocab_size for position in range(prompt)]
+    ids = backend.fill_cache(before)
     try:
         for _ in backend.stream(ids, max_new_tokens=made):
             pass
     finally:
         launcher.probe = None
+        backend.reset()  # what the cache was filled with was read by nobody
     return probe.times()

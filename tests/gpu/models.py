@@ -43,8 +43,7 @@ class Models:
         from mpk_spec.runtime.random_model import checkpoint_of_plan
 
         if (spec, size) not in self._checkpoints:
-            made = self._checkpoints[spec, size] = checkpoint_of_plan(self.plans[spec, size], 0)
-            made._device = "cuda"  # the same values as on the CPU, sooner
+            self._checkpoints[spec, size] = checkpoint_of_plan(self.plans[spec, size], 0)
         return self._checkpoints[spec, size]
 
     def backend(self, spec: str, size: str, probed: bool = False):

@@ -93,7 +93,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(models, monkey
     fixed = layout.weight_bytes + sum(plan.arena_bytes.values()) + SPARE_BYTES
     monkeypatch.setattr(cuda_weights, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     for room, hint in ((layout.cache_bytes // 2, "a context of 512 fits: -c 512"), (-1, "a smaller model would fit")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, room=room: (fixed + room, 80 << 30))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, room=room: (fixed + room, fixed + room))
         with pytest.raises(UserError) as error:
             CudaBackend(plan, models.checkpoint("qwen3", "0.6b"))
         assert error.value.hint == hint

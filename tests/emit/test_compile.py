@@ -1,0 +1,79 @@
+"""Every task compiles for every architecture that plans are made for, without a spill. Needs NVRTC, but no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpk_spec.emit import compiler
+from mpk_spec.emit.source import emit
+from mpk_spec.errors import UserError
+from mpk_spec.planner import plan
+from mpk_spec.planner.targets import find_target
+from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS, PROFILE
+from mpk_spec.schema import load_spec
+
+pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
+
+ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a", "b200": "sm_100a"}
+MOST_REGISTERS = 168  # of a thread, for 384 of them on one SM
+# head_dim 128, 64; 1 to 7 query heads to a KV head; head norms, biases, long and short rows
+REAL = [("qwen3", "8b"), ("smollm2", "135m"), ("qwen2_5", "7b")]
+PROBES = [(PROFILE,), (CONFORM, DELAYS, DEFECTS)]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
+
+
+def compiled(spec: str, size: str, target: str, defines: tuple[str, ...] = ()) -> compiler.Compiled:
+    made = plan(load_spec(spec), size=size, target=target, context=256, verified=False)
+    return compiler.compile_kernel(made.name, emit(made).source, find_target(target).arch, defines)
+
+
+def check(report: compiler.Report, target: str) -> None:
+    assert report.arch == ARCHITECTURES[target]
+    assert report.spill_bytes == 0
+    assert report.registers <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_the_tiny_model_compiles_without_spills(target):
+    first = compiled("qwen3", "tiny", target)
+    check(first.report, target)
+    again = compiled("qwen3", "tiny", target)
+    assert (first.cached, again.cached) == (False, True)
+    assert again.cubin == first.cubin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ARCHITECTURES)
+@pytest.mark.parametrize(("spec", "size"), REAL)
+def test_real_sizes_compile_without_spills(spec, size, target):
+    check(compiled(spec, size, target).report, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defines", PROBES, ids="+".join)
+@pytest.mark.parametrize(("spec", "size"), [("qwen3", "tiny"), ("qwen3", "8b")])
+def test_builds_for_profiling_and_testing_compile_without_spills(spec, size, defines):
+    check(compiled(spec, size, "h100", defines).report, "h100")
+
+
+def test_builds_have_cubins_of_their_own():
+    keys = {compiler._key("source", "sm_90a", defines) for defines in [(), *PROBES, (CONFORM,), (DELAYS,), (DEFECTS,)]}
+    assert len(keys) == 6
+
+
+def test_a_kernel_that_needs_more_registers_is_refused():
+    values = range(96)
+    source = (
+        'extern "C" __global__ void __launch_bounds__(1024, 2) hungry(volatile float* at) {'
+        + "".join(f"float v{n} = at[{n}];" for n in values)
+        + "".join(f"at[{n}] = v{n} * v{95 - n};" for n in values)
+        + "}"
+    )
+    with pytest.raises(UserError) as error:
+        compiler.compile_kernel("hungry", source, "sm_80")
+    assert error.value.message.startswith("hungry: the kernel for sm_80 needs more registers than there are: ")
+    assert error.value.hint == "smaller tiles need fewer registers"
