@@ -16,19 +16,20 @@ from mpk_spec.planner import plan
 from mpk_spec.planner.targets import find_target
 from mpk_spec.schema import load_spec
 
-GOLDEN = Path(__file__).parent / "golden" / "qwen3-tiny-h100.cu"
+GOLDEN = Path(__file__).parent / "golden"
 
 
-def emitted(spec: str, size: str, target: str = "h100"):
-    return emit(plan(load_spec(spec), size=size, target=target, context=256))
+def emitted(spec: str, size: str, target: str = "h100", tp: int = 1):
+    return emit(plan(load_spec(spec), size=size, target=target, context=256, tp=tp))
 
 
-def test_the_generated_source_is_the_golden_one():
+@pytest.mark.parametrize(("name", "tp"), [("qwen3-tiny-h100.cu", 1), ("qwen3-tiny-h100-tp2.cu", 2)])
+def test_the_generated_source_is_the_golden_one(name, tp):
     """UPDATE_GOLDEN=1 rewrites it. A refactor must not change it."""
-    source = emitted("qwen3", "tiny").source
+    source, golden = emitted("qwen3", "tiny", tp=tp).source, GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(source)
-    assert source.splitlines()[1:] == GOLDEN.read_text().splitlines()[1:]  # the first line names the plan by its hash
+        golden.write_text(source)
+    assert source.splitlines()[1:] == golden.read_text().splitlines()[1:]  # the first line names the plan by its hash
 
 
 def test_the_source_does_not_depend_on_the_process():
@@ -86,13 +87,13 @@ def test_an_architecture_with_too_few_registers_is_refused(tmp_path, monkeypatch
         compile_kernel("tiny", emitted("qwen3", "tiny", "a100").source, "sm_80")
 
 
-@pytest.mark.parametrize("target", ["h100", "b200"])
-def test_every_task_compiles_without_spills(target, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("target", "tp"), [("h100", 1), ("b200", 1), ("h100", 2), ("h200", 8)])
+def test_every_task_compiles_without_spills(target, tp, tmp_path, monkeypatch):
     pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
     from mpk_spec.emit.compiler import compile_kernel
 
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
-    made = emitted("qwen3", "tiny", target)
+    made = emitted("qwen3", "tiny" if tp < 8 else "8b", target, tp)
     arch = find_target(target).arch
     first = compile_kernel(made.plan.name, made.source, arch)
     assert first.report.spill_bytes == 0
