@@ -71,7 +71,7 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
 
 
 def crossing(plan: Plan, step: Step) -> frozenset[str]:
-    """Events of tasks that write into inboxes, which are every rank's. Raises UserError where a name is also another's."""
+    """Events of tasks that write into inboxes: every rank's. UserError where others have one of the same name."""
     ours, theirs = set(), set()
     for group in (g for t in step.templates for g in t.groups):
         writes = {s.tensor for task in group.tasks for s in task.writes}

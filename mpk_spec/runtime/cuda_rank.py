@@ -1,4 +1,4 @@
-"""One rank's GPU: what `runtime.ranks` has on every rank. Its methods are the same steps everywhere, in the same order."""
+"""One rank's GPU: what `runtime.ranks` has on every rank. Its methods are the same steps everywhere."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def load_weights(
     plan: Plan, layout: Layout, checkpoint: Any, device: torch.device, progress=None, rank: int = 0
 ) -> torch.Tensor:
-    """`rank`'s weights, uint8 `[layout.weight_bytes]` on `device`. Raises UserError for a checkpoint that does not fit the plan."""
+    """A rank's weights, uint8 `[layout.weight_bytes]` on `device`. UserError where the checkpoint does not fit."""
     import torch
 
     from mpk_spec.reference.state import find_prefix, read_share

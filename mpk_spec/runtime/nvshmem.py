@@ -37,7 +37,7 @@ def _version(size: int) -> int:
 
 
 class Nvshmem:
-    """The loaded library. `join` needs the device's CUDA context; memory is given in whole calls that all ranks make."""
+    """The loaded library. `join` needs the device's CUDA context; all ranks make the calls that give or free memory."""
 
     def __init__(self, path: Path | None = None):
         path = path or find_library()

@@ -1,8 +1,8 @@
 """Rank 0's hold on the others: starts their processes, has one object on every rank, calls its methods everywhere.
 
-Calls are made by rank 0 alone, never while it waits inside another one, and every rank answers each. A rank that ends is
-noticed at once, by a thread: it aborts what runs here, cuts the other ranks off (which then do the same), and if rank 0
-does not come back from what it was waiting for, ends the process.
+Calls are made by rank 0 alone, one after the other, and every rank answers each. A rank that ends is noticed at once,
+by a thread: it aborts what runs here, cuts the other ranks off (which then do the same), and if rank 0 does not come
+back from what it was waiting for, ends the process.
 """
 
 from __future__ import annotations

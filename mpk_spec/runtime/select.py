@@ -98,9 +98,7 @@ def choose_context(wanted: int | None, config: dict) -> int:
     return wanted
 
 
-def choose_backend(
-    spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1
-) -> tuple[str, str]:
+def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1) -> tuple[str, str]:
     """("cuda" or "cpu", why): the GPU if there is one and the kernel can run this model on it."""
     from mpk_spec.emit.compiler import nvrtc_version
     from mpk_spec.emit.source import emit

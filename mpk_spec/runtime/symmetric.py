@@ -1,4 +1,4 @@
-"""What a rank shares with its peers: one symmetric allocation with the event counters, the control block, the inboxes."""
+"""What a rank's peers write into: one symmetric allocation with event counters, control block and inboxes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several ranks run the programs that the host packs, as the kernel's schedulers do, in random order and step after step.
+"""Several ranks run the programs that the host packs, as the kernel's schedulers do, in random order, for some steps.
 
 What the kernel gets is checked here, not the plan: the bytes of the programs, which events peers signal, the running
 bases of counters, and that a slot of an inbox is written again only when every reader has had it.
@@ -35,9 +35,7 @@ class Machine:
         self.counters = [totals * first_step for _ in self.ranks]
         self.published = [first_step + 1 for _ in self.ranks]
         inboxes = [t for t in self.plan.tensors.values() if t.inbox]
-        self.inbox = [
-            {t.name: np.full((self.plan.tp, t.extent), NEVER, np.int64) for t in inboxes} for _ in self.ranks
-        ]
+        self.inbox = [{t.name: np.full((self.plan.tp, t.extent), NEVER, np.int64) for t in inboxes} for _ in self.ranks]
         self.cursors = {(r, sm): self._walk(r, sm) for r in self.ranks for sm in range(self.plan.num_sms)}
 
     def run(self) -> None:
@@ -64,8 +62,10 @@ class Machine:
                 for n in range(program["queue_begin"][kind], program["queue_begin"][kind + 1]):
                     entry = program["entry"][n]
                     waits = program["wait"][entry["first_wait"] :][: entry["num_waits"]]
-                    yield lambda step=step, stage=stage, waits=waits: not all(
-                        self._arrived(rank, step, stage, wait) for wait in waits
+                    yield (
+                        lambda step=step, stage=stage, waits=waits: (
+                            not all(self._arrived(rank, step, stage, wait) for wait in waits)
+                        )
                     )
                     self._run(rank, step, stage, entry, program["signal"])
 

@@ -52,7 +52,7 @@ class Plain:
 
 
 class Launcher:
-    """A kernel that counts: the tokens after `prompt` are its last id + 1, + 2, ...; it looks at stop and abort flags."""
+    """A kernel that counts on from the prompt's last id; it looks at the stop and abort flags."""
 
     def __init__(self, memory, events: bool):
         self.memory, self.events, self.while_waiting = memory, events, None

@@ -142,7 +142,7 @@ def test_torchrun_with_another_number_of_ranks_is_refused(monkeypatch):
         Ranks(2)
 
 
-# --- the backend on top ------------------------------------------------------------------------------------------------
+# --- the backend on top ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,31 @@ def test_a_rank_killed_in_the_middle_of_an_answer_ends_it(backend):
     next(tokens)
     started = time.monotonic()
     os.kill(backend.ranks.processes[0].pid, signal.SIGKILL)
-    with pytest.raises(RankLost, match="rank 1 was killed by SIGKILL; the kernel was aborted: event 'o_add.done'"):
+    with pytest.raises(RankLost, match=r"rank 1 was killed by SIGKILL; the kernel was aborted: event 'o_add\.done'"):
         list(tokens)
     assert time.monotonic() - started < SOON_S
+
+
+UNDER_TORCHRUN = """
+import os
+import sys
+import fake_rank
+from mpk_spec.runtime import follower
+from mpk_spec.runtime.ranks import Ranks
+if os.environ["RANK"] != "0":
+    follower.run()
+ranks = Ranks(3)
+ranks.open(fake_rank.Plain)
+print([answer[0] for answer in ranks.call("place")], len(ranks.processes))
+ranks.close()
+"""
+
+
+def test_torchrun_can_start_the_ranks(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(UNDER_TORCHRUN)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", "29533", str(program)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0, 1, 2] 0"
