@@ -40,6 +40,32 @@ struct Inbox {
   }
 };
 
+// Source of a norm: four neighbouring features of the residual and the sum of all parts.
+template <class Residual, class Parts>
+struct SumRow {
+  static constexpr int features = Parts::features;
+  static_assert(sizeof(typename Residual::type) == 4 && Residual::features == features, "the residual stream is float32");
+
+  static __device__ __forceinline__ float4 load(const Worker& w, int token, int feature) {
+    const uint4 residual = ptx::load_l2_16(Residual::at(w, token, feature));
+    uint4 part[num_ranks];
+#pragma unroll
+    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = ptx::load_l2_16(Parts::at(w, rank, token, feature));
+    float4 total = floats(part[0]);
+#pragma unroll
+    for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
+    return sum(floats(residual), total);
+  }
+
+ private:
+  static __device__ __forceinline__ float4 floats(uint4 v) {
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  }
+  static __device__ __forceinline__ float4 sum(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  }
+};
+
 template <class T>
 constexpr bool is_inbox = false;
 template <u64 Offset, int Features, u64 Slot>

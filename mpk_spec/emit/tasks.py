@@ -110,10 +110,16 @@ class _Writer:
         if ops == ["embedding", "rmsnorm"]:
             table = self.layout.flat[nodes[0].weights["weight"]]
             source = f"EmbeddingRow<{table.offset}ull, {nodes[0].width}, {number(nodes[0].values['scale'])}>"
-            published = nodes[0].output in self.group.published
-            publish = f"Published<{self.tensor(nodes[0].output)}>" if published else "NotPublished"
-            return self.norm(nodes[1], source, publish)
+            return self.norm(nodes[1], source, self.publish(nodes[0]))
+        if ops == ["all_reduce", "add", "rmsnorm"] and nodes[2].inputs[0] == nodes[1].output:
+            residual = next(i for i in nodes[1].inputs if i != nodes[0].output)
+            source = f"SumRow<{self.tensor(residual)}, {self.tensor(nodes[0].inputs[0])}>"
+            return self.norm(nodes[2], source, self.publish(nodes[1]))
         raise Refused(self.group, f"no prologue does {' and '.join(ops)}")
+
+    def publish(self, node: Node) -> str:
+        """Whether the tasks write a prologue's value down for others."""
+        return f"Published<{self.tensor(node.output)}>" if node.output in self.group.published else "NotPublished"
 
     def norm(self, node: Node, source: str, publish: str) -> str:
         gain = self.vector(node.weights["weight"])

@@ -36,7 +36,19 @@ class Machine:
         self.published = [first_step + 1 for _ in self.ranks]
         inboxes = [t for t in self.plan.tensors.values() if t.inbox]
         self.inbox = [{t.name: np.full((self.plan.tp, t.extent), NEVER, np.int64) for t in inboxes} for _ in self.ranks]
+        self.written = self._writers(step, {t.name for t in inboxes})
         self.cursors = {(r, sm): self._walk(r, sm) for r in self.ranks for sm in range(self.plan.num_sms)}
+
+    @staticmethod
+    def _writers(step, inboxes: set[str]) -> dict[tuple[int, str, str], int]:
+        """For each reader of an inbox, (stage, group, tensor), the stage that it must find written: the last before."""
+        latest, found = {}, {}
+        for stage in range(len(step.stages)):
+            for group in step.templates[step.stages[stage].template].groups:
+                for tensor in inboxes & {s.tensor for t in group.tasks for s in t.reads}:
+                    found[stage, group.name, tensor] = latest[tensor]
+                latest |= dict.fromkeys(inboxes & {s.tensor for t in group.tasks for s in t.writes}, stage)
+        return found
 
     def run(self) -> None:
         """Until all SMs have done all steps. Fails where none can go on."""
@@ -81,8 +93,9 @@ class Machine:
         task, now = group.tasks[entry["task"]], step * len(self.templates) + stage
         for span in task.reads:
             if span.tensor in self.inbox[rank]:
+                wanted = step * len(self.templates) + self.written[stage, group.name, span.tensor]
                 found = self.inbox[rank][span.tensor][:, span.lo : span.hi]
-                assert (found == now).all(), f"{group.name} reads {span} of {set(found.flat)} in {now}"
+                assert (found == wanted).all(), f"{group.name} reads {span} of {set(found.flat)} in {now}"
         for span in task.writes:
             for peer in self.ranks:
                 if span.tensor in self.inbox[peer]:

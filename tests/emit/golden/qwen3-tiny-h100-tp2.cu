@@ -1,5 +1,5 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 886ea0628cf1a50c: generated, do not edit.
-// 4 stages, 11 kinds of task, 132 blocks, one per SM.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan cda0cd672838373a: generated, do not edit.
+// 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
 
@@ -11,7 +11,7 @@ constexpr mpk::u32 slot_bytes = 4096;
 constexpr mpk::u32 copies_in_flight = 12;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_templates = 3;
-constexpr mpk::u32 num_events = 28;
+constexpr mpk::u32 num_events = 24;
 constexpr mpk::u32 event_stride = 32;
 constexpr mpk::u32 sampling_sm = 34;
 constexpr mpk::u32 max_queue = 1;  // tasks of one SM in one stage
@@ -22,11 +22,11 @@ static_assert(sizeof(Program) == 180, "the host packs programs as the kernel rea
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 0};
 __constant__ const mpk::u32 event_total[num_templates][num_events] = {
-    {4, 2, 6, 6, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 6, 6, 12},  // y.0
-    {4, 2, 6, 6, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 6, 6, 12},  // y.1
-    {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 34, 0, 0, 0},  // head
+    {4, 12, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 12},  // y.0
+    {4, 12, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 12},  // y.1
+    {0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 34, 0, 0},  // head
 };
-__constant__ const mpk::u8 event_from_peers[num_events] = {0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0};
+__constant__ const mpk::u8 event_from_peers[num_events] = {0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0};
 __device__ __forceinline__ bool from_peers(mpk::u32 event) { return event_from_peers[event] != 0; }
 __constant__ const mpk::WeightTiles weight_tiles[5] = {
     {0ull, 36864ull, 3072, 3072, 1, 16},  // qkv
@@ -58,14 +58,14 @@ namespace mpk {
 using qkv_0 = Linear<
     Tiles<96, 192, 16, 96>,
     RmsNorm<EmbeddingRow<457728ull, 96, 1.0f>, Vector<557056ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<57600ull, 96, float>>>,
-    Store<1, Part<Tensor<51456ull, 128, bf16>, 128, NoVector>,
-          Part<Tensor<55552ull, 32, bf16>, 32, NoVector>,
-          Part<Tensor<56576ull, 32, bf16>, 32, NoVector>>>;
+    Store<1, Part<Tensor<63744ull, 128, bf16>, 128, NoVector>,
+          Part<Tensor<67840ull, 32, bf16>, 32, NoVector>,
+          Part<Tensor<68864ull, 32, bf16>, 32, NoVector>>>;
 
 // y.0: attend, y.1: attend
 using attend_1 = Attention<
     AttentionShape<4, 1, 32, 4, 64>,
-    Tensor<51456ull, 128, bf16>, Tensor<55552ull, 32, bf16>, Tensor<56576ull, 32, bf16>,
+    Tensor<63744ull, 128, bf16>, Tensor<67840ull, 32, bf16>, Tensor<68864ull, 32, bf16>,
     HeadNorm<Vector<557824ull, 256ull>, 1e-06f>, HeadNorm<Vector<558592ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
     Tensor<0ull, 544, float>, 0.1767766952966369f>;
@@ -76,57 +76,49 @@ using o_add_2 = Linear<
     AttentionMerge<0ull, 4, 32, 4, 64>,
     Store<1, Part<Inbox<0ull, 96, 6144ull>, 96, NoVector>>>;
 
-// y.0: attention.o.all_reduce, y.1: attention.o.all_reduce
-using attention_o_all_reduce_3 = AllReduce<Tensor<57600ull, 96, float>, Inbox<0ull, 96, 6144ull>, Tensor<51456ull, 96, float>>;
-
 // y.0: gate_up, y.1: gate_up
-using gate_up_4 = Linear<
+using gate_up_3 = Linear<
     Tiles<96, 256, 16, 96>,
-    RmsNorm<Row<Tensor<51456ull, 96, float>>, Vector<559360ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<SumRow<Tensor<57600ull, 96, float>, Inbox<0ull, 96, 6144ull>>, Vector<559360ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<51456ull, 96, float>>>,
     GatedAct<Silu, Tensor<0ull, 128, bf16>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
-using down_add_5 = Linear<
+using down_add_4 = Linear<
     Tiles<128, 96, 16, 128>,
     Plain<Tensor<0ull, 128, bf16>>,
     Store<1, Part<Inbox<12288ull, 96, 6144ull>, 96, NoVector>>>;
 
-// y.0: mlp.down.all_reduce, y.1: mlp.down.all_reduce
-using mlp_down_all_reduce_6 = AllReduce<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>, Tensor<57600ull, 96, float>>;
-
 // y.1: qkv
-using qkv_7 = Linear<
+using qkv_5 = Linear<
     Tiles<96, 192, 16, 96>,
-    RmsNorm<Row<Tensor<57600ull, 96, float>>, Vector<557056ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
-    Store<1, Part<Tensor<51456ull, 128, bf16>, 128, NoVector>,
-          Part<Tensor<55552ull, 32, bf16>, 32, NoVector>,
-          Part<Tensor<56576ull, 32, bf16>, 32, NoVector>>>;
+    RmsNorm<SumRow<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>>, Vector<557056ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<57600ull, 96, float>>>,
+    Store<1, Part<Tensor<63744ull, 128, bf16>, 128, NoVector>,
+          Part<Tensor<67840ull, 32, bf16>, 32, NoVector>,
+          Part<Tensor<68864ull, 32, bf16>, 32, NoVector>>>;
 
 // head: head
-using head_8 = Linear<
+using head_6 = Linear<
     Tiles<96, 258, 16, 96>,
-    RmsNorm<Row<Tensor<57600ull, 96, float>>, Vector<556800ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<SumRow<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>>, Vector<556800ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     Store<1, Part<Tensor<34816ull, 258, float>, 258, NoVector>>>;
 
 // head: next_ids.partial
-using next_ids_partial_9 = ArgmaxPartial<Tensor<34816ull, 258, float>, Inbox<24576ull, 34, 2176ull>, 16, 515, 258>;
+using next_ids_partial_7 = ArgmaxPartial<Tensor<34816ull, 258, float>, Inbox<24576ull, 34, 2176ull>, 16, 515, 258>;
 
 // head: next_ids
-using next_ids_10 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<63744ull, 1, i32>, 17>;
+using next_ids_8 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<69888ull, 1, i32>, 17>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
     case 0: return run_task_as<qkv_0>(progress, entry);
     case 1: return run_task_as<attend_1>(progress, entry);
     case 2: return run_task_as<o_add_2>(progress, entry);
-    case 3: return run_task_as<attention_o_all_reduce_3>(progress, entry);
-    case 4: return run_task_as<gate_up_4>(progress, entry);
-    case 5: return run_task_as<down_add_5>(progress, entry);
-    case 6: return run_task_as<mlp_down_all_reduce_6>(progress, entry);
-    case 7: return run_task_as<qkv_7>(progress, entry);
-    case 8: return run_task_as<head_8>(progress, entry);
-    case 9: return run_task_as<next_ids_partial_9>(progress, entry);
-    case 10: return run_task_as<next_ids_10>(progress, entry);
+    case 3: return run_task_as<gate_up_3>(progress, entry);
+    case 4: return run_task_as<down_add_4>(progress, entry);
+    case 5: return run_task_as<qkv_5>(progress, entry);
+    case 6: return run_task_as<head_6>(progress, entry);
+    case 7: return run_task_as<next_ids_partial_7>(progress, entry);
+    case 8: return run_task_as<next_ids_8>(progress, entry);
   }
 }
 
