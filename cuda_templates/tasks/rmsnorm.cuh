@@ -123,13 +123,11 @@ struct RmsNorm {
     }
   }
 
-  // What of four features is in this task's share.
-  static __device__ __forceinline__ void publish_vector(const Worker& w, const Entry& entry, int token, int feature, float4 v) {
-    if (feature + 4 <= entry.share_lo || feature >= entry.share_hi) return;
-    const float x[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-      if (feature + n >= entry.share_lo && feature + n < entry.share_hi) Publish::out::store(w, token, feature + n, x[n]);
+  // Shares are whole vectors.
+  static __device__ __forceinline__ void publish_vector(const Worker& w, const Entry& entry, int token, int feature, float4 x) {
+    using Out = typename Publish::out;
+    static_assert(sizeof(typename Out::type) == 4, "published rows are float32");
+    if (feature >= entry.share_lo && feature < entry.share_hi) *reinterpret_cast<float4*>(Out::at(w, token, feature)) = x;
   }
 
   static __device__ void statistics(Worker& w) {
@@ -146,10 +144,10 @@ struct RmsNorm {
   }
 
   static __device__ void publish(const Worker& w, const Entry& entry) {
-    const int first = entry.share_lo / 4 * 4, count = ceil_div(entry.share_hi - first, 4);
+    const int count = (entry.share_hi - entry.share_lo) / 4;
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
-      const int token = i / count, feature = first + i % count * 4;
+      const int token = i / count, feature = entry.share_lo + i % count * 4;
       publish_vector(w, entry, token, feature, Source::load(w, token, feature));
     }
   }
