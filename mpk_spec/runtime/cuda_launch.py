@@ -106,8 +106,10 @@ class KernelModule:
                 )
         return sizes
 
+    cooperative = True  # every SM gets its block or none does
+
     def launch(self, params: np.ndarray, stream: int) -> None:
-        """One cooperative launch: every SM gets its block or none does."""
+        """Starts the kernel and returns."""
         from cuda.bindings import driver
 
         attribute = driver.CUlaunchAttribute()
@@ -117,7 +119,8 @@ class KernelModule:
         config.gridDimX, config.gridDimY, config.gridDimZ = self.num_sms, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self.sizes["block_threads"], 1, 1
         config.sharedMemBytes, config.hStream = self.sizes["shared_bytes"], stream
-        config.attrs, config.numAttrs = [attribute], 1
+        if self.cooperative:
+            config.attrs, config.numAttrs = [attribute], 1
         pointers = (ctypes.c_void_p * 1)(params.ctypes.data)
         check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 

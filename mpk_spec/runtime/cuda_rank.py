@@ -10,11 +10,14 @@ from mpk_spec.planner.plan import Plan
 if TYPE_CHECKING:
     import torch
 
+    from mpk_spec.runtime.nvshmem import Nvshmem
+
 
 class CudaRank:
     """Rank `rank` of a plan for `ranks` GPUs, on the GPU of that number."""
 
     progress = None  # rank 0 sets it
+    whole_gpu = True  # see `KernelModule`
 
     def __init__(self, rank: int, ranks: int, plan: Plan, checkpoint: Any):
         self.rank, self.ranks, self.plan, self.checkpoint = rank, ranks, plan, checkpoint
@@ -22,25 +25,35 @@ class CudaRank:
 
     def prepare(self) -> None:
         """What fails where this rank's machine is not up to it, before any rank waits for another."""
-        import torch
-
         from mpk_spec.emit.compiler import compile_kernel
         from mpk_spec.emit.source import emit
         from mpk_spec.planner.targets import find_target
-        from mpk_spec.runtime.cuda_backend import find_device
+        from mpk_spec.runtime.cuda_device import find_device
         from mpk_spec.runtime.cuda_launch import KernelModule
-        from mpk_spec.runtime.nvshmem import Nvshmem
 
-        if torch.cuda.device_count() <= self.rank:
-            raise UserError(f"{self.ranks} ranks need {self.ranks} GPUs, there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(self.rank)
+        number = self._take_gpu()
         self.device = find_device()
         self.emitted = emit(self.plan)
         self._say("compiling the kernel")
         self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch)
-        self.module = KernelModule(self.emitted, self.compiled.cubin, self.rank)
+        self.module = KernelModule(self.emitted, self.compiled.cubin, number, whole_gpu=self.whole_gpu)
+        self.library = self._library()
+
+    def _take_gpu(self) -> int:
+        """Makes this rank's GPU the current one; its number."""
+        import torch
+
+        if torch.cuda.device_count() <= self.rank:
+            raise UserError(f"{self.ranks} ranks need {self.ranks} GPUs, there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(self.rank)
+        return self.rank
+
+    def _library(self) -> Nvshmem:
+        """What gives symmetric memory, if the GPUs can use it."""
+        from mpk_spec.runtime.nvshmem import Nvshmem
+
         _check_atomics(self.rank, self.ranks)
-        self.library = Nvshmem()
+        return Nvshmem()
 
     def unique_id(self) -> bytes:
         return self.library.unique_id() if self.rank == 0 else b""
@@ -57,18 +70,16 @@ class CudaRank:
 
     def load(self) -> None:
         """Weights and memory; when every rank has done it, the kernel can start."""
-        import torch
-
-        from mpk_spec.runtime.cuda_backend import admit
+        from mpk_spec.runtime.cuda_device import admit, free_gpu, memory_runs_out
         from mpk_spec.runtime.cuda_launch import Launcher, Memory
         from mpk_spec.runtime.cuda_weights import load_weights
 
-        torch.cuda.empty_cache()
         admit(self.emitted, self.device)
         layout = self.emitted.layout
-        weights = load_weights(self.plan, layout, self.checkpoint, self.device, self.progress, self.rank)
-        torch.cuda.empty_cache()  # what the tensors took while they were packed
-        self.memory = Memory(self.emitted, self.device, self.symmetric)
+        with memory_runs_out():
+            weights = load_weights(self.plan, layout, self.checkpoint, self.device, self.progress, self.rank)
+            free_gpu()  # what the tensors took while they were packed
+            self.memory = Memory(self.emitted, self.device, self.symmetric)
         self.launcher = Launcher(self.emitted, self.module, self.memory, weights)
         self.launcher.while_waiting = _nothing
 
@@ -95,6 +106,11 @@ class CudaRank:
         from mpk_spec.runtime.cuda_backend import value_of
 
         return value_of(self.plan, self.memory, name, tokens).cpu()
+
+    def fill_cache(self, seed: int) -> None:
+        from mpk_spec.runtime.cuda_backend import fill_cache
+
+        fill_cache(self.memory, seed)
 
     def close(self) -> None:
         self.launcher = self.memory = None

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 class ParallelBackend(CudaBackend):
     """`runtime.backend.Backend` over one persistent kernel per GPU; one sequence. Frees the other ranks on `close`."""
 
-    def __init__(self, plan: Plan, checkpoint: Any, progress=None, make=CudaRank):
-        """Raises UserError with what every rank says that cannot run its part, and RankLost where one ends."""
+    def __init__(self, plan: Plan, checkpoint: Any, progress=None, make=CudaRank, ranks: Ranks | None = None):
+        """`make` makes each rank's object, `ranks` are the processes (by default those of this machine).
+
+        Raises UserError with what every rank says that cannot run its part, and RankLost where one ends."""
         self.plan, self.context = plan, plan.context
         if make is CudaRank:
             check_gpus(plan.tp)
         if progress is not None:
             progress(f"starting {plan.tp} ranks", 0, 0)
-        self.ranks = Ranks(plan.tp)
+        self.ranks = ranks or Ranks(plan.tp)
         try:
             self.ranks.open(make, plan, checkpoint)
             local = self.ranks.local
@@ -51,6 +53,9 @@ class ParallelBackend(CudaBackend):
         if not split_over_ranks(self.plan, name):
             return self.ranks.local.value(name, tokens)
         return torch.cat(self.ranks.call("value", name, tokens), -1)
+
+    def _fill(self, seed: int) -> None:
+        self.ranks.call("fill_cache", seed)
 
     def close(self) -> None:
         self._cached = []
@@ -96,6 +101,10 @@ class ParallelLauncher:
         if len(ran) > 1:
             raise RuntimeError(f"the ranks ran different numbers of steps: {sorted(ran)}")
         return ran.pop()
+
+    def elapsed_ms(self) -> float:
+        """Of rank 0's kernel, see `Launcher.elapsed_ms`."""
+        return self.local.elapsed_ms()
 
     def _watch(self) -> None:
         """While tokens come: a lost rank has set the abort flag, and the kernel ends; here only what if it does not."""

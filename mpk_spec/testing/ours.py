@@ -60,7 +60,7 @@ def open_ours(
         return open_built(build, checkpoint, backend, None)
     if backend == "cpu":
         return _cpu(plan_ours(spec, size, checkpoint, context, tp, defect), checkpoint, defect)
-    if defect is not None and backend == "cuda":
+    if defect is not None and backend == "cuda" and tp == 1:
         return _cuda(spec, size, checkpoint, context, defect)
     if defect is not None:
         raise UserError(f"defects are planted into plans; the backend '{backend}' runs none", "--backend cpu")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny_ranks import SEED, SIZE, SPEC, missing, open_on
+from one_gpu import open_here
+from tiny_ranks import CONTEXT, SEED, SIZE, SPEC, missing, open_on
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,25 @@ def backend(two_gpus, checkpoint):
     yield made
     made.close()
     assert all(process.poll() is not None for process in made.ranks.processes)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("two GPUs", marks=pytest.mark.multi_gpu),
+        *(pytest.param(f"{ranks} ranks on one GPU", marks=pytest.mark.gpu) for ranks in (2, 4)),
+    ],
+)
+def ranks(request, checkpoint):
+    """Two ranks on two GPUs, or as many as wanted that share one."""
+    if request.param == "two GPUs":
+        yield request.getfixturevalue("backend")
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, this machine has none")
+    with pytest.MonkeyPatch.context() as patches:
+        made = open_here(SPEC, SIZE, int(request.param[0]), CONTEXT, checkpoint, patches)
+        yield made
+        made.close()
