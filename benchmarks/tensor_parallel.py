@@ -2,7 +2,7 @@
 
 python benchmarks/tensor_parallel.py smoke                          # a tiny model on two GPUs, step by step
 python benchmarks/tensor_parallel.py time qwen3:8b --tp 1 2         # ms per token, of the kernel alone
-python benchmarks/tensor_parallel.py trace qwen3:8b --tp 2          # where the time of one layer goes, on rank 0
+python benchmarks/tensor_parallel.py trace qwen3:8b --tp 2          # where the time of a token goes, on rank 0
 python benchmarks/nccl_graph.py ...                                 # the rival: see there
 """
 
@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import statistics
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpk_spec.perf.clock import Times
 
 
 def main() -> None:
@@ -21,8 +25,9 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="SPEC:SIZE", default=["qwen3:tiny"])
     parser.add_argument("--tp", type=int, nargs="+", default=[2])
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--position", type=int, default=128, help="in the cache while it is measured")
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--output", help="trace: the beginning of the files' names")
     parser.add_argument("--limit", type=float, default=120, help="seconds after which all stacks are shown")
     options = parser.parse_args()
     faulthandler.dump_traceback_later(options.limit, exit=True)
@@ -34,16 +39,16 @@ def main() -> None:
             show(model, rows)
 
 
-def open_random(model: str, tp: int, options):
-    from mpk_spec.runtime.engine import Engine
+def open_random(model: str, tp: int, options, defines: tuple[str, ...] = ()):
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.runtime.parallel_backend import ParallelBackend
     from mpk_spec.runtime.random_model import random_checkpoint
     from mpk_spec.runtime.select import plan_for_gpu
     from mpk_spec.schema import load_spec
 
     name, _, size = model.partition(":")
     spec = load_spec(name)
-    checkpoint = random_checkpoint(spec, size, 0)
-    checkpoint._device = "cuda"
+    checkpoint = random_checkpoint(spec, size, 0).on("cuda")
     started = time.perf_counter()
     plan = plan_for_gpu(spec, size, checkpoint, options.context, tp)
 
@@ -51,7 +56,7 @@ def open_random(model: str, tp: int, options):
         if total == 0:
             say(started, what)
 
-    backend = Engine(plan, checkpoint, progress=progress).backend
+    backend = (ParallelBackend if tp > 1 else CudaBackend)(plan, checkpoint, progress, defines=defines)
     if tp > 1:
         backend.ranks.call("configure", 3.0)
     report = backend.compiled.report
@@ -65,11 +70,6 @@ def say(started: float, what: str) -> None:
 
 def prompt_of(backend, count: int) -> list[int]:
     return [(17 + 31 * n + n * n * 13) % backend.vocab_size for n in range(count)]
-
-
-def local_launcher(backend):
-    ranks = getattr(backend, "ranks", None)
-    return backend.launcher if ranks is None else ranks.local.launcher
 
 
 def smoke(model: str, tp: int, options) -> None:
@@ -99,84 +99,53 @@ def smoke(model: str, tp: int, options) -> None:
     say(started, "an answer of 100 tokens")
     made = list(backend.stream(ids, max_new_tokens=100))
     say(started, f"  again the same: {made == list(backend.stream(ids, max_new_tokens=100))}, {made[:8]} ...")
-    say(started, f"  kernel: {kernel_ms(backend, ids, 100) / 103:.4f} ms per step")
+    say(started, f"  kernel: {backend.launcher.elapsed_ms() / 103:.4f} ms per step")
     backend.close()
     say(started, "closed")
 
 
-def kernel_ms(backend, prompt: list[int], new: int) -> float:
-    """One launch, by rank 0's clock."""
-    import torch
+def measure(model: str, tp: int, options) -> tuple[Times, float]:
+    """Times per token by rank 0's clock, and the GB that a rank streams for one."""
+    from mpk_spec.perf.clock import time_decode
 
-    launcher = local_launcher(backend)
-    backend.reset()
-    launch = launcher.module.launch
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def timed(params, stream):
-        begin.record(launcher.stream)
-        launch(params, stream)
-        end.record(launcher.stream)
-
-    launcher.module.launch = timed
-    try:
-        backend.launcher.start(prompt, 0, new)
-        backend.launcher.finish()
-    finally:
-        del launcher.module.launch
-    return begin.elapsed_time(end)
-
-
-def measure(model: str, tp: int, options) -> tuple[float, float, float, float]:
-    """(median ms per token, fastest, slowest, GB that a rank streams per token)."""
     backend = open_random(model, tp, options)
-    prompt, runs = prompt_of(backend, options.prompt), []
-    for _ in range(6):
-        short, long = kernel_ms(backend, prompt, 1), kernel_ms(backend, prompt, options.new + 1)
-        runs.append((long - short) / options.new)
+    times = time_decode(backend, options.position, options.new, repeats=5)
     layout = backend.emitted.layout
     size = sum(p.rows * p.k * 2 * (layout.layers if p.layer_stride else 1) for p in layout.packed.values())
     backend.close()
-    return statistics.median(runs[1:]), min(runs[1:]), max(runs[1:]), size / 1e9
+    return times, size / 1e9
 
 
-def show(model: str, rows: dict[int, tuple[float, float, float, float]]) -> None:
+def show(model: str, rows: dict[int, tuple[Times, float]]) -> None:
     import torch
 
     print(f"{model}, {torch.cuda.get_device_name(0)}, batch 1")
-    first = rows.get(1)
-    for tp, (ms, low, high, size) in rows.items():
-        gain = f", {first[0] / ms:.2f} times tp 1" if first and tp > 1 else ""
-        print(
-            f"  tp {tp}: {ms:.4f} ms/token ({low:.4f} to {high:.4f}), {size / ms * 1e3:.0f} GB/s a rank{gain}",
-            flush=True,
-        )
+    alone = rows[1][0].kernel_ms if 1 in rows else None
+    for tp, (times, size) in rows.items():
+        ms, spread = times.kernel_ms, f"{times.kernel_ms_min:.4f} to {times.kernel_ms_max:.4f}"
+        gain = f", {alone / ms:.2f} times tp 1" if alone and tp > 1 else ""
+        print(f"  tp {tp}: {ms:.4f} ms/token ({spread}), {size / ms * 1e3:.0f} GB/s a rank{gain}", flush=True)
 
 
 def trace(model: str, tp: int, options) -> None:
-    """Times of two layers and the head, each from the first task asked for in the layer."""
-    import torch
+    """Rank 0's profile in words, and every rank's as a file for ui.perfetto.dev where `--output` says."""
+    from mpk_spec.planner.cost import cost_model, read_calibration
+    from mpk_spec.planner.simulate import simulate
+    from mpk_spec.profiler.chrome import chrome_trace
+    from mpk_spec.profiler.clock import common_clock
+    from mpk_spec.profiler.report import page, profile_of
+    from mpk_spec.runtime.cuda_probe import PROFILE
 
-    backend = open_random(model, tp, options)
-    launcher, emitted = local_launcher(backend), backend.emitted
-    step, prompt = emitted.step, prompt_of(backend, options.prompt)
-    shape = (backend.plan.num_sms, len(step.stages), emitted.programs.max_queue, 4)
-    launcher.trace = torch.zeros(shape, dtype=torch.int64, device="cuda")
-    launcher.trace_step = launcher.steps + -(-len(prompt) // 16) + 8
-    list(backend.stream(prompt, max_new_tokens=12))
-    times, layer = launcher.trace.cpu(), len(step.stages) // 2
-    for stage in (layer, layer + 1, len(step.stages) - 1):
-        template = step.templates[step.stages[stage].template]
-        zero = int(times[:, stage][times[:, stage] > 0].min())
-        print(f"stage {stage}: {'':20s} asked          ready          computed       signalled      us")
-        for number, group in enumerate(template.groups):
-            places = [
-                (sm, n) for sm, queue in enumerate(template.queues) for n, (g, _) in enumerate(queue) if g == number
-            ]
-            t = (torch.stack([times[sm, stage, n] for sm, n in places]) - zero).double() / 1e3
-            spread = "".join(f" {lo:6.2f}-{hi:<7.2f}" for lo, hi in zip(t.amin(0), t.amax(0), strict=True))
-            print(f"  {group.name:26s}{spread}  {len(places)} tasks")
+    backend = open_random(model, tp, options, (PROFILE,))
+    prompt, plan = prompt_of(backend, options.position), backend.plan
+    backend.ranks.call("probe", {"trace_step": backend.launcher.steps + -(-len(prompt) // 16) + 8}, 3)
+    list(backend.stream(prompt, max_new_tokens=14))
+    times = [common_clock(raw) for raw in backend.ranks.call("times")]
     backend.close()
+    predicted = simulate(plan, context=options.position, cost=cost_model(plan.target, read_calibration(plan.target)))
+    print(page(profile_of(times[0], predicted)))
+    for rank, own in enumerate(times if options.output else []):
+        Path(f"{options.output}.rank{rank}.json").write_text(chrome_trace(plan, backend.emitted.step, own))
 
 
 if __name__ == "__main__":

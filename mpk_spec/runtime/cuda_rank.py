@@ -8,19 +8,20 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from mpk_spec.runtime.nvshmem import Nvshmem
 
 
 class CudaRank:
-    """Rank `rank` of a plan for `ranks` GPUs, on the GPU of that number."""
+    """Rank `rank` of a plan for `ranks` GPUs, on the GPU of that number. `defines`: see `CudaBackend`."""
 
     progress = None  # rank 0 sets it
     whole_gpu = True  # see `KernelModule`
 
-    def __init__(self, rank: int, ranks: int, plan: Plan, checkpoint: Any):
-        self.rank, self.ranks, self.plan, self.checkpoint = rank, ranks, plan, checkpoint
+    def __init__(self, rank: int, ranks: int, plan: Plan, checkpoint: Any, defines: tuple[str, ...] = ()):
+        self.rank, self.ranks, self.plan, self.checkpoint, self.defines = rank, ranks, plan, checkpoint, defines
         self.symmetric = self.launcher = None
 
     def prepare(self) -> None:
@@ -35,7 +36,8 @@ class CudaRank:
         self.device = find_device()
         self.emitted = emit(self.plan)
         self._say("compiling the kernel")
-        self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch)
+        arch = find_target(self.plan.target).arch
+        self.compiled = compile_kernel(self.plan.name, self.emitted.source, arch, self.defines)
         self.module = KernelModule(self.emitted, self.compiled.cubin, number, whole_gpu=self.whole_gpu)
         self.library = self._library()
 
@@ -95,6 +97,19 @@ class CudaRank:
     def reset_events(self, steps: int = 0) -> None:
         """After an abort, when no rank's kernel runs."""
         self.launcher.reset_events(steps)
+
+    def probe(self, settings: dict[str, Any], trace_steps: int = 0) -> None:
+        """Of a build for profiling or testing: the next launches have a `Probe` with these settings."""
+        from mpk_spec.runtime.cuda_probe import Probe
+
+        probe = Probe(self.emitted, self.device, trace_steps=trace_steps)
+        for name, value in settings.items():
+            setattr(probe, name, value)
+        self.launcher.probe = probe
+
+    def times(self) -> np.ndarray:
+        """`cuda_probe.TIMES` of what the probe has recorded."""
+        return self.launcher.probe.times()
 
     def abort(self) -> None:
         """Called by another thread, when a rank is lost."""

@@ -39,6 +39,8 @@ def _version(size: int) -> int:
 class Nvshmem:
     """The loaded library. `join` needs the device's CUDA context; all ranks make the calls that give or free memory."""
 
+    in_use = False  # by this process: the library has one state
+
     def __init__(self, path: Path | None = None):
         path = path or find_library()
         os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")  # multicast over NVLink is off on many machines
@@ -62,6 +64,8 @@ class Nvshmem:
 
     def join(self, rank: int, ranks: int, unique_id: bytes) -> None:
         """Blocks until all ranks have joined. Raises UserError unless NVSHMEM says that it works."""
+        if Nvshmem.in_use:
+            raise UserError("this process belongs to a group of ranks already", "close the other engine first")
         identity = ctypes.create_string_buffer(unique_id, UNIQUE_ID_BYTES)
         attributes = _InitAttr(version=_version(ctypes.sizeof(_InitAttr)))
         attributes.args.version = _version(ctypes.sizeof(_InitArgs))
@@ -79,7 +83,7 @@ class Nvshmem:
                 f"instead of {rank} of {ranks}",
                 "NVSHMEM_DEBUG=INFO makes it say more",
             )
-        self.joined = True
+        self.joined = Nvshmem.in_use = True
 
     def malloc(self, size: int) -> int:
         """The address of `size` bytes, which all ranks ask for at once."""
@@ -104,7 +108,7 @@ class Nvshmem:
     def leave(self, address: int | None) -> None:
         """Frees and finalises; all ranks call it."""
         if self.joined:
-            self.joined = False
+            self.joined = Nvshmem.in_use = False
             if address:
                 self._library.nvshmem_free(address)
             self._library.nvshmemx_hostlib_finalize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError
@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 class ParallelBackend(CudaBackend):
     """`runtime.backend.Backend` over one persistent kernel per GPU; one sequence. Frees the other ranks on `close`."""
 
-    def __init__(self, plan: Plan, checkpoint: Any, progress=None, make=CudaRank, ranks: Ranks | None = None):
-        """`make` makes each rank's object, `ranks` are the processes (by default those of this machine).
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Any,
+        progress=None,
+        *,
+        defines: tuple[str, ...] = (),
+        make: Callable[..., Any] = CudaRank,
+        ranks: Ranks | None = None,
+    ):
+        """`defines`: see `CudaBackend`. `make` makes each rank's object, `ranks` are the processes to make them in.
 
-        Raises UserError with what every rank says that cannot run its part, and RankLost where one ends."""
+        Raises UserError with what every rank says that cannot run its part, and RankLost where one ends.
+        """
         self.plan, self.context = plan, plan.context
         if make is CudaRank:
             check_gpus(plan.tp)
@@ -29,7 +39,7 @@ class ParallelBackend(CudaBackend):
             progress(f"starting {plan.tp} ranks", 0, 0)
         self.ranks = ranks or Ranks(plan.tp)
         try:
-            self.ranks.open(make, plan, checkpoint)
+            self.ranks.open(make, plan, checkpoint, defines)
             local = self.ranks.local
             local.progress = progress
             self.ranks.call("prepare")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from one_gpu import open_here
-from tiny_ranks import CONTEXT, SEED, SIZE, SPEC, missing, open_on
+from tiny_ranks import missing, open_tiny, tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -16,15 +16,13 @@ def two_gpus():
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    from mpk_spec.runtime.random_model import random_checkpoint
-    from mpk_spec.schema import load_spec
-
-    return random_checkpoint(load_spec(SPEC), SIZE, SEED)
+    return tiny_checkpoint()
 
 
-@pytest.fixture(scope="module")
-def backend(two_gpus, checkpoint):
-    made = open_on(2, checkpoint)
+@pytest.fixture(scope="session")
+def backend(two_gpus):
+    """Two ranks on two GPUs; once for all tests, since a process joins NVSHMEM once."""
+    made = open_tiny(2)
     yield made
     made.close()
     assert all(process.poll() is not None for process in made.ranks.processes)
@@ -37,7 +35,7 @@ def backend(two_gpus, checkpoint):
         *(pytest.param(f"{ranks} ranks on one GPU", marks=pytest.mark.gpu) for ranks in (2, 4)),
     ],
 )
-def ranks(request, checkpoint):
+def ranks(request):
     """Two ranks on two GPUs, or as many as wanted that share one."""
     if request.param == "two GPUs":
         yield request.getfixturevalue("backend")
@@ -47,6 +45,6 @@ def ranks(request, checkpoint):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, this machine has none")
     with pytest.MonkeyPatch.context() as patches:
-        made = open_here(SPEC, SIZE, int(request.param[0]), CONTEXT, checkpoint, patches)
+        made = open_here(int(request.param[0]), patches)
         yield made
         made.close()

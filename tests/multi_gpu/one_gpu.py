@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from tiny_ranks import CONTEXT, SIZE, SPEC, tiny_checkpoint
 
 from mpk_spec.planner import plan
 from mpk_spec.planner.targets import TARGETS, target_of
@@ -89,13 +90,13 @@ class Here:
         self.objects = []
 
 
-def open_here(spec: str, size: str, ranks: int, context: int, checkpoint, monkeypatch) -> ParallelBackend:
+def open_here(ranks: int, monkeypatch, defines: tuple[str, ...] = ()) -> ParallelBackend:
     """A backend of `ranks` ranks on this GPU."""
     found = torch.cuda.get_device_properties(0)
     whole = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
     monkeypatch.setitem(TARGETS, PART, replace(whole, name=PART, num_sms=whole.num_sms // ranks))
     Rank.heap = Heap(ranks)
-    made = plan(load_spec(spec), size=size, target=PART, tp=ranks, context=context)
-    backend = ParallelBackend(made, checkpoint, make=Rank, ranks=Here(ranks))
+    made = plan(load_spec(SPEC), size=SIZE, target=PART, tp=ranks, context=CONTEXT)
+    backend = ParallelBackend(made, tiny_checkpoint(), defines=defines, make=Rank, ranks=Here(ranks))
     backend.ranks.call("configure", 3.0)
     return backend

@@ -58,6 +58,7 @@ def loaded(monkeypatch):
 
     monkeypatch.setenv("NVSHMEM_DISABLE_NVLS", "taken away below")
     monkeypatch.delenv("NVSHMEM_DISABLE_NVLS")
+    monkeypatch.setattr(Nvshmem, "in_use", False)
     return load
 
 
@@ -74,6 +75,16 @@ def test_multicast_is_off_unless_asked_for(loaded, monkeypatch):
     monkeypatch.setenv("NVSHMEM_DISABLE_NVLS", "0")
     loaded()
     assert os.environ["NVSHMEM_DISABLE_NVLS"] == "0"
+
+
+def test_a_process_joins_one_group_at_a_time(loaded):
+    first, _ = loaded()
+    first.join(1, 2, b"x" * 128)
+    second, _ = loaded()
+    with pytest.raises(UserError, match="this process belongs to a group of ranks already"):
+        second.join(1, 2, b"x" * 128)
+    first.leave(0x1000)
+    second.join(1, 2, b"x" * 128)
 
 
 @pytest.mark.parametrize(
