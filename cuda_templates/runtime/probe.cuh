@@ -227,12 +227,15 @@ struct Log {
   }
 };
 
-// Signals an event; in a build that records, returns what its counter was.
-__device__ __forceinline__ u32 send(u32* counter) {
+// Signals an event, one of several GPUs' at system scope; in a build that records, returns what its counter was.
+__device__ __forceinline__ u32 send(u32* counter, bool system) {
 #if MPK_CONFORM
-  return ptx::add_release(counter, 1);
+  return system ? ptx::add_release_system(counter, 1) : ptx::add_release(counter, 1);
 #else
-  ptx::red_release(counter, 1);
+  if (system)
+    ptx::red_release_system(counter, 1);
+  else
+    ptx::red_release(counter, 1);
   return 0;
 #endif
 }

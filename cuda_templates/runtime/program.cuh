@@ -2,8 +2,8 @@
 //
 // mpk_spec/emit/program.py writes these structures; the generated source asserts that both sides agree on their sizes.
 #pragma once
+#include "runtime/peers.cuh"
 #include "runtime/probe.cuh"
-#include "runtime/types.cuh"
 
 namespace mpk {
 
@@ -84,13 +84,14 @@ struct Report {
 struct HostRing {
   u32 count;
   u32 stop;  // set by the host: end after the current step
-  u32 pad[30];
+  u32 abort;  // set by the host: another rank is lost, so nothing that the kernel waits for will come
+  u32 pad[29];
   i32 tokens[1];
 };
 
 constexpr int max_stop_ids = 16;
 
-struct Params {
+struct Params : Peers<num_ranks> {
   const u8* weights;
   u8* arena;
   u8* cache;

@@ -19,6 +19,12 @@ struct Scheduler {
 
   __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
 
+  static __device__ __forceinline__ u32 look(const u32* counter, u32 event) {
+    if constexpr (num_ranks > 1)
+      if (plan::from_peers(event)) return ptx::load_acquire_system(counter);
+    return ptx::load_acquire(counter);
+  }
+
   // Events are never set back: after n steps a counter stands at n times the signals of one step.
   __device__ __forceinline__ void wait_event(const Wait& wait, const Entry& entry, u32 number) {
     const bool before = wait.back > stage;  // it belongs to the step before
@@ -28,11 +34,11 @@ struct Scheduler {
     const u32 wanted = (before ? step - 1 : step) * total + count;
     const u32 event = at * plan::num_events + wait.event;
     const u32* counter = params.events + event * plan::event_stride;
-    u32 seen = ptx::load_acquire(counter);
+    u32 seen = look(counter, wait.event);
     if (static_cast<i32>(seen - wanted) < 0) say({given, 0, step, stage, entry.group, entry.task, event, wanted});
     while (static_cast<i32>(seen - wanted) < 0) {
       if (aborted()) return;
-      seen = ptx::load_acquire(counter);
+      seen = look(counter, wait.event);
     }
     log.put(params, probe::scheduling, number, {probe::wait, step, stage, entry.group, entry.task, event, seen, wanted});
   }
@@ -62,11 +68,16 @@ struct Scheduler {
     if (lane == 0) ptx::store_shared_flag(&shared.watched.given, given);
   }
 
+  __device__ __forceinline__ u32 look_published() const {
+    return num_ranks > 1 ? ptx::load_acquire_system(&params.control->published)
+                         : ptx::load_acquire(&params.control->published);
+  }
+
   // The descriptor of the next step goes to shared memory. 0: stop or abort.
   __device__ u32 next_step() {
     if (stops_early() && step != params.first_step) return end_early();
     if (lane == 0) say({given, 0, step, plan::num_stages, 0, 0, 0, step + 1});
-    while (static_cast<i32>(ptx::load_acquire(&params.control->published) - (step + 1)) < 0)
+    while (static_cast<i32>(look_published() - (step + 1)) < 0)
       if (aborted()) return 0;
     wait_taken();
     const u32* from = reinterpret_cast<const u32*>(&params.control->steps[step % step_slots]);
@@ -123,6 +134,8 @@ __device__ void run_lookout(const Params& params, Shared& shared, u32 lane) {
   u64 since = ptx::now_ns();
   while (!ptx::load_shared_flag(&shared.stop)) {
     if (blockIdx.x == plan::sampling_sm) ptx::store_shared_flag(&shared.host_stop, ptx::load_host(&params.host->stop));
+    if constexpr (num_ranks > 1)
+      if (blockIdx.x == plan::sampling_sm && ptx::load_host(&params.host->abort)) ptx::claim_once(&params.control->abort);
     const u32 now_moved = ptx::load_shared_flag(&watched.given) + ptx::load_shared_flag(&watched.taken);
     const u64 now = ptx::now_ns();
     if (now_moved != moved) since = now;

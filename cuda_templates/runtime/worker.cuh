@@ -135,16 +135,26 @@ struct Worker : Progress {
     }
   }
 
+  // A signal to this rank or, where the event is all ranks', to a peer. Such an event has all its signals at system scope, so
+  // that they add up.
+  __device__ __forceinline__ void send(const Entry& entry, u32 peer, u32 index) {
+    const u32 name = shared.program.signal[entry.first_signal + index];
+    const bool shared_by_ranks = plan::from_peers(name);
+    if (!shared_by_ranks && peer != 0) return;
+    const u32 event = stage * plan::num_events + name;
+    u32* counter = params.events + event * plan::event_stride;
+    const u32 found = probe::send(shared_by_ranks ? params.on(peer, counter) : counter, shared_by_ranks);
+    if (!shared_by_ranks || peer == params.rank)
+      log.put(params, probe::working, 1 + index, {probe::signal, step_index, stage, entry.group, entry.task, event, found});
+  }
+
   // All stores of this task are done by all workers: tell whoever waits for them.
   __device__ __forceinline__ void signal(const Entry& entry) {
     if (thread == 0) shared.mark_stored();
     probe::pause(params, probe::working, ~taken);
     sync();
-    if (thread < entry.num_signals && !probe::drops_signals(params, stage, entry)) {
-      const u32 event = stage * plan::num_events + shared.program.signal[entry.first_signal + thread];
-      const u32 found = probe::send(params.events + event * plan::event_stride);
-      log.put(params, probe::working, 1 + thread, {probe::signal, step_index, stage, entry.group, entry.task, event, found});
-    }
+    if (thread < entry.num_signals * num_ranks && !probe::drops_signals(params, stage, entry))
+      send(entry, thread % num_ranks, thread / num_ranks);
     if (thread == 0) log.put_start(params, {probe::start, step_index, stage, entry.group, entry.task});
     log.skip(1 + entry.num_signals);
     if (thread == 0) shared.mark_signalled(params, step_index, stage, place, plan::num_stages, plan::max_queue);

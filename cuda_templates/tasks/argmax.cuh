@@ -1,9 +1,10 @@
 // Greedy sampling in two stages: the highest logit of each slice, then the highest of the slices; the lowest id among equals.
 //
 // The second stage runs on one SM and is the authority over the token loop: it appends to the host's ring, decides whether
-// to stop, and publishes the descriptor of the next step, which every SM waits for.
+// to stop, and publishes the descriptor of the next step, which every SM waits for. With several ranks each of them finds the
+// same id and one of them is the authority.
 #pragma once
-#include "tasks/linear.cuh"
+#include "tasks/inbox.cuh"
 
 namespace mpk {
 
@@ -29,21 +30,23 @@ struct Best {
 
 constexpr i32 no_id = 0x7fffffff;
 
-// Entry: slices [lo, hi). Pairs [tokens, slices, 2]: the value and the bits of its id.
-template <class Logits, class Pairs, int Slice, int Valid>
+// Entry: slices [lo, hi). Pairs [tokens, slices, 2]: the value and the bits of its id. Where ranks share the vocabulary, a
+// rank's ids start at `rank * RankStride`, and every rank gets the pairs of all.
+template <class Logits, class Pairs, int Slice, int Valid, int RankStride = 0>
 struct ArgmaxPartial {
   static __device__ void run(Worker& w, const Entry& entry) {
     w.wait_ready();
     const u32 count = (entry.hi - entry.lo) * w.tokens;
+    const int first_id = w.params.rank * RankStride;
+    const int end = RankStride ? min_of(RankStride, Valid - first_id) : Valid;
     for (u32 i = w.warp; i < count; i += worker_warps) {
       const int token = i % w.tokens, slice = entry.lo + i / w.tokens;
-      const int lo = slice * Slice, hi = min_of(lo + Slice, Valid);
+      const int lo = slice * Slice, hi = min_of(lo + Slice, end);
       Best best{-infinity, no_id};
 #pragma unroll 8
-      for (int id = lo + w.lane; id < hi; id += warp_size) best.consider(Logits::load(w, token, id), id);
+      for (int id = lo + w.lane; id < hi; id += warp_size) best.consider(Logits::load(w, token, id), first_id + id);
       best.over_warp();
-      if (w.lane == 0)
-        *reinterpret_cast<float2*>(Pairs::at(w, token, slice * 2)) = make_float2(best.value, __int_as_float(best.id));
+      if (w.lane == 0) store_pair<Pairs>(w, token, slice, make_float2(best.value, __int_as_float(best.id)));
     }
     w.sync();
     w.release_ready();
@@ -61,6 +64,7 @@ struct TokenLoop {
 
   static __device__ void advance(const Worker& w, i32 sampled, u32 step_index) {
     const Params& p = w.params;
+    if (p.rank != authority) return;
     Step next{};
     next.position = w.position + w.tokens;
     next.emitted = w.step->emitted;
@@ -78,8 +82,14 @@ struct TokenLoop {
     }
     if (w.aborted()) return;
     Step& slot = p.control->steps[(step_index + 1) % step_slots];
-    slot = next;
-    ptx::red_release(&p.control->published, 1);
+    if constexpr (num_ranks > 1) {
+      for (u32 peer = 0; peer < num_ranks; ++peer) *p.on(peer, &slot) = next;
+      ptx::fence_system();
+      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::red_system(p.on(peer, &p.control->published), 1);
+    } else {
+      slot = next;
+      ptx::red_release(&p.control->published, 1);
+    }
     ptx::store_host_release(&p.host->count, next.emitted);
   }
 };
@@ -92,8 +102,8 @@ struct ArgmaxReduce {
     for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
       Best best{-infinity, no_id};
 #pragma unroll 8
-      for (int slice = w.lane; slice < Slices; slice += warp_size) {
-        const uint2 pair = ptx::load_l2_8(Pairs::at(w, token, slice * 2));
+      for (int slice = w.lane; slice < parts_of<Pairs> * Slices; slice += warp_size) {
+        const uint2 pair = ptx::load_l2_8(pair_at<Pairs>(w, token, slice / Slices, slice % Slices));
         best.consider(__uint_as_float(pair.x), static_cast<i32>(pair.y));
       }
       best.over_warp();

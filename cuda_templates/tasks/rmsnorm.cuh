@@ -39,11 +39,11 @@ struct RmsNorm {
 
   // Fills the panel too, and says so, where one token's row fits into registers.
   static __device__ bool prepare(Worker& w, const Entry& entry, bool whole) {
-    if constexpr (Publish::present) publish(w, entry);
     if (whole && w.tokens == 1 && per_thread <= 8) {
-      one_token(w);
+      one_token(w, entry);
       return true;
     }
+    if constexpr (Publish::present) publish(w, entry);
     statistics(w);
     return false;
   }
@@ -96,7 +96,7 @@ struct RmsNorm {
         ptx::pack_bf16(weighed(x.z * rstd, ptx::low_bf16(g.y)), weighed(x.w * rstd, ptx::high_bf16(g.y))));
   }
 
-  static __device__ __forceinline__ void one_token(Worker& w) {
+  static __device__ __forceinline__ void one_token(Worker& w, const Entry& entry) {
     float4 x[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too
     uint2 g[per_thread] = {};
     float sum = 0.f;
@@ -119,7 +119,15 @@ struct RmsNorm {
     for (int n = 0; n < per_thread; ++n) {
       const int i = w.thread + n * worker_threads;
       if (i < vectors) Panel{0, features}.store_four(w, 0, i * 4, scaled(x[n], rstd, g[n]));
+      if constexpr (Publish::present) publish_vector(w, entry, 0, i * 4, x[n]);
     }
+  }
+
+  // Shares are whole vectors.
+  static __device__ __forceinline__ void publish_vector(const Worker& w, const Entry& entry, int token, int feature, float4 x) {
+    using Out = typename Publish::out;
+    static_assert(sizeof(typename Out::type) == 4, "published rows are float32");
+    if (feature >= entry.share_lo && feature < entry.share_hi) *reinterpret_cast<float4*>(Out::at(w, token, feature)) = x;
   }
 
   static __device__ void statistics(Worker& w) {
@@ -136,16 +144,11 @@ struct RmsNorm {
   }
 
   static __device__ void publish(const Worker& w, const Entry& entry) {
-    using Out = typename Publish::out;
-    const int first = entry.share_lo / 4 * 4, count = ceil_div(entry.share_hi - first, 4);
+    const int count = (entry.share_hi - entry.share_lo) / 4;
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
-      const int token = i / count, feature = first + i % count * 4;
-      const float4 v = Source::load(w, token, feature);
-      const float x[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-        if (feature + n >= entry.share_lo && feature + n < entry.share_hi) Out::store(w, token, feature + n, x[n]);
+      const int token = i / count, feature = entry.share_lo + i % count * 4;
+      publish_vector(w, entry, token, feature, Source::load(w, token, feature));
     }
   }
 };

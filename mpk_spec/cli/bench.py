@@ -36,6 +36,9 @@ def command(
         list[str] | None,
         typer.Option("--rival", metavar="NAME", help="With cuda, repeatable: eager, compile, graph (Hugging Face)."),
     ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ranks of cuda and cpu; default: 1, or as torchrun says.")
+    ] = None,
     context: Annotated[
         int, typer.Option("-c", "--context", min=1, metavar="N", help="With cuda: positions in the filled cache.")
     ] = 128,
@@ -60,17 +63,19 @@ def command(
     from mpk_spec.cli import measure
     from mpk_spec.perf import page
     from mpk_spec.perf.bench import Settings
+    from mpk_spec.runtime.select import choose_degree
 
+    degree = choose_degree(tp)
     names = _backends(backends)
     _check_rivals(names, rivals or [])
     if names == ["cuda"]:
         positions = Settings.positions if verdict else 0
         settings = Settings(context, max_new_tokens, repeats, tuple(dict.fromkeys(rivals or [])), positions)
-        result = on_gpu(model, size, weights, spec, settings)
+        result = on_gpu(model, size, weights, spec, settings, degree)
         shown, name = page.as_markdown(result), f"{result['model']['spec']}-{result['model']['size']}"
         name += f"-{result['target']}-context{context}"
     else:
-        result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats)
+        result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats, degree)
         shown, name = (
             measure.as_markdown(result),
             f"{result['model']['spec']}-{result['model']['size'] or 'checkpoint'}",
@@ -100,7 +105,9 @@ def _check_rivals(names: list[str], rivals: list[str]) -> None:
             raise UserError(f"there is no rival '{name}'", did_you_mean(name, RIVALS, "rivals"))
 
 
-def on_gpu(model: str, size: str | None, weights: str | None, spec: str | None, settings: Settings) -> dict[str, Any]:
+def on_gpu(
+    model: str, size: str | None, weights: str | None, spec: str | None, settings: Settings, tp: int = 1
+) -> dict[str, Any]:
     """See `mpk_spec.perf.bench.bench`; the cache is as long as the model allows where that is less than usual."""
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
@@ -114,14 +121,14 @@ def on_gpu(model: str, size: str | None, weights: str | None, spec: str | None, 
         def opened(cache: int):
             context = None if target.build else max(cache, min(LEAST_CACHE, most))
             where = (target.spec, target.size, target.checkpoint)
-            return open_backend(*where, "cuda", context, report, target.build).backend
+            return open_backend(*where, "cuda", context, report, target.build, tp).backend
 
         return bench(opened, target.checkpoint, settings, report)
 
 
 def in_turns(
     model: str, size: str | None, weights: str | None, spec: str | None, names: list[str], prompt_tokens: int,
-    new_tokens: int, repeats: int,
+    new_tokens: int, repeats: int, tp: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Backends on the same weights, one answer each at a time."""
     from mpk_spec.cli import measure
@@ -133,8 +140,13 @@ def in_turns(
         target = open_target(model, report, size=size, weights=weights, spec=spec)
         context = None if target.build else prompt_tokens + new_tokens
         where = (target.spec, target.size, target.checkpoint)
-        opened = {name: open_backend(*where, name, context, report, target.build) for name in names}
+        opened = {
+            name: open_backend(*where, name, context, report, target.build, 1 if name == "torch" else tp)
+            for name in names
+        }
         runs = measure.take_turns(opened, prompt_tokens, new_tokens, repeats, report)
+        for backend in opened.values():
+            backend.close()
     return {
         "model": {"spec": target.name, "size": target.size, "weights": target.checkpoint.source},
         "prompt_tokens": prompt_tokens,

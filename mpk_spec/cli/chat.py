@@ -28,6 +28,9 @@ def command(
     ] = None,
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
+    tp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="GPUs, one rank each; default: 1, or as torchrun says.")
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -51,7 +54,7 @@ def command(
     question = prompt if prompt is not None else _piped()
     if question is not None:
         _check_question(question)
-    session = open_session(model, size, weights, spec, backend, context)
+    session = open_session(model, size, weights, spec, backend, context, tp)
     session.system = system
     session.settings.max_new_tokens = max_new_tokens
     commands.set_thinking(session, think)
@@ -83,20 +86,28 @@ def _check_question(question: str) -> None:
 
 
 def open_session(
-    model: str, size: str | None, weights: str | None, spec: str | None, backend: str, context: int | None
+    model: str,
+    size: str | None,
+    weights: str | None,
+    spec: str | None,
+    backend: str,
+    context: int | None,
+    tp: int | None = None,
 ):
     """A `ChatSession` for what the command line names, with its weights loaded."""
     from mpk_spec.chat.raw_tokens import RawTokens
     from mpk_spec.chat.session import ChatSession
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
-    from mpk_spec.runtime.select import open_backend
+    from mpk_spec.runtime.select import choose_degree, open_backend
     from mpk_spec.weights import eos_ids, load_tokenizer
 
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
         tokenizer = RawTokens() if target.checkpoint.directory is None else load_tokenizer(target.checkpoint)
-        opened = open_backend(target.spec, target.size, target.checkpoint, backend, context, report, target.build)
+        opened = open_backend(
+            target.spec, target.size, target.checkpoint, backend, context, report, target.build, choose_degree(tp)
+        )
     if target.checkpoint.directory is None:
         print("random weights have no tokenizer: bytes go in, other ids come out as numbers", file=sys.stderr)
     elif not tokenizer.chat_template:

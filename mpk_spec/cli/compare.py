@@ -37,7 +37,10 @@ def command(
     ] = None,
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
-    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks, all in this process.")] = 1,
+    tp: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ranks: GPUs, or all in this process on the CPU; default: 1."),
+    ] = None,
     positions: Annotated[int, typer.Option(min=1, metavar="N", help="Teacher-forced positions, at least.")] = 2000,
     seeds: Annotated[
         int | None,
@@ -77,8 +80,10 @@ def command(
     divergence, the largest error and the most probable token. Exit code 4 if it is further.
     """
     from mpk_spec.cli.progress import progress
+    from mpk_spec.runtime.select import choose_degree
     from mpk_spec.testing.defects import find_defect
 
+    tp = choose_degree(tp)
     defect = find_defect(plant) if plant else None
     if backend == "auto":
         backend = "cpu"
@@ -216,6 +221,7 @@ def _verdict(asked: Asked, report) -> Result:
             target.spec, target.size, target.checkpoint, asked.backend, length, asked.tp, asked.defect, target.build
         )
         verdict = yardstick.judge(ours, report, min(alone, last))
+        ours.close()
     planted = f", planted: {asked.defect.says}" if asked.defect else ""
     name = f"{target.name} {target.size or 'checkpoint'}, weights {target.checkpoint.source}"
     return Result(f"{name}, {ours.description}{planted}", verdict, ids, asked.defect)
@@ -224,6 +230,8 @@ def _verdict(asked: Asked, report) -> Result:
 def _bisect(target, stop_after, tp, length, defect, backend, report):
     if target.build is not None:
         raise UserError("a build cannot stop after an operator", "compare SPEC --size NAME --stop-after OP")
+    if backend == "cuda" and tp > 1:
+        raise UserError("--stop-after looks into the kernel of one GPU", "--tp 1, or --backend cpu")
     if backend == "cuda":
         from mpk_spec.testing.bisect_gpu import bisect_gpu
 

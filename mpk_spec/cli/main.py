@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -113,5 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The entry point of the console script."""
+    """The entry point of the console script; under torchrun all ranks but the first follow that one."""
+    if os.environ.get("RANK", "0") != "0" and "MASTER_ADDR" in os.environ:
+        from mpk_spec.runtime import follower
+
+        follower.run()
     sys.exit(main())

@@ -49,22 +49,37 @@ class Programs:
     event_total: tuple[tuple[int, ...], ...]  # [template][event]
     max_queue: int
     sampling_sm: int
+    from_peers: frozenset[str]  # events that every rank's tasks signal on every rank
 
 
-def pack_programs(step: Step, layout: Layout, runs: list[list[int]], num_sms: int) -> Programs:
+def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]]) -> Programs:
     """`runs[template][group]`: the case of the generated switch."""
     events = tuple(sorted({name for t in step.templates for name in t.events}))
     number = {name: n for n, name in enumerate(events)}
     shapes = {name: n for n, name in enumerate(layout.packed)}
-    drafts = [_SmDraft(step, runs, number, layout, shapes, sm) for sm in range(num_sms)]
+    drafts = [_SmDraft(step, runs, number, layout, shapes, sm) for sm in range(plan.num_sms)]
     most = [max(1, max(len(getattr(d, k)) for d in drafts)) for k in ("entries", "loads", "waits", "signals")]
     dtype = _program_dtype(len(step.templates), *most)
-    blob = np.zeros(num_sms, dtype)
+    blob = np.zeros(plan.num_sms, dtype)
     for n, draft in enumerate(drafts):
         draft.fill(blob[n])
     totals = tuple(tuple(t.events.get(name, 0) for name in events) for t in step.templates)
     longest = max(len(q) for t in step.templates for q in t.queues)
-    return Programs(Sizes(*most, dtype.itemsize), blob.tobytes(), events, totals, longest, _sampling_sm(step))
+    return Programs(
+        Sizes(*most, dtype.itemsize), blob.tobytes(), events, totals, longest, _sampling_sm(step), crossing(plan, step)
+    )
+
+
+def crossing(plan: Plan, step: Step) -> frozenset[str]:
+    """Events of tasks that write into inboxes: every rank's. UserError where others have one of the same name."""
+    ours, theirs = set(), set()
+    for group in (g for t in step.templates for g in t.groups):
+        writes = {s.tensor for task in group.tasks for s in task.writes}
+        shared = any(plan.tensors[name].inbox for name in writes & plan.tensors.keys())
+        (theirs if shared else ours).update(name for task in group.tasks for name in task.signals)
+    if ours & theirs:
+        raise UserError(f"event '{min(ours & theirs)}' is signalled by peers in one layer and not in another")
+    return frozenset(theirs)
 
 
 def _program_dtype(templates: int, entries: int, loads: int, waits: int, signals: int) -> np.dtype:
@@ -139,6 +154,8 @@ def bounds(group: Group, task: Task, layout: Layout) -> tuple[int, int]:
         return task.index // group.kv_splits, task.k[0]
     if group.task == "argmax_partial":
         return task.out[0] // 2, task.out[1] // 2
+    if group.nodes[0].op == "all_reduce":
+        return task.out
     return 0, 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mpk_spec.emit.layout import Layout, lay_out
 from mpk_spec.emit.program import Programs, check_one_schedule, pack_programs
-from mpk_spec.emit.tasks import HEADERS, TaskType, identifier, task_type
+from mpk_spec.emit.tasks import HEADERS, HEADERS_OF_RANKS, TaskType, identifier, task_type
 from mpk_spec.errors import UserError
 from mpk_spec.paths import templates_dir
 from mpk_spec.planner.plan import Plan, Step
@@ -16,6 +16,7 @@ EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow th
 MAX_SLOTS = 64
 PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
 PREFETCH_CLOCKS_PER_KIB = 64  # one SM's share of memory's rate, about; faster prefetching slows the copies of others
+MAX_RANKS = 8  # of one host; a task's signals to all of them fit one warp
 COPIES_IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
 
 
@@ -42,15 +43,15 @@ def emit(plan: Plan) -> Emitted:
     step = check_one_schedule(plan)
     layout = lay_out(plan)
     tasks, runs = _tasks(plan, layout, step)
-    programs = pack_programs(step, layout, runs, plan.num_sms)
+    programs = pack_programs(plan, step, layout, runs)
     return Emitted(plan, step, layout, programs, _render(plan, step, layout, tasks, programs), tuple(tasks))
 
 
 def _check(plan: Plan) -> None:
     if plan.target == "cpu":
         raise UserError("this plan is for the CPU", "plan it for a GPU: --target h100")
-    if plan.tp != 1:
-        raise UserError(f"the CUDA kernel runs on one GPU, this plan is for {plan.tp}", "plan it with --tp 1")
+    if plan.tp > MAX_RANKS:
+        raise UserError(f"the CUDA kernel runs on up to {MAX_RANKS} GPUs, this plan is for {plan.tp}")
     if plan.batch != 1:
         raise UserError(f"the CUDA kernel runs one sequence, this plan has {plan.batch}", "plan it with --batch 1")
     most = max(s.tokens for s in plan.steps.values())
@@ -91,13 +92,15 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
         block_end_string="%)", comment_start_string="(#", comment_end_string="#)", autoescape=False,
     )  # fmt: skip
     ring_slots, slot_bytes = slots(plan, layout)
+    headers = HEADERS + (HEADERS_OF_RANKS if plan.tp > 1 else ())
     return environment.get_template("megakernel.cu.j2").render(
         plan=plan, target=find_target(plan.target), groups=tasks, num_stages=len(step.stages),
-        headers=[f"tasks/{name}.cuh" for name in HEADERS], ring_slots=ring_slots, slot_bytes=slot_bytes,
+        headers=[f"tasks/{name}.cuh" for name in headers], ring_slots=ring_slots, slot_bytes=slot_bytes,
         prefetch_chunks=PREFETCH_BYTES // slot_bytes, prefetch_clocks=PREFETCH_CLOCKS_PER_KIB * slot_bytes // 1024,
         copies_in_flight=max(1, min(ring_slots, COPIES_IN_FLIGHT_BYTES // slot_bytes)), num_events=len(programs.events),
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
         sizes=programs.sizes, templates=[t.name for t in step.templates],
         stage_template=[s.template for s in step.stages], stage_layer=[s.layer or 0 for s in step.stages],
         event_total=programs.event_total, weight_tiles=list(layout.packed.values()),
+        from_peers=[int(name in programs.from_peers) for name in programs.events],
     )  # fmt: skip

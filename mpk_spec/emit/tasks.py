@@ -12,6 +12,7 @@ from mpk_spec.planner.plan import Group, Node, Plan
 
 DTYPES = {"bf16": "bf16", "f32": "float", "i32": "i32"}
 ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu": "Relu"}
+HEADERS_OF_RANKS = ("inbox", "all_reduce")
 HEADERS = ("linear", "plain", "rmsnorm", "embedding", "attention_merge", "add", "gated_act", "attention", "argmax")
 
 
@@ -43,6 +44,8 @@ def task_type(plan: Plan, layout: Layout, group: Group) -> str:
     if group.split_k != 1:
         raise Refused(group, f"it splits K in {group.split_k}", f"set '{group.name}: {{split_k: 1}}' in the schedule")
     writer = _Writer(plan, layout, group)
+    if group.nodes[0].op == "all_reduce" and group.task in ("add", "all_reduce"):
+        return writer.all_reduce()
     makers = {
         "linear": writer.linear,
         "attention": writer.attention,
@@ -67,6 +70,8 @@ class _Writer:
 
     def tensor(self, name: str) -> str:
         tensor = self.plan.tensors[name]
+        if tensor.inbox:
+            return f"Inbox<{tensor.offset}ull, {tensor.extent}, {tensor.bytes // self.plan.tp}ull>"
         if tensor.placement != "cuda":
             raise Refused(self.group, f"'{name}' is placed in {tensor.placement} memory")
         return f"Tensor<{tensor.offset}ull, {tensor.extent}, {DTYPES[tensor.dtype]}>"
@@ -105,10 +110,16 @@ class _Writer:
         if ops == ["embedding", "rmsnorm"]:
             table = self.layout.flat[nodes[0].weights["weight"]]
             source = f"EmbeddingRow<{table.offset}ull, {nodes[0].width}, {number(nodes[0].values['scale'])}>"
-            published = nodes[0].output in self.group.published
-            publish = f"Published<{self.tensor(nodes[0].output)}>" if published else "NotPublished"
-            return self.norm(nodes[1], source, publish)
+            return self.norm(nodes[1], source, self.publish(nodes[0]))
+        if ops == ["all_reduce", "add", "rmsnorm"] and nodes[2].inputs[0] == nodes[1].output:
+            residual = next(i for i in nodes[1].inputs if i != nodes[0].output)
+            source = f"SumRow<{self.tensor(residual)}, {self.tensor(nodes[0].inputs[0])}>"
+            return self.norm(nodes[2], source, self.publish(nodes[1]))
         raise Refused(self.group, f"no prologue does {' and '.join(ops)}")
+
+    def publish(self, node: Node) -> str:
+        """Whether the tasks write a prologue's value down for others."""
+        return f"Published<{self.tensor(node.output)}>" if node.output in self.group.published else "NotPublished"
 
     def norm(self, node: Node, source: str, publish: str) -> str:
         gain = self.vector(node.weights["weight"])
@@ -133,6 +144,18 @@ class _Writer:
             fn = ACTIVATIONS[nodes[0].values["fn"]]
             return f"GatedAct<{fn}, {self.tensor(nodes[0].output)}, {biases[0]}, {biases[1]}>"
         raise Refused(self.group, f"no epilogue does {' and '.join(ops)} here")
+
+    # sums over ranks
+
+    def all_reduce(self) -> str:
+        parts, out = self.group.nodes[0], self.group.nodes[-1]
+        residual = "NoResidual"
+        if out is not parts:
+            others = [i for i in out.inputs if i != parts.output]
+            if len(self.group.nodes) != 2 or out.op != "add" or len(others) != 1:
+                raise Refused(self.group, f"no task adds up parts and then does {out.op}")
+            residual = self.tensor(others[0])
+        return f"AllReduce<{residual}, {self.tensor(parts.inputs[0])}, {self.tensor(out.output)}>"
 
     # attention
 
@@ -187,10 +210,10 @@ class _Writer:
         values = node.values
         if len(self.group.nodes) != 1:
             raise Refused(self.group, "its first stage of argmax has a prologue")
-        return (
-            f"ArgmaxPartial<{self.tensor(node.inputs[0])}, {self.tensor(node.output)}, "
-            f"{values['slice']}, {min(values['vocab'], values['valid'])}>"
-        )
+        stride = values["rank_stride"]
+        valid = f"{values['valid']}, {stride}" if stride else min(values["vocab"], values["valid"])
+        tensors = f"{self.tensor(node.inputs[0])}, {self.tensor(node.output)}"
+        return f"ArgmaxPartial<{tensors}, {values['slice']}, {valid}>"
 
     def argmax_reduce(self) -> str:
         node = self.group.nodes[-1]

@@ -20,6 +20,7 @@ class AllReduce(Op):
     op: ClassVar[str] = "all_reduce"
     role: ClassVar[str] = "row"
     task: ClassVar[str] = "all_reduce"
+    cuda: ClassVar[bool] = True
     prologue_of: ClassVar[frozenset[str]] = frozenset({"linear", "row"})
 
     input: Ref = Field(alias="all_reduce")

@@ -16,6 +16,7 @@ from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
 from mpk_spec.planner.plan import Group, Packing, Plan, Stage, Step, Template, Tensor, Weight
 from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
+from mpk_spec.planner.sums import sums_into_readers
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, chunk_columns, outputs, renamed, smem_bytes, tile
 from mpk_spec.schema import Spec
@@ -55,7 +56,7 @@ class _Drafted:
 def build(spec: Spec, architecture: str, config: dict[str, Any], request: Request) -> Plan:
     """Raises SpecError with positions for everything that cannot be planned."""
     model = bind(spec, config, tp=request.tp, batch=request.batch, context=request.context)
-    sections = fuse(spec, model)
+    sections = sums_into_readers(fuse(spec, model), model)
     ring, chunk = _ring(request, sections, model)
     lowered: dict[str, _Lowering] = {}
     problems: list = []

@@ -18,6 +18,7 @@ from mpk_spec.planner.schedule import CHUNK_BYTES, Settings, linear_features, li
 
 STORAGE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8_e4m3": 1, "int4": 0.5}
 ACTIVATION_SMEM = 48 * 1024  # activations of more tokens are streamed in K tiles
+SHARE = 4  # features of a published value that go together
 FIXED_SMEM = 4 * 1024  # barriers, per-warp partial sums, the scheduler's mailbox
 
 
@@ -134,8 +135,14 @@ def spans(found: dict[str, FeatureSpan], model: Model) -> tuple[Span, ...]:
 
 def _published(group: Fused, model: Model, index: int, count: int) -> list[Span]:
     """Task `index` of `count` stores its share of the prologue's values, if there is one for each."""
-    shares = [Span(v, *cuts(model.types[v].features, count)[index]) for v in group.published]
+    shares = [Span(v, *_share(model.types[v].features, index, count)) for v in group.published]
     return [s for s in shares if s.lo < s.hi]
+
+
+def _share(features: int, index: int, count: int) -> FeatureSpan:
+    """In whole vectors, as tasks load a row."""
+    lo, hi = cuts(-(-features // SHARE), count)[index]
+    return lo * SHARE, min(hi * SHARE, features)
 
 
 def _rows(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits: dict[str, int]):

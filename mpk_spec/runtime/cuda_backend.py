@@ -121,26 +121,19 @@ class CudaBackend:
 
     def value(self, name: str, tokens: int) -> torch.Tensor:
         """What a tensor of the plan holds after the last step, float32 (ids: int32) `[tokens, extent]`, on the GPU."""
-        import torch
-
-        tensor = self.plan.tensors[name]
-        dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32}[tensor.dtype]
-        size = tokens * tensor.extent * torch.empty((), dtype=dtype).element_size()
-        values = self.memory.arena[tensor.offset : tensor.offset + size].view(dtype).view(tokens, -1)
-        return values.clone() if tensor.dtype != "bf16" else values.float()
+        return value_of(self.plan, self.memory, name, tokens)
 
     def fill_cache(self, count: int, seed: int = 0) -> list[int]:
         """Random keys and values everywhere, as if the `count` ids that it returns had been read.
 
         For timing at long contexts: reading a prompt of that length would take longer than what is timed.
         """
-        import torch
-
-        cache = self.memory.cache.view(torch.bfloat16)
-        cache.normal_(generator=torch.Generator(cache.device).manual_seed(seed))
-        torch.cuda.synchronize()
+        self._fill(seed)
         self._cached = [(17 + 31 * n) % self.vocab_size for n in range(count)]
         return list(self._cached)
+
+    def _fill(self, seed: int) -> None:
+        fill_cache(self.memory, seed)
 
     def reset(self) -> None:
         self._cached = []
@@ -148,6 +141,26 @@ class CudaBackend:
     def close(self) -> None:
         self._cached = []
         del self.launcher, self.memory
+
+
+def value_of(plan: Plan, memory, name: str, tokens: int) -> torch.Tensor:
+    """See `CudaBackend.value`."""
+    import torch
+
+    tensor = plan.tensors[name]
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32}[tensor.dtype]
+    size = tokens * tensor.extent * torch.empty((), dtype=dtype).element_size()
+    values = memory.arena[tensor.offset : tensor.offset + size].view(dtype).view(tokens, -1)
+    return values.clone() if tensor.dtype != "bf16" else values.float()
+
+
+def fill_cache(memory, seed: int) -> None:
+    """See `CudaBackend.fill_cache`."""
+    import torch
+
+    cache = memory.cache.view(torch.bfloat16)
+    cache.normal_(generator=torch.Generator(cache.device).manual_seed(seed))
+    torch.cuda.synchronize()
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

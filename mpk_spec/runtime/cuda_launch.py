@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpk_spec.emit.source import EVENT_STRIDE, Emitted
 from mpk_spec.errors import UserError
 from mpk_spec.runtime.cuda_probe import PROBES, Probe
+
+if TYPE_CHECKING:
+    from mpk_spec.runtime.symmetric import Symmetric
 
 MAX_TOKENS, MAX_STOP_IDS, STEP_SLOTS = 16, 16, 4
 STEP = np.dtype(
@@ -31,14 +35,23 @@ POINTERS = (
 NUMBERS = (
     "first_step", "prompt_end", "max_new", "context", "chunk", "num_stop_ids", "num_pages", "spare",
 )  # fmt: skip
-PARAMS = np.dtype(
-    [(n, "<u8") for n in (*POINTERS, "timeout_ns")]
-    + [(n, "<u4") for n in NUMBERS]
-    + [("stop_ids", "<i4", MAX_STOP_IDS)]
-)
-PROBED_PARAMS = np.dtype([*((n, PARAMS[n]) for n in PARAMS.names), ("probes", PROBES)])
+
+
+def params_dtype(ranks: int, probed: bool = False) -> np.dtype:
+    """`Params`: what only several ranks have comes first, what only probing builds have last."""
+    peers = [("inbox", "<u8"), ("distance", "<u8", ranks), ("rank", "<u4"), ("no_rank", "<u4")] if ranks > 1 else []
+    return np.dtype(
+        peers
+        + [(n, "<u8") for n in (*POINTERS, "timeout_ns")]
+        + [(n, "<u4") for n in NUMBERS]
+        + [("stop_ids", "<i4", MAX_STOP_IDS)]
+        + ([("probes", PROBES)] if probed else [])
+    )
+
+
+PARAMS, PROBED_PARAMS = params_dtype(1), params_dtype(1, probed=True)
 SIZES = ("shared_bytes", "block_threads", "params", "control", "report", "step")
-HOST_WORDS = 32  # before the ring's tokens: count, stop, padding
+HOST_WORDS = 32  # before the ring's tokens: count, stop, abort, padding
 TIMEOUT_S = 10.0
 
 
@@ -70,8 +83,8 @@ class KernelModule:
         _check_device(emitted, self.device, whole_gpu)
         self.module = check(driver.cuModuleLoadData(cubin))
         self.function = check(driver.cuModuleGetFunction(self.module, b"megakernel"))
+        self.num_sms, self.ranks = emitted.plan.num_sms, emitted.plan.tp
         self.sizes = self._sizes()
-        self.num_sms = emitted.plan.num_sms
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self.function, attribute, self.sizes["shared_bytes"]))
 
@@ -82,9 +95,9 @@ class KernelModule:
         words = np.zeros(size // 4, np.uint32)
         check(driver.cuMemcpyDtoH(words.ctypes.data, address, size))
         sizes = dict(zip(SIZES, words.tolist(), strict=True))
-        self.probed = sizes["params"] == PROBED_PARAMS.itemsize
-        params = PROBED_PARAMS if self.probed else PARAMS
-        ours = {"params": params, "control": CONTROL, "report": REPORT, "step": STEP}
+        self.probed = sizes["params"] == params_dtype(self.ranks, probed=True).itemsize
+        self.params = params_dtype(self.ranks, self.probed)
+        ours = {"params": self.params, "control": CONTROL, "report": REPORT, "step": STEP}
         for name, dtype in ours.items():
             if sizes[name] != dtype.itemsize:
                 raise UserError(
@@ -93,8 +106,10 @@ class KernelModule:
                 )
         return sizes
 
+    cooperative = True  # every SM gets its block or none does
+
     def launch(self, params: np.ndarray, stream: int) -> None:
-        """One cooperative launch: every SM gets its block or none does."""
+        """Starts the kernel and returns."""
         from cuda.bindings import driver
 
         attribute = driver.CUlaunchAttribute()
@@ -104,7 +119,8 @@ class KernelModule:
         config.gridDimX, config.gridDimY, config.gridDimZ = self.num_sms, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self.sizes["block_threads"], 1, 1
         config.sharedMemBytes, config.hStream = self.sizes["shared_bytes"], stream
-        config.attrs, config.numAttrs = [attribute], 1
+        if self.cooperative:
+            config.attrs, config.numAttrs = [attribute], 1
         pointers = (ctypes.c_void_p * 1)(params.ctypes.data)
         check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
@@ -131,9 +147,12 @@ def _check_device(emitted: Emitted, device, whole_gpu: bool) -> None:
 
 
 class Memory:
-    """What the kernel works in beside weights: events, programs, activations, cache, the host's ring."""
+    """What the kernel works in beside weights: events, programs, activations, cache, the host's ring.
 
-    def __init__(self, emitted: Emitted, device):
+    symmetric: with several ranks, what their peers write into.
+    """
+
+    def __init__(self, emitted: Emitted, device, symmetric: Symmetric | None = None):
         import torch
 
         from mpk_spec.runtime.cuda_weights import rope_tables
@@ -151,8 +170,12 @@ class Memory:
         self.rope = rope_tables(plan, layout).to(device)
         blob = np.frombuffer(emitted.programs.blob, np.uint8).copy()
         self.program = torch.from_numpy(blob).to(device)
-        self.events = torch.zeros(emitted.num_events * EVENT_STRIDE, dtype=torch.int32, device=device)
-        self.control = torch.zeros(CONTROL.itemsize, dtype=torch.uint8, device=device)
+        self.symmetric, sizes = symmetric, symmetric_sizes(emitted)
+        shared = symmetric or {name: room(sizes[name])[: sizes[name]] for name in ("events", "control")}
+        self.events = shared["events"].zero_().view(torch.int32)
+        self.control = shared["control"].zero_()
+        if symmetric is not None:
+            symmetric["inbox"].fill_(0xFF)
         self.reports = torch.zeros(plan.num_sms * REPORT.itemsize, dtype=torch.uint8, device=device)
         self.prompt = torch.zeros(plan.context, dtype=torch.int32, device=device)
         self.host = torch.zeros(HOST_WORDS + plan.context + 1, dtype=torch.int32).pin_memory()
@@ -160,7 +183,16 @@ class Memory:
 
     def addresses(self) -> dict[str, int]:
         names = ("arena", "cache", "pages", "rope", "program", "events", "control", "reports", "prompt", "host")
-        return {name: getattr(self, name).data_ptr() for name in names}
+        found = {name: getattr(self, name).data_ptr() for name in names}
+        if self.symmetric is not None:
+            found["inbox"] = self.symmetric["inbox"].data_ptr()
+        return found
+
+
+def symmetric_sizes(emitted: Emitted) -> dict[str, int]:
+    """Bytes of what peers write into."""
+    counters = emitted.num_events * EVENT_STRIDE * 4
+    return {"events": counters, "control": CONTROL.itemsize, "inbox": emitted.plan.arena_bytes.get("nvshmem", 0)}
 
 
 class Launcher:
@@ -175,6 +207,7 @@ class Launcher:
         self.timeout_s = TIMEOUT_S
         self.probe: Probe | None = None  # for builds that have probes
         self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.while_waiting: Callable[[], None] | None = None  # may raise, to give a launch up
         torch.cuda.synchronize()  # all that was prepared on other streams is there
 
     def start(self, prompt: list[int], position: int, max_new: int, stop: frozenset[int] = frozenset()) -> None:
@@ -200,11 +233,14 @@ class Launcher:
         self.ended.record(self.stream)
 
     def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
-        params = np.zeros((), PROBED_PARAMS if self.module.probed else PARAMS)
+        params = np.zeros((), self.module.params)
         if self.probe is not None:
             params["probes"] = self.probe.record()
         for name, address in self.memory.addresses().items():
             params[name] = address
+        if self.memory.symmetric is not None:
+            params["rank"] = self.memory.symmetric.rank
+            params["distance"] = [d % 2**64 for d in self.memory.symmetric.distances]
         params["weights"] = self.weights.data_ptr()
         params["timeout_ns"] = int(self.timeout_s * 1e9)
         params["first_step"], params["prompt_end"], params["max_new"] = self.steps & 0xFFFFFFFF, prompt_end, max_new
@@ -238,19 +274,31 @@ class Launcher:
                 return
             idle += 1
             if idle > 50:
-                time.sleep(20e-6)
+                self._rest(20e-6)
+
+    def _rest(self, seconds: float) -> None:
+        if self.while_waiting is not None:
+            self.while_waiting()
+        time.sleep(seconds)
 
     def stop(self) -> None:
         """Asks the kernel to end after its step."""
         self.memory.ring[1] = 1
 
+    def abort(self) -> None:
+        """Makes the kernel end at once: another rank is lost."""
+        self.memory.ring[2] = 1
+
     def finish(self) -> int:
         """Waits for the end of the launch and returns the steps it ran. Raises UserError after an abort."""
+        while self.while_waiting is not None and not self.stream.query():
+            self._rest(100e-6)
         self.stream.synchronize()
         control = np.frombuffer(self.memory.control.cpu().numpy().tobytes(), CONTROL)[0]
         if control["abort"]:
             message = self._blame()
-            self.reset_events()
+            if self.memory.symmetric is None:  # else peers may still signal: all ranks do it together
+                self.reset_events()
             raise UserError(f"the kernel was aborted: {message}", "this is a bug of the kernel or its plan")
         ran = (int(control["published"]) - 1 - self.steps) & 0xFFFFFFFF
         self.steps = (self.steps + ran) & 0xFFFFFFFF

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_weights(plan: Plan, layout: Layout, checkpoint: Any, device: torch.device, progress=None) -> torch.Tensor:
-    """uint8 `[layout.weight_bytes]` on `device`. Raises UserError for a checkpoint that does not fit the plan."""
+def load_weights(
+    plan: Plan, layout: Layout, checkpoint: Any, device: torch.device, progress=None, rank: int = 0
+) -> torch.Tensor:
+    """A rank's weights, uint8 `[layout.weight_bytes]` on `device`. UserError where the checkpoint does not fit."""
     import torch
 
     from mpk_spec.reference.state import find_prefix, read_share
@@ -23,7 +25,10 @@ def load_weights(plan: Plan, layout: Layout, checkpoint: Any, device: torch.devi
     arena = torch.zeros(layout.weight_bytes, dtype=torch.uint8, device=device)
 
     def read(name: str, layer: int | None) -> torch.Tensor:
-        return read_share(checkpoint, prefix, plan.weights[name], layer, 0).to(device=device, dtype=torch.bfloat16)
+        weight = plan.weights[name]
+        if weight.once and rank > 0:
+            return torch.zeros(weight.shape, device=device, dtype=torch.bfloat16)
+        return read_share(checkpoint, prefix, weight, layer, rank).to(device=device, dtype=torch.bfloat16)
 
     jobs = [(p, layer) for p in layout.packed.values() for layer in _layers(layout, p.layer_stride)]
     jobs += [(f, layer) for f in layout.flat.values() for layer in _layers(layout, f.layer_stride)]

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Runs a plan: on the CPU if it was made for the target `cpu`, else on the GPU.
+    """Runs a plan: on the CPU if it was made for the target `cpu`, else on the GPU, or on `plan.tp` of them.
+
+    Several GPUs have a process each: this one is rank 0 and starts the others (unless torchrun did); `close` ends them.
 
     weights: a `Checkpoint` (see `mpk_spec.weights`) or a state dict already in memory, names as Hugging Face has them,
     whose tensors are used where they lie. progress: called with (what, done, total) while loading.
@@ -45,6 +47,10 @@ class Engine:
     @staticmethod
     def _make(plan: Plan, checkpoint: Any, progress, build: Build | None) -> Backend:
         if plan.target != "cpu":
+            if plan.tp > 1:
+                from mpk_spec.runtime.parallel_backend import ParallelBackend
+
+                return ParallelBackend(plan, checkpoint, progress)
             from mpk_spec.runtime.cuda_backend import CudaBackend
 
             return CudaBackend(plan, checkpoint, progress, build=build)

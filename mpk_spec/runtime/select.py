@@ -34,23 +34,34 @@ def open_backend(
     context: int | None = None,
     progress: Progress = _quiet,
     build: Build | None = None,
+    tp: int = 1,
 ) -> Backend:
     """The model of `checkpoint`, ready to run as `spec` says, or as the plan of `build` does.
 
     `backend`: one of `BACKENDS`; what "auto" chose is said in one line on standard error.
     `progress(stage, done, total)` hears of what takes long.
+    `tp`: ranks: GPUs, each with a process of its own; on the CPU all in this process.
     `context`: positions of the KV cache; None takes `DEFAULT_CONTEXT`, or what the model was made for if that is less.
     Raises UserError for a backend that this machine or version lacks and for a context past the model's positions.
     """
     if backend not in BACKENDS:
         raise UserError(f"there is no backend '{backend}'", hint=did_you_mean(backend, BACKENDS, "backends"))
     if build is not None:
+        if tp not in (1, build.plan.tp):
+            raise UserError(f"{build.folder} was built for {build.plan.tp} ranks, {tp} were asked for")
         return open_built(build, checkpoint, backend, context, progress)
     context = choose_context(context, checkpoint.config)
     if backend == "auto":
-        backend, why = choose_backend(spec, size, checkpoint, context)
+        backend, why = choose_backend(spec, size, checkpoint, context, tp)
         print(f"backend: {backend}, chosen since {why} (--backend chooses)", file=sys.stderr)
-    return OPENERS[backend](spec, size, checkpoint, context, progress)
+    return OPENERS[backend](spec, size, checkpoint, context, progress, tp)
+
+
+def choose_degree(wanted: int | None) -> int:
+    """Ranks to run on, from what was asked for and what torchrun started."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1")) if wanted is None else wanted
 
 
 def open_built(
@@ -65,7 +76,7 @@ def open_built(
         )
     choose_context(plan.context, checkpoint.config)
     if backend == "torch":
-        return _open_torch(None, None, checkpoint, plan.context, progress)
+        return _open_torch(None, None, checkpoint, plan.context, progress, 1)
     if backend == "cpu":
         from mpk_spec.reference.backend import ReferenceBackend
 
@@ -87,17 +98,17 @@ def choose_context(wanted: int | None, config: dict) -> int:
     return wanted
 
 
-def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> tuple[str, str]:
+def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1) -> tuple[str, str]:
     """("cuda" or "cpu", why): the GPU if there is one and the kernel can run this model on it."""
     from mpk_spec.emit.compiler import nvrtc_version
     from mpk_spec.emit.source import emit
 
     try:
-        emit(plan_for_gpu(spec, size, checkpoint, context))
+        emit(plan_for_gpu(spec, size, checkpoint, context, tp))
         nvrtc_version()
     except UserError as error:
         return "cpu", error.message
-    return "cuda", "there is a GPU that runs this plan"
+    return "cuda", "there is a GPU that runs this plan" if tp == 1 else f"there are {tp} GPUs that run this plan"
 
 
 def target_here() -> tuple[Target, Any]:
@@ -111,10 +122,14 @@ def target_here() -> tuple[Target, Any]:
     return target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count), found
 
 
-def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int) -> Plan:
-    """The plan for this machine's GPU. Raises UserError where there is none, or none that plans are made for."""
+def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1) -> Plan:
+    """The plan for this machine's GPUs. Raises UserError where there are too few, or none that plans are made for."""
     from mpk_spec.planner import plan
 
+    if tp > 1:
+        from mpk_spec.runtime.parallel_backend import check_gpus
+
+        check_gpus(tp)
     target, _ = target_here()
     return plan(
         spec,
@@ -122,17 +137,18 @@ def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: 
         config=checkpoint.config,
         architecture=checkpoint.architecture,
         target=target.name,
+        tp=tp,
         context=context,
     )
 
 
-def _open_cuda(spec, size, checkpoint, context, progress) -> Backend:
+def _open_cuda(spec, size, checkpoint, context, progress, tp) -> Backend:
     from mpk_spec.runtime.engine import Engine
 
-    return Engine(plan_for_gpu(spec, size, checkpoint, context), checkpoint, progress=progress)
+    return Engine(plan_for_gpu(spec, size, checkpoint, context, tp), checkpoint, progress=progress)
 
 
-def _open_cpu(spec, size, checkpoint, context, progress) -> Backend:
+def _open_cpu(spec, size, checkpoint, context, progress, tp) -> Backend:
     from mpk_spec.planner import plan
     from mpk_spec.runtime.engine import Engine
 
@@ -142,12 +158,15 @@ def _open_cpu(spec, size, checkpoint, context, progress) -> Backend:
         config=checkpoint.config,
         architecture=checkpoint.architecture,
         target="cpu",
+        tp=tp,
         context=context,
     )
     return Engine(made, checkpoint, progress=progress)
 
 
-def _open_torch(spec, size, checkpoint, context, progress) -> Backend:
+def _open_torch(spec, size, checkpoint, context, progress, tp) -> Backend:
+    if tp > 1:
+        raise UserError("the backend 'torch' runs on one rank", "--backend cuda or cpu")
     import torch
     from transformers.utils import logging
 

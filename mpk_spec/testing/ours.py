@@ -60,15 +60,15 @@ def open_ours(
         return open_built(build, checkpoint, backend, None)
     if backend == "cpu":
         return _cpu(plan_ours(spec, size, checkpoint, context, tp, defect), checkpoint, defect)
-    if defect is not None and backend == "cuda":
+    if defect is not None and backend == "cuda" and tp == 1:
         return _cuda(spec, size, checkpoint, context, defect)
     if defect is not None:
         raise UserError(f"defects are planted into plans; the backend '{backend}' runs none", "--backend cpu")
-    if tp > 1:
+    if tp > 1 and backend != "cuda":
         raise UserError(f"the backend '{backend}' runs on one rank", "--backend cpu runs all ranks in one process")
     from mpk_spec.runtime.select import open_backend
 
-    return open_backend(spec, size, checkpoint, backend, context)
+    return open_backend(spec, size, checkpoint, backend, context, tp=tp)
 
 
 def _cuda(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, defect: Defect) -> Backend:

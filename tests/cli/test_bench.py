@@ -28,6 +28,9 @@ class Steady:
             time.sleep(self.step)
             yield 1
 
+    def close(self) -> None:
+        self.prompts.append("closed")
+
 
 def test_one_run_times_the_first_token_apart():
     backend = Steady(0.002)

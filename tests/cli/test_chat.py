@@ -105,7 +105,7 @@ def test_options_reach_their_places(opened, capsys):
         "hello",
     ]
     assert main(arguments) == errors.EXIT_OK
-    assert opened.arguments == ("qwen3", "0.6b", "hub:a/b", None, "torch", 99)
+    assert opened.arguments == ("qwen3", "0.6b", "hub:a/b", None, "torch", 99, None)
     assert capsys.readouterr().out == "use\n"
 
 

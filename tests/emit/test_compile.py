@@ -26,8 +26,10 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
 
 
-def compiled(spec: str, size: str, target: str, defines: tuple[str, ...] = ()) -> compiler.Compiled:
-    made = plan(load_spec(spec), size=size, target=target, context=256, verified=False)
+def compiled(
+    spec: str, size: str, target: str, defines: tuple[str, ...] = (), tp: int = 1
+) -> compiler.Compiled:
+    made = plan(load_spec(spec), size=size, target=target, context=256, tp=tp, verified=False)
     return compiler.compile_kernel(made.name, emit(made).source, find_target(target).arch, defines)
 
 
@@ -44,6 +46,11 @@ def test_the_tiny_model_compiles_without_spills(target):
     again = compiled("qwen3", "tiny", target)
     assert (first.cached, again.cached) == (False, True)
     assert again.cubin == first.cubin
+
+
+@pytest.mark.parametrize("tp", [2, 8])
+def test_the_tiny_model_of_several_ranks_compiles_without_spills(tp):
+    check(compiled("qwen3", "tiny", "h100", tp=tp).report, "h100")
 
 
 @pytest.mark.slow

@@ -15,19 +15,20 @@ from mpk_spec.ops.linear import K_BLOCK
 from mpk_spec.planner import plan
 from mpk_spec.schema import load_spec
 
-GOLDEN = Path(__file__).parent / "golden" / "qwen3-tiny-h100.cu"
+GOLDEN = Path(__file__).parent / "golden"
 
 
-def emitted(spec: str, size: str, target: str = "h100"):
-    return emit(plan(load_spec(spec), size=size, target=target, context=256))
+def emitted(spec: str, size: str, target: str = "h100", tp: int = 1):
+    return emit(plan(load_spec(spec), size=size, target=target, context=256, tp=tp))
 
 
-def test_the_generated_source_is_the_golden_one():
+@pytest.mark.parametrize(("name", "tp"), [("qwen3-tiny-h100.cu", 1), ("qwen3-tiny-h100-tp2.cu", 2)])
+def test_the_generated_source_is_the_golden_one(name, tp):
     """UPDATE_GOLDEN=1 rewrites it. A refactor must not change it."""
-    source = emitted("qwen3", "tiny").source
+    source, golden = emitted("qwen3", "tiny", tp=tp).source, GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(source)
-    assert source.splitlines()[1:] == GOLDEN.read_text().splitlines()[1:]  # the first line names the plan by its hash
+        golden.write_text(source)
+    assert source.splitlines()[1:] == golden.read_text().splitlines()[1:]  # the first line names the plan by its hash
 
 
 def test_the_source_does_not_depend_on_the_process():

@@ -81,7 +81,7 @@ def machine(made, monkeypatch):
     order = []
     backend = FakeKernel(made)
 
-    def opened(spec, size, checkpoint, name, context, progress, build):
+    def opened(spec, size, checkpoint, name, context, progress, build, tp):
         order.append(f"ours, cache {context}")
         return SimpleNamespace(backend=backend)
 

@@ -44,7 +44,7 @@ def test_attention_waits_for_its_own_head(made):
 def test_a_sum_waits_for_all_ranks(made):
     template = made.steps["decode"].templates[1]
     groups = {g.name: g for g in template.groups}
-    for task in groups["attention.o.all_reduce"].tasks:
+    for task in groups["gate_up"].tasks:
         own = [w for w in task.waits if w.event.startswith("o_add.")]
         for wait in own:
             signallers = [t for t in groups["o_add"].tasks if wait.event in t.signals]
@@ -59,4 +59,4 @@ def test_stages_follow_one_another(made):
         waits = {w for t in template.groups[0].tasks for w in t.waits}
         assert waits and all(w.stage == -1 for w in waits)
         events = {w.event for w in waits}
-        assert events in ({"mlp.down.all_reduce.done"}, {"next_ids.done"})
+        assert events in ({"down_add.done"}, {"next_ids.done"})

@@ -21,8 +21,7 @@ def test_groups_of_a_layer():
 def test_groups_are_cut_where_ranks_add_their_parts():
     groups = {g.name: [n.op for n in g.nodes] for g in layer_groups(spec_of("qwen3"), tp=2)}
     assert groups["o_add"] == ["attention_merge", "linear"]
-    assert groups["attention.o.all_reduce"] == ["all_reduce", "add"]
-    assert groups["mlp.down.all_reduce"] == ["all_reduce", "add"]
+    assert groups["gate_up"][:3] == groups["qkv"][:3] == ["all_reduce", "add", "rmsnorm"]
     gemma = {g.name: [n.op for n in g.nodes] for g in layer_groups(spec_of("gemma3"), tp=2)}
     assert gemma["attention.o"] == ["attention_merge", "linear"]
     assert gemma["attention.o.all_reduce"] == ["all_reduce"] and gemma["o_add"] == ["rmsnorm", "add"]
@@ -57,12 +56,12 @@ def test_what_is_explained():
 
 
 def test_a_group_waits_for_what_it_reads():
-    """Groups stand in an order in which each comes after those that it reads from."""
+    """Groups stand in an order in which each comes after those that it reads from, or the layer before has them."""
     for name in ("qwen3", "gemma3", "qwen3_moe"):
         for fusions in ({}, {f: None for f in spec_of(name).fusions if f not in ("gate_up", "down_add")}):
             made: set[str] = set()
             groups = layer_groups(child(name, fusions=fusions), tp=2)
             inner = {n for g in groups for n in g.outputs}
             for group in groups:
-                assert set(group.inputs) & inner <= made | {"y"}
+                assert set(group.inputs) & inner <= made | {"y"} | set(groups[0].inputs)
                 made |= set(group.outputs)

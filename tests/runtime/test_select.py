@@ -16,7 +16,9 @@ def opened(monkeypatch):
     calls = []
     for name in select.OPENERS:
         monkeypatch.setitem(
-            select.OPENERS, name, lambda spec, size, checkpoint, context, progress, n=name: calls.append((n, context))
+            select.OPENERS,
+            name,
+            lambda spec, size, checkpoint, context, progress, tp, n=name: calls.append((n, context)),
         )
     return calls
 

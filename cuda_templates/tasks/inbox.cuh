@@ -1,0 +1,94 @@
+// A tensor that ranks have parts of: every rank writes its part into its slot of every rank's inbox.
+//
+// Inbox: float32 [ranks][tokens][features] in symmetric memory. Readers add the slots in rank order, so that all ranks get the
+// same bits. A slot is written again only after every rank has read it: the plan's sums over ranks keep the ranks together.
+#pragma once
+#include "tasks/linear.cuh"
+
+namespace mpk {
+
+// `Slot`: bytes of one rank's part.
+template <u64 Offset, int Features, u64 Slot>
+struct Inbox {
+  static constexpr int features = Features;
+  using type = float;
+
+  static __device__ __forceinline__ u8* at(const Worker& w, u32 rank, int token, int feature) {
+    return w.params.inbox + Offset + rank * Slot + (static_cast<u64>(token) * Features + feature) * sizeof(float);
+  }
+
+  // Stores this rank's part, on every rank.
+  template <class T>
+  static __device__ __forceinline__ void store_everywhere(const Worker& w, int token, int feature, T value) {
+    T* here = reinterpret_cast<T*>(at(w, w.params.rank, token, feature));
+#pragma unroll
+    for (u32 peer = 0; peer < num_ranks; ++peer) *w.params.on(peer, here) = value;
+  }
+  static __device__ __forceinline__ void store(const Worker& w, int token, int feature, float value) {
+    store_everywhere(w, token, feature, value);
+  }
+
+  // The sum of all parts.
+  static __device__ __forceinline__ float load(const Worker& w, int token, int feature) {
+    float part[num_ranks];
+#pragma unroll
+    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = __uint_as_float(ptx::load_l2_4(at(w, rank, token, feature)));
+    float total = part[0];
+#pragma unroll
+    for (u32 rank = 1; rank < num_ranks; ++rank) total += part[rank];
+    return total;
+  }
+};
+
+// Source of a norm: four neighbouring features of the residual and the sum of all parts.
+template <class Residual, class Parts>
+struct SumRow {
+  static constexpr int features = Parts::features;
+  static_assert(sizeof(typename Residual::type) == 4 && Residual::features == features, "the residual stream is float32");
+
+  static __device__ __forceinline__ float4 load(const Worker& w, int token, int feature) {
+    const uint4 residual = ptx::load_l2_16(Residual::at(w, token, feature));
+    uint4 part[num_ranks];
+#pragma unroll
+    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = ptx::load_l2_16(Parts::at(w, rank, token, feature));
+    float4 total = floats(part[0]);
+#pragma unroll
+    for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
+    return sum(floats(residual), total);
+  }
+
+ private:
+  static __device__ __forceinline__ float4 floats(uint4 v) {
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  }
+  static __device__ __forceinline__ float4 sum(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  }
+};
+
+template <class T>
+constexpr bool is_inbox = false;
+template <u64 Offset, int Features, u64 Slot>
+constexpr bool is_inbox<Inbox<Offset, Features, Slot>> = true;
+
+template <class T>
+constexpr int parts_of = is_inbox<T> ? static_cast<int>(num_ranks) : 1;
+
+// Pairs [tokens, slices, 2], of one rank or in an inbox.
+template <class Pairs>
+__device__ __forceinline__ void store_pair(const Worker& w, int token, int slice, float2 pair) {
+  if constexpr (is_inbox<Pairs>)
+    Pairs::store_everywhere(w, token, slice * 2, pair);
+  else
+    *reinterpret_cast<float2*>(Pairs::at(w, token, slice * 2)) = pair;
+}
+
+template <class Pairs>
+__device__ __forceinline__ const u8* pair_at(const Worker& w, int token, u32 rank, int slice) {
+  if constexpr (is_inbox<Pairs>)
+    return Pairs::at(w, rank, token, slice * 2);
+  else
+    return Pairs::at(w, token, slice * 2);
+}
+
+}  // namespace mpk

@@ -1,0 +1,141 @@
+"""NVSHMEM's host library through ctypes: a symmetric heap, and the addresses of the peers' parts of it.
+
+Only its host side is used: on one machine the peers' memory is mapped, and the kernel reaches it with ordinary stores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from importlib import metadata
+from pathlib import Path
+
+from mpk_spec.errors import UserError
+
+LIBRARY = "nvidia/nvshmem/lib/libnvshmem_host.so.3"
+WITH_UNIQUE_ID = 1 << 3  # NVSHMEMX_INIT_WITH_UNIQUEID
+INITIALISED = 2  # NVSHMEM_STATUS_IS_INITIALIZED; a larger status means that several processes share a GPU
+INVALID = 0x7FFFFFFF
+UNIQUE_ID_BYTES = 128
+
+
+class _UniqueIdArgs(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_int), ("id", ctypes.c_void_p), ("rank", ctypes.c_int), ("ranks", ctypes.c_int))
+
+
+class _InitArgs(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_int), ("unique_id", _UniqueIdArgs), ("content", ctypes.c_char * 96))
+
+
+class _InitAttr(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_int), ("mpi_comm", ctypes.c_void_p), ("args", _InitArgs))
+
+
+def _version(size: int) -> int:
+    """How NVSHMEM marks the structures of its first interface: version 1 and their size."""
+    return (1 << 16) + size
+
+
+class Nvshmem:
+    """The loaded library. `join` needs the device's CUDA context; all ranks make the calls that give or free memory."""
+
+    in_use = False  # by this process: the library has one state
+
+    def __init__(self, path: Path | None = None):
+        path = path or find_library()
+        os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")  # multicast over NVLink is off on many machines
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise UserError(f"NVSHMEM cannot be loaded: {error}", "install its package again") from None
+        self._library.nvshmem_malloc.restype = ctypes.c_void_p
+        self._library.nvshmem_malloc.argtypes = [ctypes.c_size_t]
+        self._library.nvshmem_free.argtypes = [ctypes.c_void_p]
+        self._library.nvshmem_ptr.restype = ctypes.c_void_p
+        self._library.nvshmem_ptr.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        self.joined = False
+
+    def unique_id(self) -> bytes:
+        """What one rank makes and all ranks join with."""
+        made = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
+        ctypes.c_int.from_buffer(made).value = _version(UNIQUE_ID_BYTES)
+        self._check(self._library.nvshmemx_get_uniqueid(made), "make a unique id")
+        return made.raw
+
+    def join(self, rank: int, ranks: int, unique_id: bytes) -> None:
+        """Blocks until all ranks have joined. Raises UserError unless NVSHMEM says that it works."""
+        if Nvshmem.in_use:
+            raise UserError("this process belongs to a group of ranks already", "close the other engine first")
+        identity = ctypes.create_string_buffer(unique_id, UNIQUE_ID_BYTES)
+        attributes = _InitAttr(version=_version(ctypes.sizeof(_InitAttr)))
+        attributes.args.version = _version(ctypes.sizeof(_InitArgs))
+        attributes.args.unique_id.version = _version(ctypes.sizeof(_UniqueIdArgs))
+        call = self._library.nvshmemx_set_attr_uniqueid_args
+        self._check(call(rank, ranks, identity, ctypes.byref(attributes)), "take the unique id")
+        self._check(
+            self._library.nvshmemx_hostlib_init_attr(WITH_UNIQUE_ID, ctypes.byref(attributes)), "join the ranks"
+        )
+        status = self._library.nvshmemx_init_status()  # a return code of 0 alone proves nothing
+        found, size = self._library.nvshmem_my_pe(), self._library.nvshmem_n_pes()
+        if not INITIALISED <= status < INVALID or (found, size) != (rank, ranks):
+            raise UserError(
+                f"NVSHMEM did not start: its status is {status}, and it calls this rank {found} of {size} "
+                f"instead of {rank} of {ranks}",
+                "NVSHMEM_DEBUG=INFO makes it say more",
+            )
+        self.joined = Nvshmem.in_use = True
+
+    def malloc(self, size: int) -> int:
+        """The address of `size` bytes, which all ranks ask for at once."""
+        address = self._library.nvshmem_malloc(size)
+        if not address:
+            raise UserError(
+                f"NVSHMEM has no {size / 2**20:.1f} MiB of symmetric memory",
+                "NVSHMEM_SYMMETRIC_SIZE says how much it takes",
+            )
+        return address
+
+    def peer(self, address: int, rank: int) -> int:
+        """Where this rank sees `rank`'s copy of symmetric memory. UserError where it cannot be addressed directly."""
+        found = self._library.nvshmem_ptr(address, rank)
+        if not found:
+            raise UserError(
+                f"peer {rank} is not directly addressable from here: the GPUs need NVLink or peer access",
+                "`nvidia-smi topo -p2p n` shows which GPUs can reach one another",
+            )
+        return found
+
+    def leave(self, address: int | None) -> None:
+        """Frees and finalises; all ranks call it."""
+        if self.joined:
+            self.joined = Nvshmem.in_use = False
+            if address:
+                self._library.nvshmem_free(address)
+            self._library.nvshmemx_hostlib_finalize()
+
+    @staticmethod
+    def _check(code: int, what: str) -> None:
+        if code != 0:
+            raise UserError(f"NVSHMEM could not {what}: error {code}", "NVSHMEM_DEBUG=INFO makes it say more")
+
+
+def find_library() -> Path:
+    """The wheel's library. UserError where none is installed, or one for another CUDA than torch's."""
+    from mpk_spec.cli.gpu import find_nvshmem
+
+    finding = find_nvshmem()
+    if finding.status == "absent":
+        major = (finding.data["torch_cuda"] or "13").split(".")[0]
+        raise UserError(
+            "several GPUs need NVSHMEM, which is not installed", f"pip install 'mpk-spec[nvshmem-cu{major}]'"
+        )
+    if finding.status != "ok":
+        raise UserError(f"NVSHMEM: {finding.says}", finding.hint)
+    major = "12" if finding.data["cu12"] else "13"
+    path = Path(str(metadata.distribution(f"nvidia-nvshmem-cu{major}").locate_file(LIBRARY)))
+    if not path.is_file():
+        raise UserError(
+            f"nvidia-nvshmem-cu{major} is installed without {path.name}",
+            f"pip install --force-reinstall nvidia-nvshmem-cu{major}",
+        )
+    return path

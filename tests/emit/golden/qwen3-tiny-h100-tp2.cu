@@ -1,0 +1,129 @@
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 4fe34735c1a127ef: generated, do not edit.
+// 4 stages, 9 kinds of task, 132 blocks, one per SM.
+#define MPK_RANKS 2
+#include "runtime/program.cuh"
+
+namespace plan {
+
+constexpr mpk::u32 shared_limit = 232448;
+constexpr mpk::u32 ring_slots = 64;
+constexpr mpk::u32 slot_bytes = 2048;
+constexpr mpk::u32 copies_in_flight = 24;
+constexpr mpk::u32 prefetch_chunks = 64;
+constexpr mpk::u32 prefetch_clocks = 128;
+constexpr mpk::u32 num_stages = 4;
+constexpr mpk::u32 num_templates = 3;
+constexpr mpk::u32 num_events = 24;
+constexpr mpk::u32 event_stride = 32;
+constexpr mpk::u32 sampling_sm = 50;
+constexpr mpk::u32 max_queue = 1;  // tasks of one SM in one stage
+
+using Program = mpk::SmProgram<3, 3, 3, 3, 3>;
+static_assert(sizeof(Program) == 180, "the host packs programs as the kernel reads them");
+
+__constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
+__constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 0};
+__constant__ const mpk::u32 event_total[num_templates][num_events] = {
+    {4, 24, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24},  // y.0
+    {4, 24, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24},  // y.1
+    {0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 2, 2, 2, 1, 34, 0, 0},  // head
+};
+__constant__ const mpk::u8 event_from_peers[num_events] = {0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0};
+__device__ __forceinline__ bool from_peers(mpk::u32 event) { return event_from_peers[event] != 0; }
+__constant__ const mpk::WeightTiles weight_tiles[5] = {
+    {0ull, 36864ull, 1536, 1536, 1},  // qkv
+    {110592ull, 24576ull, 2048, 2048, 1},  // o_add
+    {184320ull, 49152ull, 1536, 1536, 1},  // gate_up
+    {331776ull, 24576ull, 2048, 2048, 1},  // down_add
+    {405504ull, 0ull, 1536, 1536, 1},  // head
+};
+
+}  // namespace plan
+
+#include "tasks/linear.cuh"
+#include "tasks/plain.cuh"
+#include "tasks/rmsnorm.cuh"
+#include "tasks/embedding.cuh"
+#include "tasks/attention_merge.cuh"
+#include "tasks/add.cuh"
+#include "tasks/gated_act.cuh"
+#include "tasks/attention.cuh"
+#include "tasks/argmax.cuh"
+#include "tasks/inbox.cuh"
+#include "tasks/all_reduce.cuh"
+
+namespace mpk {
+
+// --- the plan's tasks ---
+
+// y.0: qkv
+using qkv_0 = Linear<
+    Tiles<96, 192, 96>,
+    RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<57600ull, 96, float>>>,
+    Store<1, Part<Tensor<63744ull, 128, bf16>, 128, NoVector>,
+          Part<Tensor<67840ull, 32, bf16>, 32, NoVector>,
+          Part<Tensor<68864ull, 32, bf16>, 32, NoVector>>>;
+
+// y.0: attend, y.1: attend
+using attend_1 = Attention<
+    AttentionShape<4, 1, 32, 4, 64>,
+    Tensor<63744ull, 128, bf16>, Tensor<67840ull, 32, bf16>, Tensor<68864ull, 32, bf16>,
+    HeadNorms<Vector<556288ull, 256ull>, Vector<557056ull, 256ull>, 1e-06f>,
+    Rope<0ull, 32>, 0ull,
+    Tensor<0ull, 544, float>, 0.1767766952966369f>;
+
+// y.0: o_add, y.1: o_add
+using o_add_2 = Linear<
+    Tiles<128, 96, 128>,
+    AttentionMerge<0ull, 4, 32, 4, 64>,
+    Store<1, Part<Inbox<0ull, 96, 6144ull>, 96, NoVector>>>;
+
+// y.0: gate_up, y.1: gate_up
+using gate_up_3 = Linear<
+    Tiles<96, 256, 96>,
+    RmsNorm<SumRow<Tensor<57600ull, 96, float>, Inbox<0ull, 96, 6144ull>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<51456ull, 96, float>>>,
+    GatedAct<Silu, Tensor<0ull, 128, bf16>, NoVector, NoVector>>;
+
+// y.0: down_add, y.1: down_add
+using down_add_4 = Linear<
+    Tiles<128, 96, 128>,
+    Plain<Tensor<0ull, 128, bf16>>,
+    Store<1, Part<Inbox<12288ull, 96, 6144ull>, 96, NoVector>>>;
+
+// y.1: qkv
+using qkv_5 = Linear<
+    Tiles<96, 192, 96>,
+    RmsNorm<SumRow<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<57600ull, 96, float>>>,
+    Store<1, Part<Tensor<63744ull, 128, bf16>, 128, NoVector>,
+          Part<Tensor<67840ull, 32, bf16>, 32, NoVector>,
+          Part<Tensor<68864ull, 32, bf16>, 32, NoVector>>>;
+
+// head: head
+using head_6 = Linear<
+    Tiles<96, 258, 96>,
+    RmsNorm<SumRow<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    Store<1, Part<Tensor<34816ull, 258, float>, 258, NoVector>>>;
+
+// head: next_ids.partial
+using next_ids_partial_7 = ArgmaxPartial<Tensor<34816ull, 258, float>, Inbox<24576ull, 34, 2176ull>, 16, 515, 258>;
+
+// head: next_ids
+using next_ids_8 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<69888ull, 1, i32>, 17>;
+
+__device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
+  switch (run) {
+    case 0: return run_task_as<0, qkv_0>(progress, entry);
+    case 1: return run_task_as<1, attend_1>(progress, entry);
+    case 2: return run_task_as<2, o_add_2>(progress, entry);
+    case 3: return run_task_as<3, gate_up_3>(progress, entry);
+    case 4: return run_task_as<4, down_add_4>(progress, entry);
+    case 5: return run_task_as<5, qkv_5>(progress, entry);
+    case 6: return run_task_as<6, head_6>(progress, entry);
+    case 7: return run_task_as<7, next_ids_partial_7>(progress, entry);
+    case 8: return run_task_as<8, next_ids_8>(progress, entry);
+  }
+}
+
+}  // namespace mpk
+
+#include "runtime/kernel.cuh"

@@ -1,0 +1,102 @@
+"""Several ranks on one GPU, in this process: each has a share of the SMs and launches its own kernel.
+
+All that the kernels exchange goes the same way as between GPUs, but through one memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from tiny_ranks import CONTEXT, SIZE, SPEC, tiny_checkpoint
+
+from mpk_spec.planner import plan
+from mpk_spec.planner.targets import TARGETS, target_of
+from mpk_spec.runtime.cuda_rank import CudaRank
+from mpk_spec.runtime.parallel_backend import ParallelBackend
+from mpk_spec.schema import load_spec
+
+PART = "part"
+
+
+class Heap:
+    """Symmetric memory of all ranks; in the place of NVSHMEM."""
+
+    def __init__(self, ranks: int):
+        self.ranks, self.blocks = ranks, []
+
+    def of(self, rank: int) -> Heap:
+        own = Heap(self.ranks)
+        own.rank, own.blocks = rank, self.blocks
+        return own
+
+    def unique_id(self) -> bytes:
+        return b""
+
+    def join(self, *_) -> None:
+        pass
+
+    def malloc(self, size: int) -> int:
+        if not self.blocks:
+            self.blocks += [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(self.ranks)]
+        return self.blocks[self.rank].data_ptr()
+
+    def peer(self, _: int, rank: int) -> int:
+        return self.blocks[rank].data_ptr()
+
+    def leave(self, _) -> None:
+        pass
+
+
+class Rank(CudaRank):
+    """A rank on a share of the SMs."""
+
+    heap: Heap
+    whole_gpu = False
+
+    def _take_gpu(self) -> int:
+        return 0
+
+    def _library(self) -> Heap:
+        return self.heap.of(self.rank)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.module.cooperative = False  # two such launches would follow one another
+
+
+class Here:
+    """In the place of `Ranks`: all ranks' objects in this process."""
+
+    lost, processes = None, ()
+
+    def __init__(self, ranks: int):
+        self.ranks = range(ranks)
+
+    def open(self, make, *arguments) -> None:
+        self.objects = [make(rank, len(self.ranks), *arguments) for rank in self.ranks]
+        self.local = self.objects[0]
+
+    def call(self, method: str, *arguments) -> list:
+        return [getattr(o, method)(*arguments) for o in self.objects]
+
+    def check_stuck(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.call("close")
+
+    def kill(self) -> None:
+        self.objects = []
+
+
+def open_here(ranks: int, monkeypatch, defines: tuple[str, ...] = ()) -> ParallelBackend:
+    """A backend of `ranks` ranks on this GPU."""
+    found = torch.cuda.get_device_properties(0)
+    whole = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
+    monkeypatch.setitem(TARGETS, PART, replace(whole, name=PART, num_sms=whole.num_sms // ranks))
+    Rank.heap = Heap(ranks)
+    made = plan(load_spec(SPEC), size=SIZE, target=PART, tp=ranks, context=CONTEXT)
+    backend = ParallelBackend(made, tiny_checkpoint(), defines=defines, make=Rank, ranks=Here(ranks))
+    backend.ranks.call("configure", 3.0)
+    return backend
