@@ -1,36 +1,38 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 095c4d04421fe909: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 5abdcb22011b5163: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
 namespace plan {
 
 constexpr mpk::u32 shared_limit = 232448;
-constexpr mpk::u32 ring_slots = 26;
-constexpr mpk::u32 slot_bytes = 8192;
-constexpr mpk::u32 copies_in_flight = 6;
+constexpr mpk::u32 ring_slots = 53;
+constexpr mpk::u32 slot_bytes = 4096;
+constexpr mpk::u32 copies_in_flight = 12;
+constexpr mpk::u32 prefetch_chunks = 32;
+constexpr mpk::u32 prefetch_clocks = 256;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_templates = 3;
 constexpr mpk::u32 num_events = 41;
 constexpr mpk::u32 event_stride = 32;
-constexpr mpk::u32 sampling_sm = 66;
-constexpr mpk::u32 max_queue = 1;  // tasks of one SM in one stage
+constexpr mpk::u32 sampling_sm = 98;
+constexpr mpk::u32 max_queue = 2;  // tasks of one SM in one stage
 
-using Program = mpk::SmProgram<3, 3, 3, 3, 3>;
-static_assert(sizeof(Program) == 180, "the host packs programs as the kernel reads them");
+using Program = mpk::SmProgram<3, 5, 5, 5, 5>;
+static_assert(sizeof(Program) == 288, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 0};
 __constant__ const mpk::u32 event_total[num_templates][num_events] = {
-    {8, 6, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6, 12, 12},  // y.0
-    {8, 6, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6, 12, 12},  // y.1
-    {0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 33, 0, 0, 0},  // head
+    {8, 12, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 24, 24},  // y.0
+    {8, 12, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 24, 24},  // y.1
+    {0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 2, 2, 1, 33, 0, 0, 0},  // head
 };
 __constant__ const mpk::WeightTiles weight_tiles[5] = {
-    {0ull, 73728ull, 3072, 3072, 1, 16},  // qkv
-    {221184ull, 49152ull, 8192, 8192, 1, 16},  // o_add
-    {368640ull, 98304ull, 3072, 3072, 1, 16},  // gate_up
-    {663552ull, 49152ull, 8192, 8192, 1, 16},  // down_add
-    {811008ull, 0ull, 3072, 3072, 1, 16},  // head
+    {0ull, 73728ull, 1536, 1536, 1},  // qkv
+    {221184ull, 49152ull, 4096, 4096, 1},  // o_add
+    {368640ull, 98304ull, 1536, 1536, 1},  // gate_up
+    {663552ull, 49152ull, 4096, 4096, 1},  // down_add
+    {811008ull, 0ull, 1536, 1536, 1},  // head
 };
 
 }  // namespace plan
@@ -51,8 +53,8 @@ namespace mpk {
 
 // y.0: qkv
 using qkv_0 = Linear<
-    Tiles<96, 384, 16, 96>,
-    RmsNorm<EmbeddingRow<912384ull, 96, 1.0f>, Vector<1011712ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<110848ull, 96, float>>>,
+    Tiles<96, 384, 96>,
+    RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<110848ull, 96, float>>>,
     Store<2, Part<Tensor<102656ull, 256, bf16>, 128, NoVector>,
           Part<Tensor<116992ull, 64, bf16>, 32, NoVector>,
           Part<Tensor<119040ull, 64, bf16>, 32, NoVector>>>;
@@ -61,40 +63,40 @@ using qkv_0 = Linear<
 using attend_1 = Attention<
     AttentionShape<8, 2, 32, 4, 64>,
     Tensor<102656ull, 256, bf16>, Tensor<116992ull, 64, bf16>, Tensor<119040ull, 64, bf16>,
-    HeadNorm<Vector<1012480ull, 256ull>, 1e-06f>, HeadNorm<Vector<1013248ull, 256ull>, 1e-06f>,
+    HeadNorms<Vector<1010944ull, 256ull>, Vector<1011712ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
     Tensor<0ull, 1088, float>, 0.1767766952966369f>;
 
 // y.0: o_add, y.1: o_add
 using o_add_2 = Linear<
-    Tiles<256, 96, 16, 256>,
+    Tiles<256, 96, 256>,
     AttentionMerge<0ull, 8, 32, 4, 64>,
     AddResidual<Tensor<110848ull, 96, float>, Tensor<102656ull, 96, float>, NoVector>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
-    Tiles<96, 512, 16, 96>,
-    RmsNorm<Row<Tensor<102656ull, 96, float>>, Vector<1014016ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    Tiles<96, 512, 96>,
+    RmsNorm<Row<Tensor<102656ull, 96, float>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
     GatedAct<Silu, Tensor<0ull, 256, bf16>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
-    Tiles<256, 96, 16, 256>,
+    Tiles<256, 96, 256>,
     Plain<Tensor<0ull, 256, bf16>>,
     AddResidual<Tensor<102656ull, 96, float>, Tensor<110848ull, 96, float>, NoVector>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
-    Tiles<96, 384, 16, 96>,
-    RmsNorm<Row<Tensor<110848ull, 96, float>>, Vector<1011712ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    Tiles<96, 384, 96>,
+    RmsNorm<Row<Tensor<110848ull, 96, float>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
     Store<2, Part<Tensor<102656ull, 256, bf16>, 128, NoVector>,
           Part<Tensor<116992ull, 64, bf16>, 32, NoVector>,
           Part<Tensor<119040ull, 64, bf16>, 32, NoVector>>>;
 
 // head: head
 using head_6 = Linear<
-    Tiles<96, 515, 16, 96>,
-    RmsNorm<Row<Tensor<110848ull, 96, float>>, Vector<1011456ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    Tiles<96, 515, 96>,
+    RmsNorm<Row<Tensor<110848ull, 96, float>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     Store<1, Part<Tensor<69632ull, 515, float>, 515, NoVector>>>;
 
 // head: next_ids.partial
@@ -105,15 +107,15 @@ using next_ids_8 = ArgmaxReduce<Tensor<0ull, 66, float>, Tensor<121088ull, 1, i3
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
-    case 0: return run_task_as<qkv_0>(progress, entry);
-    case 1: return run_task_as<attend_1>(progress, entry);
-    case 2: return run_task_as<o_add_2>(progress, entry);
-    case 3: return run_task_as<gate_up_3>(progress, entry);
-    case 4: return run_task_as<down_add_4>(progress, entry);
-    case 5: return run_task_as<qkv_5>(progress, entry);
-    case 6: return run_task_as<head_6>(progress, entry);
-    case 7: return run_task_as<next_ids_partial_7>(progress, entry);
-    case 8: return run_task_as<next_ids_8>(progress, entry);
+    case 0: return run_task_as<0, qkv_0>(progress, entry);
+    case 1: return run_task_as<1, attend_1>(progress, entry);
+    case 2: return run_task_as<2, o_add_2>(progress, entry);
+    case 3: return run_task_as<3, gate_up_3>(progress, entry);
+    case 4: return run_task_as<4, down_add_4>(progress, entry);
+    case 5: return run_task_as<5, qkv_5>(progress, entry);
+    case 6: return run_task_as<6, head_6>(progress, entry);
+    case 7: return run_task_as<7, next_ids_partial_7>(progress, entry);
+    case 8: return run_task_as<8, next_ids_8>(progress, entry);
   }
 }
 
