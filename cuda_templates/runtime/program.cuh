@@ -34,7 +34,9 @@ struct Wait {
 };
 
 constexpr int tile_rows = 8;  // rows of a weight that one multiplication takes
-constexpr int tiles_per_block = 8;  // tiles that share one pass over the activations
+// Tiles that share one pass over the activations. Their sums of 16 tokens lie in registers: half as many tiles where no
+// registers can be moved to the workers.
+constexpr int tiles_per_block = MPK_MOVES_REGISTERS ? 8 : 4;
 constexpr int block_rows = tile_rows * tiles_per_block;
 
 // Where a group's packed weight lies, and how its tiles are cut into chunks.

@@ -17,7 +17,7 @@ struct AttentionShape {
   static constexpr int heads = Heads, kv_heads = KvHeads, dim = HeadDim, splits = Splits, block = Block;
   static constexpr int group = Heads / KvHeads;
   // Query rows (of tokens x group) of one pass over the cache. Their sums lie in registers: fewer where none can be moved.
-  static constexpr int rows = group <= 4 || !MPK_MOVES_REGISTERS ? 4 : 8;
+  static constexpr int rows = !MPK_MOVES_REGISTERS ? 2 : group <= 4 ? 4 : 8;
   static constexpr int lanes = HeadDim / 8;  // that share one position
   static constexpr int positions_per_warp = warp_size / lanes;
   static constexpr int per_lane = Block / (worker_warps * positions_per_warp);
