@@ -44,6 +44,7 @@ class Nvshmem:
     def __init__(self, path: Path | None = None):
         path = path or find_library()
         os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")  # multicast over NVLink is off on many machines
+        os.environ.setdefault("NVSHMEM_DEBUG_FILE", "/dev/stderr")  # standard output is for answers
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
