@@ -15,7 +15,7 @@ from tiny_ranks import alive
 
 from mpk_spec.errors import UserError
 
-pytestmark = [pytest.mark.multi_gpu, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.multi_gpu
 
 IDS = list(range(40, 60))
 CHAT = ["chat", "qwen3", "--size", "tiny", "--weights", "random:0", "--backend", "cuda", "-c", "256", "-p", "hello"]

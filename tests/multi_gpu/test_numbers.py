@@ -7,8 +7,6 @@ import torch
 from one_gpu import open_here
 from tiny_ranks import open_tiny, same_bits_with_delays
 
-pytestmark = pytest.mark.timeout(120)
-
 IDS = [(7 + 29 * n + 5 * n * n) % 515 for n in range(75)]
 
 
