@@ -1,11 +1,12 @@
 // Head norms, RoPE, append and causal attention over one KV head's share of the cache (FlashDecoding, Dao et al. 2023).
 //
 // Entry: lo = KV head, hi = split worker. Worker w owns the blocks b of positions with b % splits == w: it appends to them and
-// nobody else reads them. A block is one page: [K rows | V rows] of one KV head. Lanes share a position's vector, groups of
-// lanes and warps share a block's positions; every group keeps a running maximum and sum of its own over the blocks, and
-// they meet at the end: groups, then warps in order. None of it depends on the chunk that a row came in.
+// nobody else reads them. A block is one page: [K rows | V rows] of one KV head. Each warp takes eight neighbouring positions
+// of every block and keeps a running maximum and sum of its own; they meet at the end, in order of the warps. Scores come
+// from the tensor cores, queries as rows and positions as columns; weights times values are sums of float32, a lane has the
+// same features of all positions. None of it depends on the chunk that a row came in.
 //
-// Shared memory (the scratch): queries float32, new K and V bf16, the warps' sums. Registers: at most 168. What does not
+// Shared memory (the scratch): queries, new K and V bf16, weights, the warps' sums. Registers: at most 168. What does not
 // depend on this step (K and V of the first block, gains, rotations) is asked for before the event.
 #pragma once
 #include "tasks/linear.cuh"
@@ -17,15 +18,11 @@ struct AttentionShape {
   static constexpr int heads = Heads, kv_heads = KvHeads, dim = HeadDim, splits = Splits, block = Block;
   static constexpr int group = Heads / KvHeads;
   // Query rows (of tokens x group) of one pass over the cache. Their sums lie in registers: fewer where none can be moved.
-  static constexpr int rows = !MPK_MOVES_REGISTERS ? 2 : group <= 4 ? 4 : 8;
-  static constexpr int lanes = HeadDim / 8;  // that share one position
-  static constexpr int positions_per_warp = warp_size / lanes;
-  static constexpr int per_lane = Block / (worker_warps * positions_per_warp);
-  static constexpr int at_once = rows > 4 ? 1 : per_lane;  // positions of a lane
+  static constexpr int rows = group <= 4 || !MPK_MOVES_REGISTERS ? 4 : 8;
+  static constexpr int positions = Block / static_cast<int>(worker_warps);  // of a warp in every block
   static_assert(HeadDim == 32 || HeadDim == 64 || HeadDim == 128, "head_dim is 32, 64 or 128");
-  static_assert(Block == 64, "a block of positions is a page of 64");
+  static_assert(positions == 8, "a warp's positions are the columns of one multiplication");
   static_assert(Heads % KvHeads == 0, "query heads share KV heads evenly");
-  static_assert(per_lane >= 1 && per_lane * worker_warps * positions_per_warp == Block, "warps share a block evenly");
 };
 
 // Head norm with a gain; rounding as in rmsnorm.cuh. Lane l has features l * N to l * N + N - 1.
@@ -92,25 +89,32 @@ template <class Shape, class Q, class K, class V, class Norms, class Rotary, u64
 struct Attention {
   static constexpr int dim = Shape::dim, group = Shape::group, rows = Shape::rows, block = Shape::block;
   static constexpr int page_bytes = 2 * block * dim * 2;
-  static constexpr int per_lane = Shape::per_lane, at_once = Shape::at_once;
-  static constexpr int per = dim / static_cast<int>(warp_size);  // features of a lane that turns a vector
+  static constexpr int positions = Shape::positions;
+  static constexpr int per = dim / static_cast<int>(warp_size);  // features of a lane
+  static constexpr int slices = dim / 32;  // of 32 features, 8 to each of the four lanes that share a position's key
 
   struct Scratch {
-    float q[rows][dim];
-    float sum[worker_warps][rows][dim];
+    // In every eight features, the pairs 0, 2, 1 and 3: see `scores`. Rows are 64 bytes more than a multiple of 128 apart.
+    alignas(16) u16 q[rows][(dim * 2 + 127) / 128 * 64 + 32];
+    alignas(16) float weight[worker_warps][positions][rows];
+    alignas(16) float factor[worker_warps][rows];
+    alignas(16) float sum[worker_warps][rows][dim];
     float peak[worker_warps][rows], total[worker_warps][rows];
     alignas(16) u16 new_key[max_tokens][dim];
     alignas(16) u16 new_value[max_tokens][dim];
   };
   static_assert(sizeof(Scratch) <= scratch_bytes, "attention fits into the scratch");
 
+  // A lane's part of a block: of one position's key the features 32 i + 8 (lane % 4) and following, of each value its `per`.
   struct Cached {
-    uint4 key[per_lane], value[per_lane];
+    uint4 key[slices];
+    uint2 value[positions];
   };
 
-  // Softmax of what this lane's group of lanes has seen so far, for each row: 8 features of the weighted sum.
+  // Softmax of the warp's positions so far: the maximum and (spread over four lanes) the sum of the weights of row lane / 4,
+  // and this lane's features of all rows' weighted sums.
   struct Running {
-    float sum[rows][8], peak[rows], total[rows];
+    float sum[rows][per], peak, total;
   };
 
   static __device__ void run(Worker& w, const Entry& entry) {
@@ -142,40 +146,49 @@ struct Attention {
   // Where earlier steps' keys and values are read.
   static __device__ __forceinline__ const u8* cached_page(const Worker& w, int head, int index) {
     const bool wrong = probe::planted(w.params, probe::wrong_page);  // every second page is the one before it
-    return page(w, head, wrong ? index & ~1 : index) + w.lane % Shape::lanes * 16;
-  }
-
-  static __device__ __forceinline__ int position_in_block(const Worker& w, int n) {
-    return (n * worker_warps + w.warp) * Shape::positions_per_warp + w.lane / Shape::lanes;
+    return page(w, head, wrong ? index & ~1 : index);
   }
 
   // Positions that an earlier step wrote; the others come from this step's own keys and values.
   static __device__ __forceinline__ void load_block(const Worker& w, int head, int index, int first_new, Cached& cached) {
     const u8* from = cached_page(w, head, index);
-    load_rows(w, from, index * block, first_new, cached.key);
-    load_rows(w, from + block * dim * 2, index * block, first_new, cached.value);
+    load_keys(w, from, index * block, first_new, cached);
+    load_values(w, from, index * block, first_new, cached);
   }
-  static __device__ __forceinline__ void load_rows(
-      const Worker& w, const u8* from, int first_position, int first_new, uint4 (&to)[per_lane]) {
+  static __device__ __forceinline__ void load_keys(
+      const Worker& w, const u8* from, int first_position, int first_new, Cached& cached) {
+    const int at = w.warp * positions + w.lane / 4;
+    const u8* key = from + at * dim * 2 + w.lane % 4 * 16;
 #pragma unroll
-    for (int n = 0; n < per_lane; ++n) {
-      const int at = position_in_block(w, n);
-      to[n] = make_uint4(0, 0, 0, 0);
-      if (first_position + at < first_new) to[n] = ptx::load_l2_16(from + at * dim * 2);
+    for (int i = 0; i < slices; ++i) {
+      cached.key[i] = make_uint4(0, 0, 0, 0);
+      if (first_position + at < first_new) cached.key[i] = ptx::load_l2_16(key + i * 64);
     }
+  }
+  static __device__ __forceinline__ void load_values(
+      const Worker& w, const u8* from, int first_position, int first_new, Cached& cached) {
+    const int at = w.warp * positions;
+    const u8* value = from + (block + at) * dim * 2 + w.lane * per * 2;
+#pragma unroll
+    for (int i = 0; i < positions; ++i) {
+      cached.value[i] = make_uint2(0, 0);
+      if (first_position + at + i < first_new) cached.value[i] = load_features(value + i * dim * 2);
+    }
+  }
+
+  // A lane's `per` neighbouring bf16.
+  static __device__ __forceinline__ uint2 load_features(const u8* from) {
+    if constexpr (per == 4) return ptx::load_l2_8(from);
+    if constexpr (per == 2) return make_uint2(ptx::load_l2_4(from), 0);
+    return make_uint2(ptx::load_l2_2(from), 0);
+  }
+  static __device__ __forceinline__ void widen(uint2 v, float (&to)[per]) {
+    to[0] = ptx::low_bf16(v.x);
+    if constexpr (per > 1) to[1] = ptx::high_bf16(v.x);
+    if constexpr (per > 2) to[2] = ptx::low_bf16(v.y), to[3] = ptx::high_bf16(v.y);
   }
 
   // --- this step's queries, keys and values, a vector to a warp
-
-  static __device__ __forceinline__ void load_vector(const Worker& w, const u8* from, float (&x)[per]) {
-    if constexpr (per == 4) {
-      const uint2 v = ptx::load_l2_8(from + w.lane * 8);
-      x[0] = ptx::low_bf16(v.x), x[1] = ptx::high_bf16(v.x), x[2] = ptx::low_bf16(v.y), x[3] = ptx::high_bf16(v.y);
-    } else {
-#pragma unroll
-      for (int i = 0; i < per; ++i) x[i] = ptx::widen_bf16(ptx::load_l2_2(from + (w.lane * per + i) * 2));
-    }
-  }
 
   // The pass's queries go to shared memory; in the first pass also new keys and values of the blocks that this worker owns,
   // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for.
@@ -203,8 +216,9 @@ struct Attention {
       }
       if (!mine) continue;
       float x[per];
-      load_vector(w, query ? Q::at(w, token, (head * group + row % group) * dim)
-                           : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim)), x);
+      const u8* from = query ? Q::at(w, token, (head * group + row % group) * dim)
+                             : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim));
+      widen(load_features(from + w.lane * per * 2), x);
       if (!value) {
         Norms::apply(gain, x);
         Rotary::apply(w, angle, x);
@@ -214,7 +228,7 @@ struct Attention {
       for (int n = 0; n < per; ++n) bits[n] = ptx::round_bf16(x[n]);
       if (query) {
 #pragma unroll
-        for (int n = 0; n < per; ++n) s.q[i][w.lane * per + n] = ptx::widen_bf16(bits[n]);
+        for (int n = 0; n < per; ++n) s.q[i][shuffled(w.lane * per + n)] = bits[n];
       } else {
         u8* to = page(w, head, position / block) + ((value ? block : 0) + position % block) * dim * 2;
         u16* shared = value ? s.new_value[token] : s.new_key[token];
@@ -227,83 +241,76 @@ struct Attention {
     }
   }
 
+  // Where a query's feature lies: pairs 1 and 2 of every eight change places.
+  static __device__ __forceinline__ int shuffled(int feature) {
+    const int pair = feature / 2 % 4;
+    return feature / 8 * 8 + (pair % 2 * 2 + pair / 2) * 2 + feature % 2;
+  }
+
   // --- scores, softmax and sum
 
   static __device__ __forceinline__ void one_pass(
       const Worker& w, Scratch& s, int head, int worker, int first_row, int used, Cached& cached) {
     Running run;
+    run.peak = -infinity, run.total = 0.f;
 #pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      run.peak[r] = -infinity, run.total[r] = 0.f;
+    for (int r = 0; r < rows; ++r)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) run.sum[r][i] = 0.f;
-    }
+      for (int i = 0; i < per; ++i) run.sum[r][i] = 0.f;
+    u32 q[slices][4] = {};
+    const u32 row = ptx::shared_address(&s.q[min_of<int>(w.lane / 4, rows - 1)][0]) + w.lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < slices; ++i) ptx::load_shared_16(q[i], row + i * 64, static_cast<int>(w.lane / 4) < used);
+    const int sees = w.position + (first_row + static_cast<int>(w.lane / 4)) / group;  // the last position of this lane's row
     const int last = w.position + (first_row + used - 1) / group;
     for (int index = worker; index * block <= last; index += Shape::splits) {
       take_new(w, s, index, cached);
+      float score[2];
+      scores(q, cached, score);
       const int next = index + Shape::splits;
       const bool more = next * block <= last;
       const u8* from = more ? cached_page(w, head, next) : nullptr;
-#pragma unroll
-      for (int n = 0; n < per_lane; n += at_once) {
-        float score[rows][at_once] = {};
-        scores(w, s, index, n, first_row, used, cached, score);
-        if (more && n + at_once == per_lane) load_rows(w, from, next * block, w.position, cached.key);
-        weigh(used, score, run);
-        add_values(n, used, cached, score, run);
-      }
-      if (more) load_rows(w, from + block * dim * 2, next * block, w.position, cached.value);
+      if (more) load_keys(w, from, next * block, w.position, cached);
+      weigh(w, s, index, sees, score, run);
+      add_values(w, s, used, cached, run);
+      if (more) load_values(w, from, next * block, w.position, cached);
     }
-    join_groups(used, run);
     leave(w, s, used, run);
   }
 
   // Keys and values of this step's own tokens.
   static __device__ __forceinline__ void take_new(const Worker& w, const Scratch& s, int index, Cached& cached) {
-    const int first_dim = w.lane % Shape::lanes * 8;
-    if ((index + 1) * block <= static_cast<int>(w.position)) return;
+    const int fresh = index * block + static_cast<int>(w.warp) * positions - static_cast<int>(w.position);  // the first one's
+    if (fresh + positions <= 0) return;
+    const int tokens = w.tokens, mine = fresh + static_cast<int>(w.lane / 4);
+    if (mine >= 0 && mine < tokens) {
 #pragma unroll
-    for (int n = 0; n < per_lane; ++n) {
-      const int fresh = index * block + position_in_block(w, n) - static_cast<int>(w.position);
-      if (fresh < 0 || fresh >= static_cast<int>(w.tokens)) continue;
-      cached.key[n] = *reinterpret_cast<const uint4*>(&s.new_key[fresh][first_dim]);
-      cached.value[n] = *reinterpret_cast<const uint4*>(&s.new_value[fresh][first_dim]);
+      for (int i = 0; i < slices; ++i)
+        cached.key[i] = *reinterpret_cast<const uint4*>(&s.new_key[mine][i * 32 + w.lane % 4 * 8]);
+    }
+#pragma unroll
+    for (int i = 0; i < positions; ++i) {
+      if (fresh + i < 0 || fresh + i >= tokens) continue;
+      const u16* from = &s.new_value[fresh + i][w.lane * per];
+      if constexpr (per == 4) cached.value[i] = *reinterpret_cast<const uint2*>(from);
+      if constexpr (per == 2) cached.value[i].x = *reinterpret_cast<const u32*>(from);
+      if constexpr (per == 1) cached.value[i].x = *from;
     }
   }
 
-  static __device__ __forceinline__ void widen(const uint4& v, float (&to)[8]) {
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[2 * i] = ptx::low_bf16(words[i]), to[2 * i + 1] = ptx::high_bf16(words[i]);
-  }
-
-  // score[row][i] = q k of this group's position `first + i` of the block, scaled and masked.
+  // Row lane / 4 times the keys of positions 2 (lane % 4) and the next. A lane's 16 bytes of a key are the columns of two
+  // multiplications, and those of a query in the same order: pairs 0 and 1 to the first, 2 and 3 to the second one. The
+  // operand's rows 8 to 15, which no query needs, take the other half: the second sum is in their results.
   static __device__ __forceinline__ void scores(
-      const Worker& w, const Scratch& s, int index, int first, int first_row, int used, const Cached& cached,
-      float (&score)[rows][at_once]) {
-    const int first_dim = w.lane % Shape::lanes * 8;
-    float key[at_once][8];
+      const u32 (&q)[slices][4], const Cached& cached, float (&score)[2]) {
+    float first[4] = {}, second[4] = {};
 #pragma unroll
-    for (int n = 0; n < at_once; ++n) widen(cached.key[first + n], key[n]);
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      if (r >= used) continue;
-      const float4 low = *reinterpret_cast<const float4*>(&s.q[r][first_dim]);
-      const float4 high = *reinterpret_cast<const float4*>(&s.q[r][first_dim + 4]);
-      const float q[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int n = 0; n < at_once; ++n)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) score[r][n] = fmaf(q[i], key[n][i], score[r][n]);
-#pragma unroll
-      for (int d = Shape::lanes / 2; d; d /= 2)
-#pragma unroll
-        for (int n = 0; n < at_once; ++n) score[r][n] += __shfl_xor_sync(all_lanes, score[r][n], d);
-      const int visible = w.position + (first_row + r) / group - index * block;  // the last position it may see
-#pragma unroll
-      for (int n = 0; n < at_once; ++n)
-        score[r][n] = position_in_block(w, first + n) <= visible ? score[r][n] * Scale : -infinity;
+    for (int i = 0; i < slices; ++i) {
+      ptx::mma(first, q[i], cached.key[i].x, cached.key[i].y);
+      ptx::mma(second, q[i], cached.key[i].z, cached.key[i].w);
     }
+    score[0] = first[0] + second[2];
+    score[1] = first[1] + second[3];
   }
 
   // exp(x - peak), 0 where nothing has been seen.
@@ -311,68 +318,64 @@ struct Attention {
     return peak == -infinity ? 0.f : ptx::exp_fast(x - peak);
   }
 
-  // Scores become weights relative to the group's new maximum, and so does the sum.
-  static __device__ __forceinline__ void weigh(int used, float (&score)[rows][at_once], Running& run) {
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      if (r >= used) continue;
-      float peak = run.peak[r];
-#pragma unroll
-      for (int n = 0; n < at_once; ++n) peak = fmaxf(peak, score[r][n]);
-      const float factor = relative(run.peak[r], peak);
-      run.peak[r] = peak;
-      run.total[r] *= factor;
-#pragma unroll
-      for (int n = 0; n < at_once; ++n) {
-        score[r][n] = relative(score[r][n], peak);
-        run.total[r] += score[r][n];
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) run.sum[r][i] *= factor;
+  // Scores become weights relative to the warp's new maximum. They and the factors of the sums so far go to shared memory.
+  static __device__ __forceinline__ void weigh(
+      const Worker& w, Scratch& s, int index, int sees, const float (&score)[2], Running& run) {
+    const int at = w.lane % 4 * 2, first = index * block + w.warp * positions + at, row = w.lane / 4;
+    const float a = first <= sees ? score[0] * Scale : -infinity, b = first + 1 <= sees ? score[1] * Scale : -infinity;
+    float peak = fmaxf(run.peak, fmaxf(a, b));
+    peak = fmaxf(peak, __shfl_xor_sync(all_lanes, peak, 1));
+    peak = fmaxf(peak, __shfl_xor_sync(all_lanes, peak, 2));
+    const float factor = relative(run.peak, peak), x = relative(a, peak), y = relative(b, peak);
+    run.peak = peak;
+    run.total = run.total * factor + (x + y);
+    __syncwarp();  // the weights before these have been read
+    if (row < rows) {
+      s.weight[w.warp][at][row] = x;
+      s.weight[w.warp][at + 1][row] = y;
+      if (at == 0) s.factor[w.warp][row] = factor;
     }
+    __syncwarp();
   }
 
   static __device__ __forceinline__ void add_values(
-      int first, int used, const Cached& cached, const float (&weight)[rows][at_once], Running& run) {
+      const Worker& w, const Scratch& s, int used, const Cached& cached, Running& run) {
+float weight[rows];
+    of_rows(s.factor[w.warp], weight);
 #pragma unroll
-    for (int n = 0; n < at_once; ++n) {
-      float value[8];
-      widen(cached.value[first + n], value);
+    for (int r = 0; r < rows; ++r)
 #pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        if (r >= used) continue;
+      for (int i = 0; i < per; ++i)
+        if (r < used) run.sum[r][i] *= weight[r];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) run.sum[r][i] = fmaf(weight[r][n], value[i], run.sum[r][i]);
-      }
+    for (int n = 0; n < positions; ++n) {
+      float value[per];
+      widen(cached.value[n], value);
+      of_rows(s.weight[w.warp][n], weight);
+#pragma unroll
+      for (int r = 0; r < rows; ++r)
+#pragma unroll
+        for (int i = 0; i < per; ++i)
+          if (r < used) run.sum[r][i] = fmaf(weight[r], value[i], run.sum[r][i]);
     }
   }
-
-  // The groups of a warp together; the first group's lanes have the result.
-  static __device__ __forceinline__ void join_groups(int used, Running& run) {
+  static __device__ __forceinline__ void of_rows(const float (&from)[rows], float (&to)[rows]) {
 #pragma unroll
-    for (int d = Shape::lanes; d < static_cast<int>(warp_size); d *= 2) {
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        if (r >= used) continue;
-        const float other = __shfl_xor_sync(all_lanes, run.peak[r], d), peak = fmaxf(run.peak[r], other);
-        const float mine = relative(run.peak[r], peak), theirs = relative(other, peak);
-        run.peak[r] = peak;
-        run.total[r] = run.total[r] * mine + __shfl_xor_sync(all_lanes, run.total[r], d) * theirs;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          run.sum[r][i] = run.sum[r][i] * mine + __shfl_xor_sync(all_lanes, run.sum[r][i], d) * theirs;
-      }
+    for (int r = 0; r < rows; r += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(&from[r]);
+      to[r] = v.x, to[r + 1] = v.y, to[r + 2] = v.z, to[r + 3] = v.w;
     }
   }
 
   static __device__ __forceinline__ void leave(const Worker& w, Scratch& s, int used, const Running& run) {
+    float total = run.total + __shfl_xor_sync(all_lanes, run.total, 1);
+    total += __shfl_xor_sync(all_lanes, total, 2);
+    if (w.lane % 4 == 0 && w.lane / 4 < rows) s.peak[w.warp][w.lane / 4] = run.peak, s.total[w.warp][w.lane / 4] = total;
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      if (r >= used || w.lane >= Shape::lanes) continue;
-      float4* to = reinterpret_cast<float4*>(&s.sum[w.warp][r][w.lane * 8]);
-      to[0] = make_float4(run.sum[r][0], run.sum[r][1], run.sum[r][2], run.sum[r][3]);
-      to[1] = make_float4(run.sum[r][4], run.sum[r][5], run.sum[r][6], run.sum[r][7]);
-      if (w.lane == 0) s.peak[w.warp][r] = run.peak[r], s.total[w.warp][r] = run.total[r];
+      if (r >= used) continue;
+#pragma unroll
+      for (int i = 0; i < per; ++i) s.sum[w.warp][r][w.lane * per + i] = run.sum[r][i];
     }
   }
 

@@ -42,7 +42,7 @@ struct AttentionMerge {
   // One token, few splits: all is asked for at once, and a thread works out the factors of a whole head.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
-    constexpr int at_once = 4;
+    constexpr int at_once = MPK_MOVES_REGISTERS ? 4 : 2;
     const int count = (panel.hi - panel.lo) / 4;
 #pragma unroll 1
     for (int first = 0; first < count; first += at_once * worker_threads) {
