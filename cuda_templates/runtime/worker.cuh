@@ -31,7 +31,7 @@ struct Shared : probe::Recorder {
   u32 abort;
   u32 host_stop;
   Watched watched;
-  float reduce[worker_warps * max_tokens];
+  alignas(8) float reduce[worker_warps * max_tokens];
   float rstd[max_tokens];
   alignas(16) Params params;
   alignas(16) plan::Program program;

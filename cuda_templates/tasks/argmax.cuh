@@ -39,18 +39,37 @@ struct ArgmaxPartial {
     const u32 count = (entry.hi - entry.lo) * w.tokens;
     const int first_id = w.params.rank * RankStride;
     const int end = RankStride ? min_of(RankStride, Valid - first_id) : Valid;
-    for (u32 i = w.warp; i < count; i += worker_warps) {
-      const int token = i % w.tokens, slice = entry.lo + i / w.tokens;
-      const int lo = slice * Slice, hi = min_of(lo + Slice, end);
+    if (count == 1) {  // all warps share the slice
+      float2* bests = reinterpret_cast<float2*>(w.shared.reduce);
+      const Best mine = best_of(w, 0, entry.lo, end, first_id, w.thread, worker_threads);
+      if (w.lane == 0) bests[w.warp] = make_float2(mine.value, __int_as_float(mine.id));
+      w.sync();
       Best best{-infinity, no_id};
-#pragma unroll 8
-      for (int id = lo + w.lane; id < hi; id += warp_size) best.consider(Logits::load(w, token, id), first_id + id);
+      if (w.thread < worker_warps) best.consider(bests[w.thread].x, __float_as_int(bests[w.thread].y));
       best.over_warp();
-      if (w.lane == 0) store_pair<Pairs>(w, token, slice, make_float2(best.value, __int_as_float(best.id)));
+      if (w.thread == 0) store_pair<Pairs>(w, 0, entry.lo, make_float2(best.value, __int_as_float(best.id)));
+    } else {
+      for (u32 i = w.warp; i < count; i += worker_warps) {
+        const int token = i % w.tokens, slice = entry.lo + i / w.tokens;
+        const Best best = best_of(w, token, slice, end, first_id, w.lane, warp_size);
+        if (w.lane == 0) store_pair<Pairs>(w, token, slice, make_float2(best.value, __int_as_float(best.id)));
+      }
     }
     w.sync();
     w.release_ready();
     w.signal(entry);
+  }
+
+ private:
+  // Of every `step`th id of a slice from its `first` on, over the lanes of this warp.
+  static __device__ __forceinline__ Best best_of(
+      const Worker& w, int token, int slice, int end, int first_id, u32 first, u32 step) {
+    const int lo = slice * Slice, hi = min_of(lo + Slice, end);
+    Best best{-infinity, no_id};
+#pragma unroll 8
+    for (int id = lo + first; id < hi; id += step) best.consider(Logits::load(w, token, id), first_id + id);
+    best.over_warp();
+    return best;
   }
 };
 
@@ -67,14 +86,13 @@ struct TokenLoop {
     if (p.rank != authority) return;
     Step next{};
     next.position = w.position + w.tokens;
-    next.emitted = w.step->emitted;
+    const u32 emitted = next.emitted = w.step->emitted;
     const bool stopped = ptx::load_shared_flag(&w.shared.host_stop) != 0;
     if (next.position < p.prompt_end) {
       next.tokens = stopped ? 0 : min_of(p.chunk, p.prompt_end - next.position);
       for (u32 i = 0; i < next.tokens; ++i) next.ids[i] = p.prompt[next.position + i];
     } else if (p.max_new > 0) {
       const bool none = sampled == no_id;  // every logit is NaN: the host says so
-      p.host->tokens[next.emitted] = none ? -1 : sampled;
       ++next.emitted;
       const bool full = next.position >= p.context || next.emitted >= p.max_new;
       next.tokens = stopped || none || full || is_stop(p, sampled) ? 0 : 1;
@@ -90,6 +108,8 @@ struct TokenLoop {
       slot = next;
       ptx::red_release(&p.control->published, 1);
     }
+    // The host last: it is far away, and the SMs wait for the step.
+    if (next.emitted != emitted) p.host->tokens[emitted] = sampled == no_id ? -1 : sampled;
     ptx::store_host_release(&p.host->count, next.emitted);
   }
 };
