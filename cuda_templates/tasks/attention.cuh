@@ -281,7 +281,7 @@ struct Attention {
 
   static __device__ __forceinline__ void add_values(
       const Worker& w, const Scratch& s, int used, const Cached& cached, Running& run) {
-float weight[rows];
+    float weight[rows];
     of_rows(s.factor[w.warp], weight);
 #pragma unroll
     for (int r = 0; r < rows; ++r)
