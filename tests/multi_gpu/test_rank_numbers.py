@@ -1,0 +1,83 @@
+"""Several ranks compute what one does, what the reference does, and always the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from one_gpu import open_here
+from tiny_ranks import open_tiny, same_bits_with_delays
+
+IDS = [(7 + 29 * n + 5 * n * n) % 515 for n in range(75)]
+
+
+def test_logits_are_those_of_the_reference(ranks, checkpoint):
+    from mpk_spec.reference.backend import ReferenceBackend
+
+    ours, reference = ranks.logits(IDS), ReferenceBackend(ranks.plan, checkpoint).logits(IDS)
+    assert ours.isfinite().all()
+    error = (ours - reference).abs().max().item()
+    assert error < 0.02 * reference.std().item(), f"{error:.4f} of {reference.std():.4f}"
+    best = reference.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * error
+    assert clear.float().mean() > 0.8
+    assert torch.equal(ours.argmax(-1)[clear], reference.argmax(-1)[clear])
+
+
+def test_logits_are_close_to_those_of_one_gpu(ranks):
+    one = open_tiny(1)
+    alone = one.logits(IDS)
+    one.close()
+    assert (ranks.logits(IDS) - alone).abs().max() < 0.02 * alone.std()
+
+
+def test_the_same_bits_twice_and_token_by_token(ranks):
+    first = ranks.logits(IDS)
+    assert torch.equal(first, ranks.logits(IDS))
+    ranks.reset()
+    for n, token in enumerate(IDS[:20]):
+        ranks.launcher.start([token], n, 0)
+        ranks.launcher.finish()
+        assert torch.equal(ranks.value("logits", 1)[:, :515], first[n : n + 1])
+
+
+def test_the_ranks_hold_the_same_bits(ranks):
+    for new in (0, 9):
+        ranks.launcher.start(IDS[:16], 0, new)
+        ranks.launcher.finish()
+        for name in ("y", "next_ids"):
+            here, *others = ranks.ranks.call("value", name, 1)
+            assert all(torch.equal(here, there) for there in others), name
+
+
+def test_an_answer_is_what_its_logits_say(ranks):
+    made = list(ranks.stream(IDS[:37], max_new_tokens=60))
+    again = list(ranks.stream(IDS[:37], max_new_tokens=60))
+    assert made == again
+    assert made == ranks.logits(IDS[:37] + made)[36:-1].argmax(-1).tolist()
+
+
+def test_answers_start_and_stop_many_times(ranks):
+    whole = list(ranks.stream(IDS[:20], max_new_tokens=30))
+    for n in range(1, 25):
+        tokens = ranks.stream(IDS[:20], max_new_tokens=30)
+        assert [next(tokens) for _ in range(n)] == whole[:n]
+        tokens.close()
+    stop = whole[5]
+    assert list(ranks.stream(IDS[:20], max_new_tokens=30, stop=frozenset({stop}))) == whole[: whole.index(stop) + 1]
+
+
+def test_counters_that_wrap_around(ranks):
+    whole = list(ranks.stream(IDS[:20], max_new_tokens=30))
+    ranks.ranks.call("reset_events", 2**32 - 10)
+    ranks.reset()
+    assert list(ranks.stream(IDS[:20], max_new_tokens=30)) == whole
+    ranks.ranks.call("reset_events", 0)
+
+
+@pytest.mark.gpu
+def test_random_delays_change_no_bit(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, this machine has none")
+    slow = open_here(2, monkeypatch, ("MPK_DELAYS",))
+    same_bits_with_delays(slow)
+    slow.close()
