@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def command(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="A spec file or the name of one.")],
-    size: Annotated[str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first real one.")
+    ] = None,
     target: Annotated[str, typer.Option(metavar="NAME", help="The GPU to compile for.")] = "h100",
     context: Annotated[
         int | None, typer.Option("-c", "--context", min=1, metavar="N", help="Positions of the KV cache.")
@@ -30,6 +32,7 @@ def command(
     """Plan, prove and compile: one CUDA kernel for a spec's size. Needs NVRTC, but no GPU."""
     import json
 
+    from mpk_spec.cli.target import first_size
     from mpk_spec.emit.compiler import compile_kernel
     from mpk_spec.emit.source import emit
     from mpk_spec.planner import plan
@@ -37,7 +40,7 @@ def command(
     from mpk_spec.schema import load_spec
 
     loaded = load_spec(spec)
-    made = plan(loaded, size=size, target=target, context=context)
+    made = plan(loaded, size=size or first_size(loaded), target=target, context=context)
     emitted = emit(made)
     compiled = compile_kernel(made.name, emitted.source, find_target(target).arch)
     report = manifest(loaded, made, emitted.source, compiled)

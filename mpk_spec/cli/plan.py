@@ -128,7 +128,7 @@ def get_plan(name: str, asked: Asked) -> tuple[Plan, Proof]:
 
 def _make(name: str, asked: Asked) -> Plan:
     """An unproved plan of a spec or for a checkpoint."""
-    from mpk_spec.cli.target import is_checkpoint
+    from mpk_spec.cli.target import first_size, is_checkpoint
     from mpk_spec.planner import plan
     from mpk_spec.schema import load_spec
 
@@ -138,7 +138,7 @@ def _make(name: str, asked: Asked) -> Plan:
     if is_checkpoint(name):
         return _of_checkpoint(name, asked, common)
     spec = load_spec(name)
-    return plan(spec, size=asked.size or _first_size(spec), **common)
+    return plan(spec, size=asked.size or first_size(spec), **common)
 
 
 def _of_checkpoint(name: str, asked: Asked, common: dict) -> Plan:
@@ -150,17 +150,6 @@ def _of_checkpoint(name: str, asked: Asked, common: dict) -> Plan:
         found = open_target(name, report, size=asked.size)
     checkpoint = found.checkpoint
     return plan(found.spec, size=found.size, config=checkpoint.config, architecture=checkpoint.architecture, **common)
-
-
-def _first_size(spec) -> str:
-    """The first size that is no stand-in, else the first; standard error says which."""
-    from mpk_spec.cli.target import STAND_INS
-
-    if not spec.sizes:
-        raise UserError(f"'{spec.name}' names no sizes", hint="give a checkpoint instead of the spec")
-    chosen = next((name for name in spec.sizes if name not in STAND_INS), next(iter(spec.sizes)))
-    print(f"planning size {chosen} of {', '.join(spec.sizes)} (--size chooses another)", file=sys.stderr)
-    return chosen
 
 
 def _other(name: str, asked: Asked) -> tuple[Plan, Proof]:

@@ -98,6 +98,15 @@ def default_size(spec: Spec) -> str:
     )
 
 
+def first_size(spec: Spec) -> str:
+    """The size to plan where none is named: the first that is no stand-in, else the first; said on standard error."""
+    if not spec.sizes:
+        raise UserError(f"'{spec.name}' names no sizes", hint="give a checkpoint instead of the spec")
+    chosen = next((name for name in spec.sizes if name not in STAND_INS), next(iter(spec.sizes)))
+    print(f"planning size {chosen} of {', '.join(spec.sizes)} (--size chooses another)", file=sys.stderr)
+    return chosen
+
+
 def check_size(spec: Spec, size: str) -> None:
     if size not in spec.sizes:
         raise UserError(f"'{spec.name}' has no size '{size}'", hint=did_you_mean(size, spec.sizes, "sizes"))

@@ -186,7 +186,8 @@ class _Writer:
             return "NoHeadNorms"
         if q is None or k is None or q.values["eps"] != k.values["eps"]:
             raise Refused(self.group, "queries and keys need norms with the same eps, or none")
-        return f"HeadNorms<{self.vector(q.weights['weight'])}, {self.vector(k.weights['weight'])}, {number(q.values['eps'])}>"
+        gains = f"{self.vector(q.weights['weight'])}, {self.vector(k.weights['weight'])}"
+        return f"HeadNorms<{gains}, {number(q.values['eps'])}>"
 
     def chain(self, value: str) -> tuple[str, Node | None, str | None]:
         """(tensor, head norm, rope) that make a value of the group from a stored one."""

@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.perf.clock import start_of
+from mpk_spec.runtime.torch_backend import cache_name
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +71,15 @@ class Eager:
 
         self.model, self.start = model, start_of(context, tokens)
         self.filled = DynamicCache(config=model.config)
-        model(input_ids=_token(model), past_key_values=self.filled, use_cache=True)  # shapes, dtype and device
+        self.named = {cache_name(model): self.filled}
+        model(input_ids=_token(model), use_cache=True, **self.named)  # shapes, dtype and device
         for layer in self.filled.layers:
             layer.keys, layer.values = (_filled(t, self.start) for t in (layer.keys, layer.values))
 
     def decode(self, count: int) -> Iterator[int]:
         token = _token(self.model)
         for _ in range(count):
-            out = self.model(input_ids=token, past_key_values=self.filled, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=token, use_cache=True, logits_to_keep=1, **self.named)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             yield int(token)
         self.filled.crop(-count)
@@ -92,7 +94,8 @@ class Static:
         self.model, self.start = model, start_of(context, tokens)
         room = self.start + max(tokens, WARM_UP) + 1
         self.cache = StaticCache(config=model.config, max_cache_len=-(-room // ROUND) * ROUND)
-        model(input_ids=_token(model), past_key_values=self.cache, use_cache=True)  # allocates its tensors
+        self.named = {cache_name(model): self.cache}
+        model(input_ids=_token(model), use_cache=True, **self.named)  # allocates its tensors
         for layer in self.cache.layers:
             layer.keys.normal_()
             layer.values.normal_()
@@ -102,7 +105,7 @@ class Static:
             layer.cumulative_length.fill_(self.start)
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
-        out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True)
+        out = self.model(input_ids=token, use_cache=True, **self.named)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
 

@@ -50,7 +50,7 @@ class CostModel:
     chunk_us: float = 0.08
     """Per bulk copy: wait for its barrier and release its stage; assumed."""
     consume_gbps: float = 80.0
-    """Rate at which one SM reads its ring into tensor cores, 16-row tiles; assumed. Dot products without
+    """Rate at which one SM reads its ring into tensor cores; assumed. Dot products without
     tensor cores are about 36 at K = 4096 and 27 at K = 2048 (fitted to measurements without event waits)."""
     efficiency: float = 0.6
     """Part of the data sheet's tensor throughput that a task reaches; assumed; matters for prefill only."""

@@ -88,13 +88,13 @@ class TorchBackend:
         cache, self._cache = self._cache, None
         with torch.inference_mode():
             batch = torch.tensor([ids], device=self.model.device)
-            named = {_cache_name(self.model): cache}
+            named = {cache_name(self.model): cache}
             out = self.model(input_ids=batch, use_cache=True, logits_to_keep=max(last, 1), **named)
         self._cache, self._ids = cache, seen + ids
         return out.logits[0, len(out.logits[0]) - last :].float()
 
 
-def _cache_name(model) -> str:
+def cache_name(model) -> str:
     """The name of forward's cache: transformers is renaming it, and a name that it does not know goes unnoticed."""
     from inspect import signature
 

@@ -31,6 +31,14 @@ def test_a_build_reports_and_leaves_cubin_source_and_plan(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["cached"] is True
 
 
+def test_without_a_size_the_first_real_one(capsys):
+    """As `plan` does, and said before the plan fails here: gemma3 has operators without a CUDA task."""
+    assert main(["build", "gemma3"]) == errors.EXIT_BAD_INPUT
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert first.startswith("planning size 270m of ") and first.endswith(" (--size chooses another)")
+    assert second.startswith("error: the CUDA kernel cannot run")
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["build", "qwen3", "--size", "tiny", "-o", str(tmp_path)]) == errors.EXIT_BAD_INPUT

@@ -55,7 +55,7 @@ def test_exit_0_when_it_worked(capsys):
 
 
 def test_exit_1_for_a_machine_or_version_that_cannot(capsys):
-    assert main(["build", "smollm2", "--target", "cpu"]) == errors.EXIT_BAD_INPUT
+    assert main(["build", "smollm2", "--size", "tiny", "--target", "cpu"]) == errors.EXIT_BAD_INPUT
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err == "error: this plan is for the CPU\n  hint: plan it for a GPU: --target h100\n"

@@ -1,4 +1,9 @@
-"""Every task compiles for every architecture that plans are made for, without a spill. Needs NVRTC, but no GPU."""
+"""Every task compiles for every architecture that plans are made for, without a spill. Needs NVRTC, but no GPU.
+
+A compilation takes 10 to 30 seconds. The everyday run has the tiny model for every architecture, two numbers of ranks
+and one real size for Hopper; the other real sizes and the builds for profiling and testing are `exhaustive`:
+`pytest -m exhaustive tests/emit`.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +31,7 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
 
 
-def compiled(
-    spec: str, size: str, target: str, defines: tuple[str, ...] = (), tp: int = 1
-) -> compiler.Compiled:
+def compiled(spec: str, size: str, target: str, defines: tuple[str, ...] = (), tp: int = 1) -> compiler.Compiled:
     made = plan(load_spec(spec), size=size, target=target, context=256, tp=tp, verified=False)
     return compiler.compile_kernel(made.name, emit(made).source, find_target(target).arch, defines)
 
@@ -54,13 +57,18 @@ def test_the_tiny_model_of_several_ranks_compiles_without_spills(tp):
 
 
 @pytest.mark.slow
+def test_a_real_size_compiles_without_spills():
+    check(compiled(*REAL[0], "h100").report, "h100")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", ARCHITECTURES)
 @pytest.mark.parametrize(("spec", "size"), REAL)
 def test_real_sizes_compile_without_spills(spec, size, target):
     check(compiled(spec, size, target).report, target)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("defines", PROBES, ids="+".join)
 @pytest.mark.parametrize(("spec", "size"), [("qwen3", "tiny"), ("qwen3", "8b")])
 def test_builds_for_profiling_and_testing_compile_without_spills(spec, size, defines):

@@ -25,6 +25,7 @@ def known_cache(rival, like):
 
 
 def test_a_static_cache_gives_the_tokens_of_the_growing_one(model):
+    torch.manual_seed(0)  # of the caches' fillings: some make the tiny model say one token for ever
     with torch.no_grad():
         eager = rivals.Eager(model, context=40, tokens=8)
         static = rivals.Compiled(model, context=40, tokens=8)

@@ -114,9 +114,9 @@ def test_pack_layout():
     apart = right(child("qwen3", fusions={"gate_up": {"pack": {"layout": "concat"}}}))
     assert next(p.layout for p in interleaved.packings if p.group == "gate_up") == "interleave"
     assert next(p.layout for p in apart.packings if p.group == "gate_up") == "concat"
-    # a tile of 16 packed rows is 8 features of each weight, or 16 of one
-    assert len(groups(interleaved)["gate_up"].tasks) == 256 // 8
-    assert len(groups(apart)["gate_up"].tasks) == 256 // 16
+    # a tile of 8 packed rows is 4 features of each weight, or 8 of one
+    assert len(groups(interleaved)["gate_up"].tasks) == 256 // 4
+    assert len(groups(apart)["gate_up"].tasks) == 256 // 8
 
 
 # ---- schedule: every setting
@@ -124,7 +124,7 @@ def test_pack_layout():
 
 @pytest.mark.parametrize(
     ("group", "grid"),
-    [("qkv", 12), ("o_add", 3), ("gate_up", 16), ("down_add", 2), ("head", 11), ("next_ids.partial", 11)],
+    [("qkv", 12), ("o_add", 3), ("gate_up", 16), ("down_add", 2), ("head", 13), ("next_ids.partial", 11)],
 )
 def test_grid(group, grid):
     made = right(ruled("qwen3", group, grid=[grid, 1, 1]))
@@ -164,14 +164,14 @@ def test_launch():
 def test_partition():
     uneven = right(ruled("qwen3", "qkv", grid=[7, 1, 1], partition="balanced"))
     sizes = [t.out[1] - t.out[0] for t in groups(uneven)["qkv"].tasks]
-    assert groups(uneven)["qkv"].partition == "balanced" and sorted(set(sizes)) == [48, 64] and sum(sizes) == 384
-    assert groups(planned(ruled("qwen3", "head", partition="even"), **GPU))["head"].grid == (33, 1, 1)
+    assert groups(uneven)["qkv"].partition == "balanced" and sorted(set(sizes)) == [48, 56] and sum(sizes) == 384
+    assert groups(planned(ruled("qwen3", "head", partition="even"), **GPU))["head"].grid == (65, 1, 1)
     wide = {"vocab_size": 515 * 16}
     auto, even = (groups(planned(child("qwen3", wide, schedule=s), **GPU))["head"] for s in (
         [], [{"set": {"head": {"partition": "even"}}}],
     ))  # fmt: skip
     assert (auto.grid[0], auto.partition) == (132, "balanced")
-    assert (even.grid[0], even.partition) == (103, "even")  # the most that divide 515 tiles
+    assert (even.grid[0], even.partition) == (103, "even")  # the most that divide 1030 tiles
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -57,4 +57,4 @@ def test_a_rule_for_one_step(kind):
     made = planned(child("qwen3", schedule=rules), target="h100")
     other = "prefill" if kind == "decode" else "decode"
     found = {k: {g.name: g for t in s.templates for g in t.groups}["qkv"].grid[0] for k, s in made.steps.items()}
-    assert found == {kind: 6, other: 24}
+    assert found == {kind: 6, other: 48}

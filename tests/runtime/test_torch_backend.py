@@ -145,7 +145,7 @@ def test_the_cache_goes_by_either_of_its_names():
     """A name that forward does not know would vanish in its further arguments, and every step would see no past."""
     from types import SimpleNamespace
 
-    from mpk_spec.runtime.torch_backend import _cache_name
+    from mpk_spec.runtime.torch_backend import cache_name
 
-    assert _cache_name(SimpleNamespace(forward=lambda input_ids, cache=None, **more: None)) == "cache"
-    assert _cache_name(SimpleNamespace(forward=lambda input_ids, past_key_values=None: None)) == "past_key_values"
+    assert cache_name(SimpleNamespace(forward=lambda input_ids, cache=None, **more: None)) == "cache"
+    assert cache_name(SimpleNamespace(forward=lambda input_ids, past_key_values=None: None)) == "past_key_values"

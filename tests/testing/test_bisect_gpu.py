@@ -111,6 +111,7 @@ def test_splits_are_added_up_whatever_they_are_relative_to():
     assert torch.allclose(merged(moved.flatten(1), 2, 1, 2, 64, 63), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_a_build_that_stops_compiles_without_spills(arch, tmp_path, monkeypatch):
     pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
