@@ -6,6 +6,10 @@ python benchmarks/sanitize.py memcheck --limit 300
 The tools slow every access down a hundredfold, and a persistent kernel spins while it waits. So the plan is one for a
 few SMs only, the cubin is built before, the watchdog has all the time there is, and only the kernel is instrumented.
 Exit code 1 unless every tool finds nothing.
+
+racecheck follows neither bulk copies that complete on an mbarrier, nor what one warp hands to another through one, and
+it knows no flags that one thread sets and others watch. Hazards between just those places (KNOWN) are counted apart; one
+anywhere else is a finding. What they protect is proved otherwise: tests/gpu holds the kernel to the plan under delays.
 """
 
 from __future__ import annotations
@@ -24,6 +28,15 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 PROMPT, NEW, CONTEXT = 16, 3, 64
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
 FOUND = 9  # the tools' exit code for a finding
+HAZARD = re.compile(r"(Error|Warning): Race reported between \w+ access at (\S+?)[(+<].*")
+OTHER = re.compile(r"and \w+ access at (\S+?)[(+<]")
+FLAGS = {"mpk::ptx::load_shared_flag", "mpk::ptx::store_shared_flag"}
+KNOWN = (
+    {"mpk::ptx::copy_to_shared", "mpk::ptx::load_matrices"},  # a weight chunk, full: mbarrier with bytes expected
+    FLAGS,  # stop, abort, progress for the watchdog: volatile, one writer
+    # a step, ready: its descriptor
+    {"mpk::Scheduler::next_step", "mpk::Worker::Worker", "mpk::EmbeddingRow", "mpk::TokenLoop::advance"},
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        return self.says == "clean"
+        return self.says.startswith("clean")
 
 
 def main() -> int:
@@ -78,6 +91,17 @@ def shortened(text: str, lines: int = 40) -> str:
     return "\n".join(kept if len(kept) <= 2 * lines else [*kept[:lines], "...", *kept[-lines:]])
 
 
+def known_hazards(text: str) -> int:
+    """How many of racecheck's hazards lie between places of one of KNOWN alone."""
+    places: list[set[str]] = []
+    for line in text.splitlines():
+        if hazard := HAZARD.search(line):
+            places.append({hazard[2]})
+        elif places and (other := OTHER.search(line)):
+            places[-1].add(other[1])
+    return sum(any(found <= known for known in KNOWN) for found in places)
+
+
 class Checked:
     """One run of this program under a tool; ended after the limit."""
 
@@ -107,6 +131,8 @@ class Checked:
             says = f"not done in {self.limit:.0f} s"
         elif self.tool != "no tool" and not found:
             says = f"no summary, exit code {self.code}"
+        elif self.tool == "racecheck" and found and (known := known_hazards(self.output)) == int(found[0][1]) > 0:
+            says = f"clean but for {known} that it cannot judge" if self.tokens == expected else "other tokens"
         elif any(int(count) for _, count in found):
             says = ", ".join(f"{count} {'hazards' if kind == 'RACECHECK' else 'errors'}" for kind, count in found)
         elif self.code != 0:
