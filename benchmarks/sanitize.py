@@ -8,7 +8,7 @@ few SMs only, the cubin is built before, the watchdog has all the time there is,
 Exit code 1 unless every tool finds nothing.
 
 racecheck follows neither bulk copies that complete on an mbarrier, nor what one warp hands to another through one, and
-it knows no flags that one thread sets and others watch. Hazards between just those places (KNOWN) are counted apart; one
+knows no flags that one thread sets and others watch. Hazards between just those places (KNOWN) are counted apart; one
 anywhere else is a finding. What they protect is proved otherwise: tests/gpu holds the kernel to the plan under delays.
 """
 
