@@ -14,10 +14,8 @@ from mpk_spec.planner.targets import find_target
 
 EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow the signals of another
 MAX_SLOTS = 64
-PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
 PREFETCH_CLOCKS_PER_KIB = 64  # one SM's share of memory's rate, about; faster prefetching slows the copies of others
 MAX_RANKS = 8  # of one host; a task's signals to all of them fit one warp
-COPIES_IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
     return environment.get_template("megakernel.cu.j2").render(
         plan=plan, target=find_target(plan.target), groups=tasks, num_stages=len(step.stages),
         headers=[f"tasks/{name}.cuh" for name in headers], ring_slots=ring_slots, slot_bytes=slot_bytes,
-        prefetch_chunks=PREFETCH_BYTES // slot_bytes, prefetch_clocks=PREFETCH_CLOCKS_PER_KIB * slot_bytes // 1024,
-        copies_in_flight=max(1, min(ring_slots, COPIES_IN_FLIGHT_BYTES // slot_bytes)), num_events=len(programs.events),
+        prefetch_chunks=plan.prefetch_bytes // slot_bytes, prefetch_clocks=PREFETCH_CLOCKS_PER_KIB * slot_bytes // 1024,
+        copies_in_flight=max(1, min(ring_slots, plan.in_flight_bytes // slot_bytes)), num_events=len(programs.events),
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
         sizes=programs.sizes, templates=[t.name for t in step.templates],
         stage_template=[s.template for s in step.stages], stage_layer=[s.layer or 0 for s in step.stages],

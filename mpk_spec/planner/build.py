@@ -11,6 +11,7 @@ from mpk_spec.planner.assign import assign
 from mpk_spec.planner.bind import bind
 from mpk_spec.planner.events import StageOrder, connect, enter
 from mpk_spec.planner.fuse import Fused, FusedSection, fuse
+from mpk_spec.planner.loader import resolve_loader
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
@@ -59,13 +60,16 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     sections = sums_into_readers(fuse(spec, model), model)
     ring, chunk = _ring(request, sections, model)
     lowered: dict[str, _Lowering] = {}
+    schedulers: list[Scheduler] = []
     problems: list = []
     for kind in request.steps:
         scheduler = Scheduler(
             spec, replace(model, types=dict(model.types), slots={}), request.target, request.size, request.batch,
             request.context, kind, request.tokens(kind), ring, problems,
         )  # fmt: skip
+        schedulers.append(scheduler)
         lowered[kind] = _lowering(sections, scheduler)
+    loader = resolve_loader(schedulers, chunk)
     splits = _kv_splits(spec, lowered, problems)
     _check_sums(spec, lowered[request.steps[0]], problems)
     if problems:
@@ -81,7 +85,8 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
         notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * chunk,
-        chunk_bytes=chunk, prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
+        chunk_bytes=chunk, in_flight_bytes=loader.in_flight, prefetch_bytes=loader.prefetch,
+        prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
     )  # fmt: skip
 

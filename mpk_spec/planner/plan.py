@@ -235,6 +235,10 @@ class Plan:
     """The resolved schedule of every group, for `plan --pin`."""
     ring_bytes: int = 0
     chunk_bytes: int = 0
+    in_flight_bytes: int = 48 * 1024
+    """Of copies that an SM's loader has on their way at once."""
+    prefetch_bytes: int = 128 * 1024
+    """That an SM's loader brings into L2 while its ring is full; 0: none."""
     prefixes: tuple[str, ...] = ("",)
     """Prefixes under which a checkpoint may publish its tensors."""
     ignore: tuple[str, ...] = ()

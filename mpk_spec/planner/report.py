@@ -185,6 +185,7 @@ def pin(plan: Plan) -> str:
     for kind, rules in kinds.items():
         lines.append(f"  - when: {_flow(when if alike else {**when, 'step': kind})}")
         lines.append("    set:")
+        lines.append(f'      "*": {_flow({"in_flight": plan.in_flight_bytes, "prefetch": plan.prefetch_bytes})}')
         lines += [f"      {_scalar(name)}: {_flow(rule)}" for name, rule in rules.items()]
         if alike:
             break

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mpk_spec.errors import Problem, did_you_mean
 from mpk_spec.schema.draft import Draft, operators
-from mpk_spec.schema.models import Repeat
+from mpk_spec.schema.models import WHOLE_KERNEL, Repeat, Settings
 
 
 def check(draft: Draft) -> Iterator[Problem]:
@@ -76,7 +76,8 @@ def _check_schedule(draft: Draft) -> Iterator[Problem]:
     fused = {member: name for name, fusion in draft.file.fusions.items() for member in fusion.of}
     known = (operators(draft) - set(fused)) | draft.written("fusions")
     for index, rule in enumerate(draft.file.schedule):
-        for group in rule.set:
+        for group, settings in rule.set.items():
+            yield from _check_whole_kernel(draft, ("schedule", index, "set", group), settings)
             base, _, derived = group.rpartition(".")
             if group in known | {"*"} or (derived in _DERIVED and base in known | set(fused)):
                 continue
@@ -86,6 +87,14 @@ def _check_schedule(draft: Draft) -> Iterator[Problem]:
                 yield draft.problem(path, f"'{group}' is computed in fusion '{fused[group]}'", hint, on="key")
             else:
                 yield draft.problem(path, *_unknown(draft, group, known, "operator or fusion"), on="key")
+
+
+def _check_whole_kernel(draft: Draft, path: tuple, settings: Settings) -> Iterator[Problem]:
+    """Some settings have no group."""
+    for key in WHOLE_KERNEL if path[-1] != "*" else ():
+        if getattr(settings, key) is not None:
+            said = f"'{key}' holds for the whole kernel, not for '{path[-1]}' alone"
+            yield draft.problem((*path, key), said, "write it under '*'", on="key")
 
 
 def _check_sizes_named(draft: Draft) -> Iterator[Problem]:

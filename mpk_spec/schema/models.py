@@ -56,6 +56,11 @@ GridDims = _either(
     {"anyOf": [_AUTO, {"type": "array", "items": _COUNT, "minItems": 1, "maxItems": 3}]},
 )
 CountOrAuto = _either(lambda v: v == "auto" or _is_count(v), "'auto' or a positive integer", {"anyOf": [_AUTO, _COUNT]})
+BytesOrAuto = _either(
+    lambda v: v == "auto" or _is_count(v) or (v == 0 and isinstance(v, int) and not isinstance(v, bool)),
+    "'auto', 0 or a positive integer",
+    {"anyOf": [_AUTO, {"type": "integer", "minimum": 0}]},
+)
 _SCALAR = {"type": ["string", "integer"]}
 OneOrMore = _either(
     lambda v: all(isinstance(x, (str, int)) and not isinstance(x, bool) for x in (v if isinstance(v, list) else [v])),
@@ -197,6 +202,9 @@ class Fusion(Section):
     pack: Pack | None = None
 
 
+WHOLE_KERNEL = ("in_flight", "prefetch")  # settings of '*' that no group has of its own
+
+
 class Settings(Section):
     """How an operator is cut into tasks. What is not said is auto."""
 
@@ -210,6 +218,12 @@ class Settings(Section):
     )
     partition: Literal["even", "balanced", "auto"] | None = Field(
         default=None, description="even: tasks of one size; balanced: sizes that keep all SMs busy"
+    )
+    in_flight: CountOrAuto | None = Field(
+        default=None, description="for '*' alone: bytes of copies that each SM has under way, in whole chunks"
+    )
+    prefetch: BytesOrAuto | None = Field(
+        default=None, description="for '*' alone: bytes that each SM brings into L2 while its ring is full; 0: none"
     )
 
 

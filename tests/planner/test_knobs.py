@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 import yaml
 from tiny_specs import WIDE, child, exact_error, planned, spec_of
 
+from mpk_spec.emit.source import emit
 from mpk_spec.errors import SpecError
 from mpk_spec.paths import specs_dir
+from mpk_spec.planner.diff import diff
 from mpk_spec.planner.plan import Group, Plan
 from mpk_spec.planner.report import pin
 from mpk_spec.schema import load_spec
@@ -202,6 +206,41 @@ def test_split_k_differs_by_step():
     spec = ruled("qwen3", "down_add", WIDE, when={"step": "decode"}, split_k=3)
     made = right(spec)
     assert groups(made)["down_add"].split_k == 3 and groups(made, "prefill")["down_add"].split_k == 1
+
+
+def _constants(made: Plan) -> dict[str, int]:
+    """The numbers that the kernel's source names."""
+    found = re.findall(r"^constexpr mpk::u32 (\w+) = (\d+);", emit(made).source, re.MULTILINE)
+    return {name: int(value) for name, value in found}
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "bytes_", "constant", "chunks"),
+    [
+        ("in_flight", 32768, 32768, "copies_in_flight", 8),
+        ("in_flight", 33000, 32768, "copies_in_flight", 8),  # whole chunks
+        ("in_flight", 4096, 4096, "copies_in_flight", 1),
+        ("prefetch", 0, 0, "prefetch_chunks", 0),
+        ("prefetch", 262144, 262144, "prefetch_chunks", 64),
+    ],
+)
+def test_loader(key, asked, bytes_, constant, chunks):
+    auto = planned(spec_of("qwen3"), **GPU)
+    made = planned(ruled("qwen3", "*", **{key: asked}), **GPU)
+    assert getattr(made, f"{key}_bytes") == json.loads(made.to_json())[f"{key}_bytes"] == bytes_
+    before, after = _constants(auto), _constants(made)
+    assert (before["copies_in_flight"], before["prefetch_chunks"]) == (12, 32)  # 48 and 128 KiB
+    assert {name for name in after if after[name] != before[name]} == {constant} and after[constant] == chunks
+    assert made.key != planned(ruled("qwen3", "*", **{key: "auto"}), **GPU).key
+    again = planned(child("qwen3", schedule=yaml.safe_load(pin(made))["schedule"]), **GPU)
+    assert again.to_json() == made.to_json() and f"{key}: {bytes_}" in pin(made)
+    assert f"{key}_bytes: {getattr(auto, f'{key}_bytes')} -> {bytes_}\n" in diff(auto, made)
+
+
+def test_the_loader_fits_small_rings():
+    """What is usual and does not fit is cut, so that a pinned plan is always accepted again."""
+    made = planned(spec_of("qwen3"), target="rtx4090", context=256, size="0.6b", verified=False)
+    assert (made.ring_bytes, made.in_flight_bytes, made.prefetch_bytes) == (32768, 32768, 131072)
 
 
 @pytest.mark.parametrize(

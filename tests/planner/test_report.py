@@ -112,10 +112,11 @@ def test_a_pinned_schedule_gives_the_same_plan(request_):
 
 
 def test_a_pin_is_for_what_was_asked(tiny):
-    assert pin(tiny).splitlines()[:4] == [
+    assert pin(tiny).splitlines()[:5] == [
         "schedule:",
         "  - when: {target: cpu, size: test, tp: 1, batch: 1}",
         "    set:",
+        '      "*": {in_flight: 49152, prefetch: 131072}',
         "      qkv: {grid: [4, 1, 1], block: [384, 1, 1], launch: static}",
     ]
 

@@ -1,0 +1,65 @@
+"""How far ahead an SM's loader may run: `in_flight` and `prefetch` of the rules for `*`, in whole chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpk_spec.schema.models import WHOLE_KERNEL
+
+if TYPE_CHECKING:
+    from mpk_spec.planner.schedule import Scheduler
+
+IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
+PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Bytes of each SM: copies on their way to its ring, and what is brought into L2 while the ring is full."""
+
+    in_flight: int
+    prefetch: int
+
+
+def resolve_loader(schedulers: Iterable[Scheduler], chunk: int) -> Loader:
+    """The loader of a plan, which serves all its steps. What cannot be goes to the schedulers' problems."""
+    found = [(scheduler, _of(scheduler, chunk)) for scheduler in schedulers]
+    (first, loader), *others = found
+    for other, wanted in others:
+        for key in WHOLE_KERNEL:
+            ours, theirs = getattr(loader, key), getattr(wanted, key)
+            if ours != theirs:
+                _, at = (other.pins("*") | first.pins("*"))[key]
+                said = f"'{key}' is {ours} in the {first.step} step and {theirs} in the {other.step} step"
+                hint = "one loader serves all steps: leave 'step' out of this rule's 'when'"
+                first.problems.append(first.spec.problem(at, said, hint))
+    return loader
+
+
+def _of(scheduler: Scheduler, chunk: int) -> Loader:
+    target, ring = scheduler.target, scheduler.ring_stages * chunk
+    share = max(chunk, target.l2_bytes // target.num_sms)
+    return Loader(
+        _whole_chunks(scheduler, "in_flight", IN_FLIGHT_BYTES, chunk, (chunk, ring), f"the ring's {ring}"),
+        _whole_chunks(
+            scheduler, "prefetch", PREFETCH_BYTES, chunk, (chunk, share),
+            f"{share} bytes of L2 for each SM of {target.title}", none=True,
+        ),
+    )  # fmt: skip
+
+
+def _whole_chunks(
+    scheduler: Scheduler, key: str, usual: int, chunk: int, limits: tuple[int, int], room: str, none: bool = False
+) -> int:
+    """`key` as pinned, else `usual` or the nearest that can be. none: 0 is a value too."""
+    least, most = limits
+    pin = scheduler.pins("*").get(key)
+    wanted = pin[0] if pin else usual
+    near = min(max(wanted, least), most) // chunk * chunk
+    if pin and not least <= wanted <= most and not (none and wanted == 0):
+        or_none = "0 (none) or " if none else ""
+        said = f"'{key}' is {or_none}at least one chunk of {chunk} bytes and at most {room}, got {wanted}"
+        scheduler.problems.append(scheduler.spec.problem(pin[1], said, f"nearest that works: {near}"))
+    return 0 if none and wanted == 0 else near
