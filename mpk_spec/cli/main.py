@@ -23,7 +23,7 @@ COMMANDS = {
     "test": "Run the checks of specs: the built-in ones and their own.",
     "bench": "Measure tokens per second against Hugging Face on the same weights.",
     "profile": "Say where each microsecond of a token goes on the GPU, and write a trace.",
-    "tune": "Fit the planner's predictions to this machine's GPU.",
+    "tune": "Search the fastest schedule on this machine's GPU, or fit the planner's predictions to it.",
     "schema": "Print the JSON Schema of specs, for editors.",
     "new": "Draft a spec from a checkpoint.",
     "doctor": "Say what this machine has and lacks for mpk-spec.",

@@ -1,8 +1,9 @@
-"""`mpk-spec tune`: makes the planner's predictions those of this machine's GPU."""
+"""`mpk-spec tune`: the schedule that is fastest on this machine's GPU, and a cost model that predicts it."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,24 +31,58 @@ def command(
         bool, typer.Option("--calibrate", help="Fit the cost model's constants to a profile and keep them.")
     ] = False,
     context: Annotated[
-        int, typer.Option("-c", "--context", min=16, metavar="N", help="Positions in the cache while it is measured.")
-    ] = 1024,
-    tokens: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Tokens to record.")] = 8,
+        int | None,
+        typer.Option(
+            "-c", "--context", min=16, metavar="N", help="Positions in the cache; default: 128, calibrating 1024."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, metavar="N", help="Tokens of a measurement; default: 48, calibrating 8."),
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=1, metavar="SECONDS", help="End the search in time; it goes on when run again.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write a spec there that extends SPEC with the rules."),
+    ] = None,
     stream_gbps: Annotated[
         float | None, typer.Option(min=1, metavar="GBPS", help="A measured ceiling, as 'bench' prints it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the constants as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fit the cost model to this machine's GPU. Needs a GPU.
+    """Search the schedule that is fastest on this machine's GPU. Needs a GPU.
 
-    The constants go into a file per GPU in the cache folder, which 'plan' and 'profile' read.
+    Tries splits of attention, grids of linears and the loader's limits, one after the other. Every candidate's logits
+    are held against those of the plan without rules. Prints what was tried and, where the best is faster beyond the
+    noise, its rules. Measurements are kept: the same command goes on where it was stopped.
+
+    With --calibrate it fits the cost model's constants instead, into a file per GPU in the cache folder, which 'plan'
+    and 'profile' read.
     """
+    from mpk_spec.cli.search import Asked, search
+
+    if calibrate:
+        for name, given in (("--limit", limit), ("--output", output)):
+            if given is not None:
+                raise UserError(f"{name} is for the search, --calibrate has none")
+        fit_constants(model, size, weights, context or 1024, tokens or 8, stream_gbps, as_json)
+        return
+    if stream_gbps is not None:
+        raise UserError("--stream-gbps is a constant of the cost model", "it goes with --calibrate")
+    search(Asked(model, size, weights, context or 128, tokens or 48, limit, output, as_json))
+
+
+def fit_constants(
+    model: str, size: str | None, weights: str | None, context: int, tokens: int, stream_gbps: float | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """`--calibrate`: a profile, the constants that fit it, and how well they predict it."""
     from mpk_spec.cli.profile import recorded
     from mpk_spec.profiler.calibrate import fit, save
     from mpk_spec.profiler.report import profile_of
 
-    if not calibrate:
-        raise UserError("there is nothing to tune", "--calibrate fits the cost model's constants to this GPU")
     backend, times, predicted = recorded(model, size, weights, context, tokens)
     before = profile_of(times, predicted)
     fits = fit(times, before.steps)

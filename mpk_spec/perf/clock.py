@@ -49,6 +49,12 @@ def time_decode(backend: CudaBackend, context: int, tokens: int, repeats: int) -
     return Times(median(paces), min(paces), max(paces), median(users), overhead, tokens, repeats)
 
 
+def pace(backend: CudaBackend, ids: list[int], tokens: int) -> float:
+    """Milliseconds per token, from one long launch and a short one."""
+    short, long = run(backend, ids, 1), run(backend, ids, tokens + 1)
+    return (long.gpu_ms - short.gpu_ms) / tokens
+
+
 def start_of(context: int, tokens: int) -> int:
     """Positions in the cache before the first token, so that the mean over the tokens is `context`."""
     return max(1, context - tokens // 2)

@@ -183,13 +183,17 @@ def pin(plan: Plan) -> str:
     when = {"target": plan.target, "size": plan.size, "tp": plan.tp, "batch": plan.batch}
     lines = ["schedule:"]
     for kind, rules in kinds.items():
-        lines.append(f"  - when: {_flow(when if alike else {**when, 'step': kind})}")
-        lines.append("    set:")
-        lines.append(f'      "*": {_flow({"in_flight": plan.in_flight_bytes, "prefetch": plan.prefetch_bytes})}')
-        lines += [f"      {_scalar(name)}: {_flow(rule)}" for name, rule in rules.items()]
+        loader = {"*": {"in_flight": plan.in_flight_bytes, "prefetch": plan.prefetch_bytes}}
+        lines += rule_lines(when if alike else {**when, "step": kind}, loader | rules)
         if alike:
             break
     return "\n".join(lines) + "\n"
+
+
+def rule_lines(when: dict[str, Any], settings: dict[str, dict[str, Any]]) -> list[str]:
+    """An item of `schedule`, settings by group."""
+    groups = [f"      {_scalar(name)}: {_flow(rule)}" for name, rule in settings.items()]
+    return [f"  - when: {_flow(when)}", "    set:", *groups]
 
 
 def _rules(plan: Plan, step: Step) -> dict[str, dict[str, Any]]:

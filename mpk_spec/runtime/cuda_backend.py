@@ -28,26 +28,33 @@ class CudaBackend:
         defines: tuple[str, ...] = (),
         build: Build | None = None,
         whole_gpu: bool = True,
+        share: CudaBackend | None = None,
     ):
         """Compiles (or finds) the kernel, checks that all fits into memory, packs the weights.
 
         defines: macros of a build for profiling or testing, see `cuda_probe`. whole_gpu: see `KernelModule`.
         build: the kernel of a folder that `mpk-spec build` made of `plan`; nothing is compiled then.
+        share: a backend of the same checkpoint; its packed weights are used where they lie as this plan's.
         Raises UserError for a machine, a driver or a plan that the kernel cannot run on.
         """
         from mpk_spec.emit.source import emit
         from mpk_spec.runtime.cuda_device import admit, find_device, memory_runs_out
         from mpk_spec.runtime.cuda_launch import KernelModule, Launcher, Memory
-        from mpk_spec.runtime.cuda_weights import load_weights
+        from mpk_spec.runtime.cuda_weights import load_weights, weights_lie_alike
 
         device = find_device()
         self.plan, self.context = plan, plan.context
         self.emitted = build.emitted if build else emit(plan)
         cubin = build.cubin if build else self._compile(defines, progress)
         module = KernelModule(self.emitted, cubin, device.index or 0, whole_gpu=whole_gpu)
-        admit(self.emitted, device)
+        shared = share is not None and weights_lie_alike(share.emitted.layout, self.emitted.layout)
+        admit(self.emitted, device, has_weights=shared)
         with memory_runs_out():
-            weights = load_weights(plan, self.emitted.layout, checkpoint, device, progress)
+            weights = (
+                share.launcher.weights
+                if shared
+                else load_weights(plan, self.emitted.layout, checkpoint, device, progress)
+            )
             self.memory = Memory(self.emitted, device)
         self.launcher = Launcher(self.emitted, module, self.memory, weights)
         self.description = (

@@ -73,14 +73,17 @@ def driver_cuda() -> tuple[int, int] | None:
     return number.value // 1000, number.value % 1000 // 10
 
 
-def admit(emitted, device) -> None:
-    """Raises UserError, saying what context would fit, unless weights, cache and activations fit into free memory."""
+def admit(emitted, device, has_weights: bool = False) -> None:
+    """Raises UserError, saying what context would fit, unless weights, cache and activations fit into free memory.
+
+    has_weights: they are there already.
+    """
     import torch
 
     free_gpu()
     free, total = torch.cuda.mem_get_info(device)
     plan, layout = emitted.plan, emitted.layout
-    fixed = layout.weight_bytes + sum(plan.arena_bytes.values()) + SPARE_BYTES
+    fixed = (0 if has_weights else layout.weight_bytes) + sum(plan.arena_bytes.values()) + SPARE_BYTES
     if fixed + layout.cache_bytes <= free:
         return
     taken = total - free - torch.cuda.memory_reserved(device)

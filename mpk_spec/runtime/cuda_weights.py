@@ -46,6 +46,11 @@ def load_weights(
     return arena
 
 
+def weights_lie_alike(a: Layout, b: Layout) -> bool:
+    """Whether what was packed for one is packed for the other."""
+    return (a.packed, a.flat, a.weight_bytes, a.layers) == (b.packed, b.flat, b.weight_bytes, b.layers)
+
+
 def _layers(layout: Layout, stride: int):
     return range(layout.layers) if stride else [None]
 

@@ -51,15 +51,15 @@ def _flat(node: Node) -> str:
     if isinstance(node.value, list):
         return "[" + ", ".join(_flat(child) for child in node.value) + "]"
     if isinstance(node.value, str):
-        return _text(node.value)
+        return as_text(node.value)
     return node.raw or "null"
 
 
 def _key(key: str | int) -> str:
-    return str(key) if isinstance(key, int) else _text(key)
+    return str(key) if isinstance(key, int) else as_text(key)
 
 
-def _text(text: str) -> str:
+def as_text(text: str) -> str:
     """Bare where it would be read back as the same text, else quoted."""
     is_plain = not _UNSAFE.search(text) and text == text.strip() and text.isprintable() and plain_scalar(text) == text
     return text if text and is_plain else json.dumps(text, ensure_ascii=False)

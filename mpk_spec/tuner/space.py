@@ -1,0 +1,81 @@
+"""What a search may set: for each knob the values that make sense for a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpk_spec.planner.plan import Group, Plan
+    from mpk_spec.schema import Spec
+
+Rules = dict[str, dict[str, Any]]  # settings by group, as under a schedule rule's `set`
+KV_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+KIB = 1024
+LOADER = {
+    "in_flight": tuple(n * KIB for n in (32, 48, 64)),
+    "prefetch": tuple(n * KIB for n in (0, 64, 128, 256)),
+}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Settings of one group that are chosen together: each choice is a map as under the group's name."""
+
+    group: str
+    name: str
+    choices: tuple[dict[str, Any], ...]
+
+
+def knobs(plan: Plan) -> list[Knob]:
+    """All of a plan for the GPU: splits of attention, grids of linears (most bytes first), limits of the loader."""
+    groups = _groups(plan)
+    attention = [g for g in groups if g.task == "attention"]
+    linears = sorted((g for g in groups if g.task == "linear"), key=lambda g: -sum(t.load_bytes for t in g.tasks))
+    found = [Knob(g.name, "kv_splits", tuple({"kv_splits": n} for n in KV_SPLITS)) for g in attention]
+    found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
+    return found + [Knob("*", key, tuple({key: n} for n in values)) for key, values in LOADER.items()]
+
+
+def _groups(plan: Plan) -> list[Group]:
+    """Of the decode step, each name once."""
+    templates = plan.steps["decode"].templates
+    return list({g.name: g for t in reversed(templates) for g in reversed(t.groups)}.values())[::-1]
+
+
+def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:
+    """Tasks of a linear: one per SM; as few as take no longer than that; a row tile more or less for the longest task;
+    the most that divide the tiles evenly."""
+    from mpk_spec.emit.layout import lay_out
+
+    part, sms = lay_out(plan).packed[group], plan.num_sms
+    tiles = part.rows // part.tile_rows
+    longest = -(-tiles // sms)
+    counts = {min(tiles, sms), max(d for d in range(1, sms + 1) if tiles % d == 0)}
+    counts |= {-(-tiles // n) for n in (longest - 1, longest, longest + 1) if n > 0}
+    for count in sorted(counts):
+        yield {"grid": [count, 1, 1], "partition": "balanced" if tiles % count else "even"}
+
+
+def with_choice(rules: Rules, knob: Knob, choice: dict[str, Any]) -> Rules:
+    """`rules` with one knob set otherwise."""
+    return {**rules, knob.group: {**rules.get(knob.group, {}), **choice}}
+
+
+def with_rules(spec: Spec, rules: Rules) -> Spec:
+    """The spec with one more rule, which wins over its own."""
+    from mpk_spec.schema.models import Rule
+
+    return replace(spec, schedule=[*spec.schedule, Rule.model_validate({"set": rules})]) if rules else spec
+
+
+def shown(rules: Rules) -> str:
+    """In a line: `attend kv_splits 4, qkv grid 128`."""
+    words = []
+    for group, settings in rules.items():
+        owner = "" if group == "*" else f"{group} "
+        for key, value in settings.items():
+            if key != "partition":
+                words.append(f"{owner}{key} {value[0] if isinstance(value, list) else value}")
+    return ", ".join(words) or "as planned"

@@ -1,0 +1,126 @@
+"""`mpk-spec tune` on a machine whose GPU is a formula: what is printed, written, refused, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from mpk_spec import errors
+from mpk_spec.cli.main import main
+from mpk_spec.planner import plan
+from mpk_spec.planner.targets import find_target
+from mpk_spec.schema import load_spec
+from mpk_spec.tuner import gpu
+from mpk_spec.tuner.journal import Measurement
+
+ASK = ["tune", "qwen3", "--size", "tiny", "--weights", "random:0"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """An H100 on which a token takes 5 ms, less with more prefetch; `wrong` is a number of bytes in flight."""
+    state = SimpleNamespace(measured=[], wrong=0, gain=0.1)
+
+    def ms(made):
+        return 5.0 - state.gain * made.prefetch_bytes / 262144
+
+    def measure(self, made):
+        state.measured.append((made.context, self.context, self.tokens))
+        right = made.in_flight_bytes != state.wrong
+        return Measurement(ms(made), ms(made), ms(made), right, "same bits" if right else "logits differ by 3")
+
+    found = SimpleNamespace(name="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("mpk_spec.runtime.select.target_here", lambda: (find_target("h100"), found))
+    monkeypatch.setattr(gpu.GpuMeasurer, "measure", measure)
+    monkeypatch.setattr(gpu.GpuMeasurer, "prepare", lambda self, plans: None)
+    monkeypatch.setattr(gpu.GpuMeasurer, "in_turn", lambda self, plans, n: [tuple(map(ms, plans))] * n)
+    return state
+
+
+def test_it_prints_a_table_the_best_and_its_rules(machine, capsys):
+    assert main(ASK) == errors.EXIT_OK
+    shown = capsys.readouterr()
+    table, said, rules = shown.out.split("\n\n")
+    assert table.splitlines()[2].split() == ["prefetch", "262144", "4.9000", "-1.01%", "same", "bits"]
+    assert "refused: a context of 512 has 8 blocks of 64, got 12 splits" in table
+    assert said == (
+        "best: prefetch 262144: 4.9000 ms per token at context 128, 4.9500 without, 0.0500 (+-0.0000) or 1.01% less"
+    )
+    assert rules.splitlines() == [
+        "schedule:",
+        "  - when: {target: h100, size: tiny, tp: 1, batch: 1}",
+        "    set:",
+        '      "*": {prefetch: 262144}',
+    ]
+    assert set(machine.measured) == {(512, 128, 48)}
+    assert "without rules: as planned: 4.9500 ms, same bits" in shown.err and "measurements: " in shown.err
+    count = len(machine.measured)
+    assert main(ASK) == errors.EXIT_OK and len(machine.measured) == count  # all known
+    assert capsys.readouterr().out == shown.out
+
+
+def test_a_file_that_extends_the_spec(machine, capsys, tmp_path):
+    path = tmp_path / "tuned.yaml"
+    assert main([*ASK, "-o", str(path), "-c", "200"]) == errors.EXIT_OK
+    assert capsys.readouterr().out.endswith(f"the rules are in {path}\n")
+    assert path.read_text().startswith("# On NVIDIA H100 80GB HBM3: 4.9000 ms per token at context 200, 4.9500 without")
+    asked = {"size": "tiny", "target": "h100", "context": 512}
+    assert plan(load_spec(path), **asked).prefetch_bytes == 262144
+    assert main(["validate", str(path)]) == errors.EXIT_OK
+
+
+def test_what_is_within_the_noise_is_not_recommended(machine, monkeypatch, capsys, tmp_path):
+    noisy = [(5.0, 4.9 + 0.3 * (-1) ** n) for n in range(6)]
+    monkeypatch.setattr(gpu.GpuMeasurer, "in_turn", lambda self, plans, n: noisy)
+    path = tmp_path / "tuned.yaml"
+    assert main([*ASK, "-o", str(path)]) == errors.EXIT_OK
+    shown = capsys.readouterr().out
+    assert "within the noise, so it is not recommended" in shown and "schedule:" not in shown and not path.exists()
+
+
+def test_where_nothing_is_better(machine, capsys):
+    machine.gain = 0.0
+    assert main(ASK) == errors.EXIT_OK
+    assert "the plan without rules is the best of " in capsys.readouterr().out
+
+
+def test_wrong_candidates_end_it_with_their_code(machine, capsys):
+    machine.wrong = 32768
+    assert main(ASK) == errors.EXIT_VERDICT
+    shown = capsys.readouterr()
+    assert "WRONG: logits differ by 3" in shown.out and "schedule:" in shown.out
+    assert "candidates failed or computed wrong numbers (never chosen)" in shown.err
+
+
+def test_json(machine, capsys):
+    assert main([*ASK, "--json"]) == errors.EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["best"] == {"*": {"prefetch": 262144}} and found["confirmed"]["real"] and found["complete"]
+    assert found["tried"][0] == {
+        "rules": {}, "refused": None, "ms": pytest.approx(4.95), "right": True, "output": "same bits",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([*ASK, "--calibrate", "--limit", "5"], "--limit is for the search, --calibrate has none"),
+        ([*ASK, "--calibrate", "-o", "a.yaml"], "--output is for the search, --calibrate has none"),
+        ([*ASK, "--stream-gbps", "3000"], "--stream-gbps is a constant of the cost model"),
+        ([*ASK, "-c", "600"], "more than the 512 positions"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(machine, asked, message, capsys):
+    assert main(asked) == errors.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_the_spec_itself_is_not_overwritten(machine, capsys, tmp_path):
+    from mpk_spec.paths import specs_dir
+
+    path = specs_dir() / "qwen3.yaml"
+    before = path.read_text()
+    assert main([*ASK, "-o", str(path)]) == errors.EXIT_BAD_INPUT
+    assert "is the spec itself" in capsys.readouterr().err and path.read_text() == before
