@@ -84,7 +84,8 @@ class Search:
     out_of_time: bool = False
 
     def __post_init__(self):
-        self.started, self.longest, self.compiling = self.clock(), 0.0, 0.0
+        self.started, self.compiling = self.clock(), 0.0
+        self.took: list[float] = []  # seconds, of each measurement
         self.seen: set[str] = set()
         self.failed = False
 
@@ -139,10 +140,10 @@ class Search:
             self.compiling = max(self.compiling, self.clock() - began)
 
     def _is_late(self, more: float = 0.0) -> bool:
-        """Whether `more` seconds, another measurement and the confirmation would take longer than there is time."""
+        """Whether `more` seconds, another measurement and the confirmation, as long as two, exceed the limit."""
         if self.limit is None:
             return False
-        if self.clock() - self.started + more + 2 * self.longest > self.limit and not self.out_of_time:
+        if self.clock() - self.started + more + 3 * min(self.took, default=0) > self.limit and not self.out_of_time:
             self.out_of_time = True
             self.say(f"the {self.limit:g} seconds are over: the same command goes on from here")
         return self.out_of_time
@@ -176,7 +177,7 @@ class Search:
             return measured
         self.failed = False
         self.journal.add(plan.key, shown(rules), measured)
-        self.longest = max(self.longest, self.clock() - began)
+        self.took.append(self.clock() - began)
         return measured
 
     def told(self, trial: Trial) -> str:

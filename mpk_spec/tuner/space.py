@@ -29,13 +29,16 @@ class Knob:
 
 
 def knobs(plan: Plan) -> list[Knob]:
-    """All of a plan for the GPU: splits of attention, grids of linears (most bytes first), limits of the loader."""
+    """All of a plan for the GPU: limits of the loader, grids of linears (most bytes first), splits of attention.
+
+    Splits come last: to judge them takes the truth, which is the longest wait of a search.
+    """
     groups = _groups(plan)
     attention = [g for g in groups if g.task == "attention"]
     linears = sorted((g for g in groups if g.task == "linear"), key=lambda g: -sum(t.load_bytes for t in g.tasks))
-    found = [Knob(g.name, "kv_splits", tuple({"kv_splits": n} for n in KV_SPLITS)) for g in attention]
+    found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in LOADER.items()]
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
-    return found + [Knob("*", key, tuple({key: n} for n in values)) for key, values in LOADER.items()]
+    return found + [Knob(g.name, "kv_splits", tuple({"kv_splits": n} for n in KV_SPLITS)) for g in attention]
 
 
 def _groups(plan: Plan) -> list[Group]:
@@ -46,13 +49,13 @@ def _groups(plan: Plan) -> list[Group]:
 
 def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:
     """Tasks of a linear: one per SM; as few as take no longer than that; a row tile more or less for the longest task;
-    the most that divide the tiles evenly."""
+    the most that divide the tiles evenly, unless half of the SMs would idle."""
     from mpk_spec.emit.layout import lay_out
 
     part, sms = lay_out(plan).packed[group], plan.num_sms
     tiles = part.rows // part.tile_rows
     longest = -(-tiles // sms)
-    counts = {min(tiles, sms), max(d for d in range(1, sms + 1) if tiles % d == 0)}
+    counts = {min(tiles, sms), *[d for d in range(sms, sms // 2, -1) if tiles % d == 0][:1]}
     counts |= {-(-tiles // n) for n in (longest - 1, longest, longest + 1) if n > 0}
     for count in sorted(counts):
         yield {"grid": [count, 1, 1], "partition": "balanced" if tiles % count else "even"}

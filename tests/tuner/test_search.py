@@ -45,7 +45,8 @@ def test_it_finds_the_best_of_each_knob(path):
     assert set(measurer.prepared) == set(keys[1:])
     assert said[0].startswith("without rules: as planned: ") and said[0].endswith(" ms, same bits")
     assert any(
-        s.startswith("attend kv_splits ") and "/3: attend kv_splits 2: 4.9" in s and "%), same" in s for s in said
+        s.startswith("attend kv_splits ") and "/3: prefetch 262144, attend kv_splits 2: 4.8" in s and "%), same" in s
+        for s in said
     )
     assert run.confirm(best).is_real
 
@@ -54,8 +55,8 @@ def test_refused_candidates_are_said_once_and_never_measured(path):
     run, said = search(FakeMeasurer(), path)
     run.run()
     refused = [t for t in run.trials if t.refused]
-    assert shown(refused[0].rules) == "attend kv_splits 6"
-    assert "attend kv_splits 6: refused: a context of 256 has 4 blocks of 64, got 6 splits" in said
+    assert shown(refused[0].rules) == "prefetch 262144, attend kv_splits 6"
+    assert "prefetch 262144, attend kv_splits 6: refused: a context of 256 has 4 blocks of 64, got 6 splits" in said
     assert len({shown(t.rules) for t in refused}) == len(refused)
     assert all(t.plan is None and t.ms == float("inf") for t in refused)
 
@@ -87,7 +88,7 @@ def test_a_limit_ends_it_in_time_and_later_it_goes_on(path, limit):
     measurer = FakeMeasurer()
     run, said = search(measurer, path, limit)
     run.run()
-    assert run.out_of_time and 0 < measurer.now <= limit - 10  # a measurement's time is left for the confirmation
+    assert run.out_of_time and 0 < measurer.now <= limit - 20  # which the confirmation takes
     assert said.count(f"the {limit:g} seconds are over: the same command goes on from here") == 1
     rest = FakeMeasurer()
     whole, _ = search(rest, path, None)
@@ -120,7 +121,7 @@ def test_a_kernel_that_fails_is_passed_by_now_and_later(path):
 
 
 def test_two_failures_in_a_row_end_it(path):
-    measurer = FakeMeasurer(fails=lambda p: group(p, "attend").kv_splits != group(planned({}), "attend").kv_splits)
+    measurer = FakeMeasurer(fails=lambda p: p.in_flight_bytes != 49152)
     run, _ = search(measurer, path)
     with pytest.raises(UserError, match="the kernel was aborted"):
         run.run()
@@ -162,7 +163,7 @@ def test_the_confirmation_looks_at_the_spread(path, noise, real):
     best = run.run()
     gain = run.confirm(best)
     assert gain.is_real == real and gain.after == pytest.approx(best.ms)
-    assert said[-1] == "confirming attend kv_splits 2, prefetch 262144"
+    assert said[-1] == "confirming prefetch 262144, attend kv_splits 2"
 
 
 def test_what_a_gain_must_be():
