@@ -1,6 +1,7 @@
 // The state of one SM: its shared memory, and what each role keeps in registers.
 //
-// Warpgroup 0 produces: warp 0 loads, warp 1 schedules, warp 2 watches the host and the abort flag, warp 3 prefetches.
+// Warpgroup 0 produces: warp 0 loads and prefetches, warp 1 schedules, warp 2 watches the host and the abort flag; warp 3
+// only completes the warpgroup, so that its registers can move.
 // Warpgroups 1 and 2 compute. Order of shared memory: ring | activations | partial sums | Shared.
 #pragma once
 #include "runtime/program.cuh"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 DEFAULT_CONTEXT = 4096  # positions; a conversation rarely needs more, and a KV cache costs memory for each
+SEEN_RUNNING = ("sm_90a",)  # architectures that "auto" gives the kernel to; the others only compile it so far
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
@@ -102,12 +103,17 @@ def choose_backend(spec: Spec, size: str | None, checkpoint: Checkpoint, context
     """("cuda" or "cpu", why): the GPU if there is one and the kernel can run this model on it."""
     from mpk_spec.emit.compiler import nvrtc_version
     from mpk_spec.emit.source import emit
+    from mpk_spec.planner.targets import find_target
 
     try:
-        emit(plan_for_gpu(spec, size, checkpoint, context, tp))
+        plan = plan_for_gpu(spec, size, checkpoint, context, tp)
+        emit(plan)
         nvrtc_version()
     except UserError as error:
         return "cpu", error.message
+    arch = find_target(plan.target).arch
+    if arch not in SEEN_RUNNING:
+        return "cpu", f"the kernel was never run on {arch}; '--backend cuda' tries it, 'compare' judges it"
     return "cuda", "there is a GPU that runs this plan" if tp == 1 else f"there are {tp} GPUs that run this plan"
 
 

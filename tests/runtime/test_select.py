@@ -39,20 +39,35 @@ def test_without_a_gpu_the_choice_is_the_cpu_and_says_why(monkeypatch):
     assert why in ("there is no usable NVIDIA GPU here", "this torch is built without CUDA")
 
 
-@pytest.mark.parametrize(("spec", "size", "choice"), [("qwen3", "tiny", "cuda"), ("gemma3", "tiny", "cpu")])
-def test_with_a_gpu_the_choice_is_the_kernel_if_it_can_run_the_model(monkeypatch, spec, size, choice):
+def on_gpu(monkeypatch, spec: str, **properties) -> tuple[str, str]:
+    """What is chosen for a spec's tiny size where torch shows such a GPU."""
     from mpk_spec.planner import size_config
     from mpk_spec.schema import load_spec
 
     loaded = load_spec(spec)
-    checkpoint = SimpleNamespace(config=size_config(loaded, size), architecture=loaded.model.architectures[0])
-    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132)
+    checkpoint = SimpleNamespace(config=size_config(loaded, "tiny"), architecture=loaded.model.architectures[0])
+    gpu = SimpleNamespace(**properties)
     monkeypatch.setattr("mpk_spec.runtime.cuda_device.find_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
     monkeypatch.setattr("mpk_spec.emit.compiler.nvrtc_version", lambda: "13.0")
-    name, why = select.choose_backend(loaded, size, checkpoint, 256)
+    return select.choose_backend(loaded, "tiny", checkpoint, 256)
+
+
+H100 = {"name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "multi_processor_count": 132}
+A100 = {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "multi_processor_count": 108}
+
+
+@pytest.mark.parametrize(("spec", "choice"), [("qwen3", "cuda"), ("gemma3", "cpu")])
+def test_with_a_gpu_the_choice_is_the_kernel_if_it_can_run_the_model(monkeypatch, spec, choice):
+    name, why = on_gpu(monkeypatch, spec, **H100)
     assert name == choice, why
     assert choice == "cuda" or "the CUDA kernel cannot" in why
+
+
+def test_nobody_gets_a_kernel_that_was_never_run_on_such_a_gpu_without_asking(monkeypatch):
+    assert on_gpu(monkeypatch, "qwen3", **A100) == (
+        "cpu", "the kernel was never run on sm_80; '--backend cuda' tries it, 'compare' judges it"
+    )  # fmt: skip
 
 
 def test_a_choice_of_the_person_is_not_repeated(opened, capsys):
