@@ -3,6 +3,7 @@
 python benchmarks/kernel.py check qwen3:tiny smollm2:135m     # the same bits each way, and the distance from float32
 python benchmarks/kernel.py time qwen3:0.6b qwen3:8b          # ms per token; --ceiling measures what 100 % is
 python benchmarks/kernel.py trace qwen3:8b                    # where the time of a token goes
+python benchmarks/kernel.py compile qwen3:8b                  # ahead of the others, without a GPU
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "time", "trace"])
+    parser.add_argument("what", choices=["check", "time", "trace", "compile"])
     parser.add_argument("models", nargs="+", metavar="SPEC:SIZE")
     parser.add_argument("--target", default="h100")
     parser.add_argument("--context", type=int, default=512, help="positions that the cache has room for")
@@ -22,11 +23,12 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=64, help="tokens of a timed launch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rule", action="append", metavar="KEY=VALUE", default=[], help="of the schedule, for all groups")
     parser.add_argument("--ceiling", action="store_true", help="measure the ceiling of memory first")
     options = parser.parse_args()
     options.gbps = measured_ceiling(options.target) if options.ceiling else None
     for model in options.models:
-        {"check": check, "time": measure, "trace": trace}[options.what](model, options)
+        {"check": check, "time": measure, "trace": trace, "compile": compiled}[options.what](model, options)
     return 0
 
 
@@ -44,16 +46,36 @@ def measured_ceiling(target: str) -> float:
     return ceiling.gbps
 
 
-def open_random(model: str, options, defines: tuple[str, ...] = ()):
-    """(backend, checkpoint) with random weights."""
+def ruled(spec, rules: list[str]):
+    """The spec with rules for `*`, as in crossing=event or in_flight=32768."""
+    from mpk_spec.tuner.space import with_rules
+
+    words = dict(rule.split("=", 1) for rule in rules)
+    return with_rules(spec, {"*": {k: int(v) if v.isdecimal() else v for k, v in words.items()}}) if words else spec
+
+
+def planned(model: str, options):
     from mpk_spec.planner import plan
-    from mpk_spec.runtime.cuda_backend import CudaBackend
-    from mpk_spec.runtime.random_model import checkpoint_of_plan
     from mpk_spec.schema import load_spec
 
     name, _, size = model.partition(":")
     context = max(options.context, options.prompt + options.new)
-    made = plan(load_spec(name), size=size, target=options.target, context=context)
+    return plan(ruled(load_spec(name), options.rule), size=size, target=options.target, context=context)
+
+
+def compiled(model: str, options) -> None:
+    """Into the cache of cubins; needs no GPU."""
+    from mpk_spec.tuner.gpu import compile_plan
+
+    compile_plan(planned(model, options))
+
+
+def open_random(model: str, options, defines: tuple[str, ...] = ()):
+    """(backend, checkpoint) with random weights."""
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.runtime.random_model import checkpoint_of_plan
+
+    made = planned(model, options)
     checkpoint = checkpoint_of_plan(made, options.seed)
     started = time.perf_counter()
     backend = CudaBackend(made, checkpoint, defines=defines)

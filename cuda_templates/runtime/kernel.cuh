@@ -2,6 +2,7 @@
 #pragma once
 #include "runtime/loader.cuh"
 #include "runtime/scheduler.cuh"
+#include "runtime/signaller.cuh"
 
 namespace mpk {
 
@@ -18,7 +19,8 @@ __device__ void set_up(const Params& params, Shared& shared) {
     }
     for (u32 i = 0; i < ready_depth; ++i) {
       ptx::barrier_init(&shared.ready[i], 1);
-      ptx::barrier_init(&shared.taken[i], 1);
+      ptx::barrier_init(&shared.stored[i], worker_warps);
+      ptx::barrier_init(&shared.taken[i], 2);
     }
     ptx::fence_barrier_init();
     shared.stop = shared.abort = shared.host_stop = 0;
@@ -35,6 +37,7 @@ __device__ __forceinline__ bool take_step(Progress& progress) {
   const bool more = w.step->tokens != 0;
   w.sync();
   w.release_ready();
+  w.mark_stored();
   progress.taken = w.taken;
   return more;
 }
@@ -74,5 +77,6 @@ extern "C" __global__ void __launch_bounds__(mpk::block_threads, 1) megakernel(c
     if (warp == 0) run_loader(params, shared, shared_memory, lane);
     if (warp == 1) Scheduler(params, shared, lane).run();
     if (warp == 2) run_lookout(params, shared, lane);
+    if (warp == 3) Signaller(params, shared, lane).run();
   }
 }

@@ -45,7 +45,7 @@ struct LogEntry {
   u32 clock;
 };
 
-enum Role : u32 { scheduling, working, loading };
+enum Role : u32 { scheduling, working, loading, signalling };
 constexpr u32 num_logs = 2;  // of an SM: the scheduler's waits, the workers' starts and signals
 
 enum Defect : u32 { no_defect, dropped_signal, early_event, wrong_page, lost_residual, late_position, missing_gain, wrong_eps };
@@ -89,7 +89,17 @@ __device__ __forceinline__ bool starts_early(const Params& params, const Entry& 
 #endif
 }
 
-// A pause of up to 16 us, in one of four places, that depends on the seed, the SM, the warp and the place.
+// Whether a group does not wait for values that cross as data.
+template <class Params>
+__device__ __forceinline__ bool looks_away(const Params& params, u32 group) {
+#if MPK_DEFECTS
+  return params.probes.defect == early_event && params.probes.at_group == group;
+#else
+  return false;
+#endif
+}
+
+// A pause of up to 16 us, in one of four cases, that depends on the seed, the SM, the warp and the place.
 template <class Params>
 __device__ __forceinline__ void pause(const Params& params, Role role, u32 place) {
 #if MPK_DELAYS
@@ -128,6 +138,9 @@ struct Recorder {
   TaskTimes times;
   u32 using_chunks;  // since the last barrier
 #endif
+#if MPK_CONFORM
+  u32 start[4];  // clock when the workers' last tasks were ready
+#endif
 
   __device__ __forceinline__ void mark_asked() {
 #if MPK_PROFILE
@@ -135,9 +148,20 @@ struct Recorder {
     using_chunks = 0;
 #endif
   }
-  __device__ __forceinline__ void mark_ready() {
+  // `place`: of the hand-over.
+  __device__ __forceinline__ void mark_ready(u32 place) {
 #if MPK_PROFILE
     times.ready = ptx::cycles();
+#endif
+#if MPK_CONFORM
+    start[place] = static_cast<u32>(ptx::cycles());
+#endif
+  }
+  __device__ __forceinline__ u32 started(u32 place) const {
+#if MPK_CONFORM
+    return start[place];
+#else
+    return 0;
 #endif
   }
   __device__ __forceinline__ void mark_opened() {
@@ -168,14 +192,30 @@ struct Recorder {
     times.stored = ptx::cycles();
 #endif
   }
-  // `place`: of the task in its SM's queue of the stage.
+  // The place of a task's times: `place` in its SM's queue of the stage. None where the step is not recorded.
   template <class Params>
-  __device__ __forceinline__ void mark_signalled(const Params& params, u32 step, u32 stage, u32 place, u32 num_stages, u32 places) {
+  __device__ __forceinline__ TaskTimes* times_at(const Params& params, u32 step, u32 stage, u32 place, u32 num_stages, u32 places) {
 #if MPK_PROFILE
-    times.signalled = ptx::cycles();
     const Probes& p = params.probes;
     const u32 at = step - p.trace_step;  // wraps: later than any step before it
-    if (at < p.trace_steps) p.times[((static_cast<u64>(at) * gridDim.x + blockIdx.x) * num_stages + stage) * places + place] = times;
+    if (at < p.trace_steps) return &p.times[((static_cast<u64>(at) * gridDim.x + blockIdx.x) * num_stages + stage) * places + place];
+#endif
+    return nullptr;
+  }
+  // All times but that of the signal, which another warp adds.
+  template <class... Place>
+  __device__ __forceinline__ void write_times(Place... place) {
+#if MPK_PROFILE
+    if (TaskTimes* to = times_at(place...)) {
+      to->global_ns = times.global_ns, to->asked = times.asked, to->ready = times.ready, to->opened = times.opened;
+      to->waited = times.waited, to->computed = times.computed, to->stored = times.stored;
+    }
+#endif
+  }
+  template <class... Place>
+  __device__ __forceinline__ void mark_signalled(Place... place) {
+#if MPK_PROFILE
+    if (TaskTimes* to = times_at(place...)) to->signalled = ptx::cycles();
 #endif
   }
 };
@@ -184,14 +224,7 @@ struct Recorder {
 struct Log {
 #if MPK_CONFORM
   u32 count = 0;
-  u32 started = 0;  // clock when the workers' current task was ready
 #endif
-
-  __device__ __forceinline__ void starts() {
-#if MPK_CONFORM
-    started = static_cast<u32>(ptx::cycles());
-#endif
-  }
 
   // Puts down entry `ahead` of those that `skip` then passes.
   template <class Params>
@@ -203,10 +236,10 @@ struct Log {
 #endif
   }
   template <class Params>
-  __device__ __forceinline__ void put_start(const Params& params, const LogEntry& entry) const {
+  __device__ __forceinline__ void put_start(const Params& params, u32 clock, const LogEntry& entry) const {
 #if MPK_CONFORM
     LogEntry then = entry;
-    then.clock = started;
+    then.clock = clock;
     write(params, working, 0, then);
 #endif
   }

@@ -13,6 +13,7 @@ struct Scheduler {
   u32 step;  // steps since the events were zero, this one not counted
   u32 given = 0;
   u32 stage = 0;
+  u32 tokens = 0;
   probe::Log log;
 
   __device__ Scheduler(const Params& p, Shared& s, u32 l) : params(p), shared(s), lane(l), step(p.first_step) {}
@@ -27,10 +28,11 @@ struct Scheduler {
 
   // Events are never set back: after n steps a counter stands at n times the signals of one step.
   __device__ __forceinline__ void wait_event(const Wait& wait, const Entry& entry, u32 number) {
-    const bool before = wait.back > stage;  // it belongs to the step before
-    const u32 at = before ? stage + plan::num_stages - wait.back : stage - wait.back;
+    const u32 back = wait.back + (wait.data && tokens == 1);
+    const bool before = back > stage;  // it belongs to the step before
+    const u32 at = before ? stage + plan::num_stages - back : stage - back;
     const u32 total = plan::event_total[plan::stage_template[at]][wait.event];
-    const u32 count = probe::starts_early(params, entry) && !wait.back ? 0 : wait.count;
+    const u32 count = total == 0 || (probe::starts_early(params, entry) && !wait.back) ? 0 : wait.count;
     const u32 wanted = (before ? step - 1 : step) * total + count;
     const u32 event = at * plan::num_events + wait.event;
     const u32* counter = params.events + event * plan::event_stride;
@@ -84,7 +86,7 @@ struct Scheduler {
     u32* to = reinterpret_cast<u32*>(&shared.step[step % 2]);
     if (lane < sizeof(Step) / 4) to[lane] = ptx::load_l2_4(from + lane);
     __syncwarp();
-    const u32 tokens = shared.step[step % 2].tokens;
+    tokens = shared.step[step % 2].tokens;
     give();
     return tokens;
   }

@@ -1,7 +1,7 @@
 // The state of one SM: its shared memory, and what each role keeps in registers.
 //
-// Warpgroup 0 produces: warp 0 loads and prefetches, warp 1 schedules, warp 2 watches the host and the abort flag; warp 3
-// only completes the warpgroup, so that its registers can move.
+// Warpgroup 0 produces: warp 0 loads and prefetches, warp 1 schedules, warp 2 watches the host and the abort flag, warp 3
+// signals events for the workers, who go on meanwhile.
 // Warpgroups 1 and 2 compute. Order of shared memory: ring | activations | partial sums | Shared.
 #pragma once
 #include "runtime/program.cuh"
@@ -26,7 +26,8 @@ struct Shared : probe::Recorder {
   u64 full[plan::ring_slots];
   u64 empty[plan::ring_slots];
   u64 ready[ready_depth];
-  u64 taken[ready_depth];
+  u64 stored[ready_depth];  // all warps have stored what they had to
+  u64 taken[ready_depth];  // by the workers, and by the warp that signals
   Step step[2];
   u32 stop;  // the loader may leave
   u32 abort;
@@ -69,7 +70,6 @@ struct Progress {
   u32 taken = 0;  // tasks (and steps) taken from the scheduler
   u32 stage = 0, step_index = 0;
   u32 place = 0;  // of the task in its queue
-  probe::Log log;
 };
 
 // One of the 256 threads that compute. After an abort no wait blocks, so that all of them still meet at every barrier.
@@ -80,7 +80,7 @@ struct Worker : Progress {
   u8* scratch;
   u32 thread, warp, lane;
   const Step* step;
-  u32 tokens, position, layer;
+  u32 tokens, position, layer, group;
   probe::ChunkWaits waits;
 
   __device__ __forceinline__ Worker(const Progress& progress, u32 thread_in_block)
@@ -94,6 +94,8 @@ struct Worker : Progress {
     layer = plan::stage_layer[stage];
   }
 
+  // Layers before this one, those of earlier steps included.
+  __device__ __forceinline__ u32 layers_run() const { return step_index * plan::num_layers + layer; }
   __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
 
   __device__ __forceinline__ u8* activations() const { return scratch; }
@@ -106,8 +108,7 @@ struct Worker : Progress {
   // The events of the next task (or the next step's descriptor) have arrived.
   __device__ __forceinline__ void wait_ready() {
     wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);
-    if (thread == 0) shared.mark_ready();
-    log.starts();
+    if (thread == 0) shared.mark_ready(taken % ready_depth);
     probe::pause(params, probe::working, taken);
   }
   // Every worker has read what the scheduler left; to be called once per wait_ready, after a barrier.
@@ -136,29 +137,19 @@ struct Worker : Progress {
     }
   }
 
-  // A signal to this rank or, where the event is all ranks', to a peer. Such an event has all its signals at system scope, so
-  // that they add up.
-  __device__ __forceinline__ void send(const Entry& entry, u32 peer, u32 index) {
-    const u32 name = shared.program.signal[entry.first_signal + index];
-    const bool shared_by_ranks = plan::from_peers(name);
-    if (!shared_by_ranks && peer != 0) return;
-    const u32 event = stage * plan::num_events + name;
-    u32* counter = params.events + event * plan::event_stride;
-    const u32 found = probe::send(shared_by_ranks ? params.on(peer, counter) : counter, shared_by_ranks);
-    if (!shared_by_ranks || peer == params.rank)
-      log.put(params, probe::working, 1 + index, {probe::signal, step_index, stage, entry.group, entry.task, event, found});
+  // All stores of this task are done by this warp; the warp that signals waits for all of them.
+  __device__ __forceinline__ void mark_stored() {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&shared.stored[(taken - 1) % ready_depth]);
   }
 
-  // All stores of this task are done by all workers: tell whoever waits for them.
-  __device__ __forceinline__ void signal(const Entry& entry) {
+  // The end of a task, whose values are stored.
+  __device__ __forceinline__ void signal(const Entry&) {
     if (thread == 0) shared.mark_stored();
     probe::pause(params, probe::working, ~taken);
     sync();
-    if (thread < entry.num_signals * num_ranks && !probe::drops_signals(params, stage, entry))
-      send(entry, thread % num_ranks, thread / num_ranks);
-    if (thread == 0) log.put_start(params, {probe::start, step_index, stage, entry.group, entry.task});
-    log.skip(1 + entry.num_signals);
-    if (thread == 0) shared.mark_signalled(params, step_index, stage, place, plan::num_stages, plan::max_queue);
+    if (thread == 0) shared.write_times(params, step_index, stage, place, plan::num_stages, plan::max_queue);
+    mark_stored();
   }
 };
 
@@ -167,10 +158,10 @@ struct Worker : Progress {
 template <u32 Number, class Task>
 __device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
   Worker w(progress, ptx::thread_in_block<Number>());
+  w.group = w.shared.program.entry[entry].group;
   Task::run(w, w.shared.program.entry[entry]);
   progress.slot = w.slot;
   progress.slot_parity = w.slot_parity;
-  progress.log = w.log;
   progress.taken = w.taken;
 }
 

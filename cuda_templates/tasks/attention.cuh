@@ -123,6 +123,19 @@ struct Attention {
     if constexpr (per == 2) return make_uint2(ptx::load_l2_4(from), 0);
     return make_uint2(ptx::load_l2_2(from), 0);
   }
+  // The same of what this step has computed.
+  static __device__ __forceinline__ uint2 new_features(const Worker& w, const u8* from) {
+    if constexpr (per == 4) return settled<uint2>(w, from);
+    if constexpr (per == 2) return make_uint2(settled<u32>(w, from), 0);
+    return make_uint2(settled<u16>(w, from), 0);
+  }
+  template <class Bits>
+  static __device__ __forceinline__ Bits settled(const Worker& w, const u8* from) {
+    Bits v;
+    Q::look(from, v);  // K's and V's cross in the same way
+    Q::settle(w, from, v);
+    return v;
+  }
   static __device__ __forceinline__ void widen(uint2 v, float (&to)[per]) {
     to[0] = ptx::low_bf16(v.x);
     if constexpr (per > 1) to[1] = ptx::high_bf16(v.x);
@@ -159,7 +172,7 @@ struct Attention {
       float x[per];
       const u8* from = query ? Q::at(w, token, (head * group + row % group) * dim)
                              : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim));
-      widen(load_features(from + w.lane * per * 2), x);
+      widen(new_features(w, from + w.lane * per * 2), x);
       if (!value) {
         Norms::apply(gain, x);
         Rotary::apply(w, angle, x);
@@ -339,11 +352,11 @@ struct Attention {
       }
       const int token = (first_row + r) / group, query = head * group + (first_row + r) % group;
       if constexpr (Shape::splits == 1) {
-        *reinterpret_cast<u32*>(Out::at(w, token, query * dim + 2 * pair)) = ptx::pack_bf16(sum.x / total, sum.y / total);
+        Out::put(w, token, query * dim + 2 * pair, ptx::pack_bf16(sum.x / total, sum.y / total));
       } else {
         const int row = (worker * Shape::heads + query) * (dim + 2);
-        *reinterpret_cast<float2*>(Out::at(w, token, row + 2 * pair)) = sum;
-        if (pair == 0) *reinterpret_cast<float2*>(Out::at(w, token, row + dim)) = make_float2(peak, total);
+        Out::put(w, token, row + 2 * pair, bits_of(sum));
+        if (pair == 0) Out::put(w, token, row + dim, bits_of(make_float2(peak, total)));
       }
     }
   }

@@ -7,21 +7,37 @@
 
 namespace mpk {
 
-template <u64 Offset, int Heads, int HeadDim, int Splits, int Block>
+template <class Source, int Heads, int HeadDim, int Splits, int Block>
 struct AttentionMerge {
   static constexpr int row = HeadDim + 2;
+  static_assert(Source::features == Splits * Heads * row, "[splits, heads, head_dim + 2]");
   static_assert(HeadDim % 4 == 0, "a thread's four features belong to one head");
 
-  static __device__ __forceinline__ bool prepare(Worker&, const Entry&, bool) { return false; }
+  // Fills the panel too, and says so, where there is one token of few splits.
+  static __device__ __forceinline__ bool prepare(Worker& w, const Entry&, bool whole) {
+    const Panel panel{0, Heads * HeadDim};
+    const int live = seen(w, 0);
+    if (!whole || w.tokens > 1 || live > few) return false;
+    switch (live) {
+      case 1: merge_few<1>(w, panel); break;
+      case 2: merge_few<2>(w, panel); break;
+      case 3: merge_few<3>(w, panel); break;
+      default: merge_few<few>(w, panel);
+    }
+    return true;
+  }
 
   static __device__ void fill(const Worker& w, const Panel& panel) {
-    const int live = seen(w, 0);
-    if (w.tokens > 1 || live > few) return merge_many(w, panel);
-    switch (live) {
-      case 1: return merge_few<1>(w, panel);
-      case 2: return merge_few<2>(w, panel);
-      case 3: return merge_few<3>(w, panel);
-      default: return merge_few<few>(w, panel);
+    const int count = (panel.hi - panel.lo) / 4;
+    for (int i = w.thread; i < count * static_cast<int>(w.tokens); i += worker_threads) {
+      Item item;
+      item.open(w, i / count, panel.lo + i % count * 4);
+      for (int first = 0; first < item.live; first += few) {
+        item.load(first);
+        item.settle(w, first);
+        item.add_splits(first);
+      }
+      panel.store_four(w, item.token, item.feature, rounded(item.top, 1.f / item.bottom));
     }
   }
 
@@ -35,26 +51,26 @@ struct AttentionMerge {
   static __device__ __forceinline__ int seen(const Worker& w, int token) {
     return min_of(Splits, static_cast<int>(w.position + token) / Block + 1);
   }
-  static __device__ __forceinline__ const u8* at(const Worker& w, int token, int head, int dim) {
-    return w.params.arena + Offset + static_cast<u64>(token * Splits * Heads + head) * (row * 4) + dim * 4;
-  }
+  // Bytes from a split's begin.
+  static __device__ __forceinline__ u32 place(int feature) { return (feature / HeadDim * row + feature % HeadDim) * 4; }
 
   // One token, few splits: all is asked for at once, and a thread works out the factors of a whole head.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
     constexpr int at_once = MPK_MOVES_REGISTERS ? 4 : 2;
     const int count = (panel.hi - panel.lo) / 4;
+    const u8* row_begin = Source::at(w, 0, 0);
 #pragma unroll 1
     for (int first = 0; first < count; first += at_once * worker_threads) {
       uint2 low[at_once][Live], high[at_once][Live];
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
-        const u8* from = at(w, 0, feature / HeadDim, feature % HeadDim);
+        const u8* from = row_begin + place(feature);
 #pragma unroll
         for (int s = 0; s < Live; ++s) {
-          low[n][s] = ptx::load_l2_8(from + s * split_bytes);
-          high[n][s] = ptx::load_l2_8(from + s * split_bytes + 8);
+          Source::look(from + s * split_bytes, low[n][s]);
+          Source::look(from + s * split_bytes + 8, high[n][s]);
         }
       }
       if (first == 0) {
@@ -66,10 +82,14 @@ struct AttentionMerge {
         const int i = first + w.thread + n * worker_threads;
         if (i >= count) continue;
         const int feature = panel.lo + i * 4;
+        const u8* from = row_begin + place(feature);
         const float* factors = w.partials() + feature / HeadDim * 8;
         float top[4] = {};
 #pragma unroll
-        for (int s = 0; s < Live; ++s) add(top, low[n][s], high[n][s], factors[s]);
+        for (int s = 0; s < Live; ++s) {
+          settle_four(w, from + s * split_bytes, low[n][s], high[n][s]);
+          add(top, low[n][s], high[n][s], factors[s]);
+        }
         panel.store_four(w, 0, feature, rounded(top, factors[few]));
       }
     }
@@ -79,12 +99,16 @@ struct AttentionMerge {
   template <int Live>
   static __device__ __forceinline__ void leave_factors(const Worker& w, int head) {
     uint2 stats[Live];
+    const u8* from = Source::at(w, 0, head * row + HeadDim);
     float* to = w.partials() + head * 8;
     float peak = -infinity, bottom = 0.f;
 #pragma unroll
-    for (int s = 0; s < Live; ++s) stats[s] = ptx::load_l2_8(at(w, 0, head, HeadDim) + s * split_bytes);
+    for (int s = 0; s < Live; ++s) Source::look(from + s * split_bytes, stats[s]);
 #pragma unroll
-    for (int s = 0; s < Live; ++s) peak = fmaxf(peak, __uint_as_float(stats[s].x));
+    for (int s = 0; s < Live; ++s) {
+      Source::settle(w, from + s * split_bytes, stats[s]);
+      peak = fmaxf(peak, __uint_as_float(stats[s].x));
+    }
 #pragma unroll
     for (int s = 0; s < Live; ++s) {
       const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - peak);
@@ -92,6 +116,12 @@ struct AttentionMerge {
       to[s] = factor;
     }
     to[few] = 1.f / bottom;
+  }
+
+  // Four values, until all are there. Rows are 8 bytes aligned.
+  static __device__ __forceinline__ void settle_four(const Worker& w, const u8* from, uint2& low, uint2& high) {
+    Source::settle(w, from, low);
+    Source::settle(w, from + 8, high);
   }
 
   static __device__ __forceinline__ void add(float (&top)[4], uint2 low, uint2 high, float factor) {
@@ -104,19 +134,6 @@ struct AttentionMerge {
     return make_uint2(ptx::pack_bf16(top[0] * factor, top[1] * factor), ptx::pack_bf16(top[2] * factor, top[3] * factor));
   }
 
-  static __device__ void merge_many(const Worker& w, const Panel& panel) {
-    const int count = (panel.hi - panel.lo) / 4;
-    for (int i = w.thread; i < count * static_cast<int>(w.tokens); i += worker_threads) {
-      Item item;
-      item.open(w, i / count, panel.lo + i % count * 4);
-      for (int first = 0; first < item.live; first += few) {
-        item.load(first);
-        item.add_splits(first);
-      }
-      panel.store_four(w, item.token, item.feature, rounded(item.top, 1.f / item.bottom));
-    }
-  }
-
   // Four features of one token: the running sum over splits, relative to the highest maximum so far.
   struct Item {
     const u8* from;  // of the first split
@@ -127,7 +144,7 @@ struct AttentionMerge {
     __device__ __forceinline__ void open(const Worker& w, int at_token, int at_feature) {
       token = at_token, feature = at_feature;
       live = seen(w, token);
-      from = at(w, token, feature / HeadDim, feature % HeadDim);
+      from = Source::at(w, token, 0) + place(feature);
       top[0] = top[1] = top[2] = top[3] = bottom = 0.f;
       peak = -infinity;
     }
@@ -138,9 +155,18 @@ struct AttentionMerge {
         low[s] = high[s] = stats[s] = make_uint2(0, 0);  // on every path, or the registers would be in use in other tasks
         if (first + s >= live) continue;
         const u8* at = from + (first + s) * split_bytes;
-        low[s] = ptx::load_l2_8(at);
-        high[s] = ptx::load_l2_8(at + 8);
-        stats[s] = ptx::load_l2_8(at + (HeadDim - feature % HeadDim) * 4);
+        Source::look(at, low[s]);
+        Source::look(at + 8, high[s]);
+        Source::look(at + (HeadDim - feature % HeadDim) * 4, stats[s]);
+      }
+    }
+    __device__ __forceinline__ void settle(const Worker& w, int first) {
+#pragma unroll
+      for (int s = 0; s < few; ++s) {
+        if (first + s >= live) continue;
+        const u8* at = from + (first + s) * split_bytes;
+        settle_four(w, at, low[s], high[s]);
+        Source::settle(w, at + (HeadDim - feature % HeadDim) * 4, stats[s]);
       }
     }
     __device__ __forceinline__ void add_splits(int first) {

@@ -8,9 +8,14 @@ template <u64 Offset, int Features, float Scale>
 struct EmbeddingRow {
   static constexpr int features = Features;
 
+  using From = const u8*;
+  static __device__ __forceinline__ From of(const Worker& w, int token) {
+    return w.params.weights + Offset + static_cast<u64>(w.step->ids[token]) * Features * 2;
+  }
+  static __device__ __forceinline__ void settle(const Worker&, From, int, float4&) {}
+
   // Four neighbouring features of a token.
-  static __device__ __forceinline__ float4 load(const Worker& w, int token, int feature) {
-    const u8* row = w.params.weights + Offset + static_cast<u64>(w.step->ids[token]) * Features * 2;
+  static __device__ __forceinline__ float4 load(From row, int feature) {
     const uint2 v = ptx::load_constant_8(row + feature * 2);
     return make_float4(ptx::low_bf16(v.x) * Scale, ptx::high_bf16(v.x) * Scale, ptx::low_bf16(v.y) * Scale,
                        ptx::high_bf16(v.y) * Scale);

@@ -3,7 +3,7 @@
 // Inbox: float32 [ranks][tokens][features] in symmetric memory. Readers add the slots in rank order, so that all ranks get the
 // same bits. A slot is written again only after every rank has read it: the plan's sums over ranks keep the ranks together.
 #pragma once
-#include "tasks/linear.cuh"
+#include "tasks/rmsnorm.cuh"
 
 namespace mpk {
 
@@ -11,6 +11,7 @@ namespace mpk {
 template <u64 Offset, int Features, u64 Slot>
 struct Inbox {
   static constexpr int features = Features;
+  static constexpr u64 slot_bytes = Slot;
   using type = float;
 
   static __device__ __forceinline__ u8* at(const Worker& w, u32 rank, int token, int feature) {
@@ -46,21 +47,25 @@ struct SumRow {
   static constexpr int features = Parts::features;
   static_assert(sizeof(typename Residual::type) == 4 && Residual::features == features, "the residual stream is float32");
 
-  static __device__ __forceinline__ float4 load(const Worker& w, int token, int feature) {
-    const uint4 residual = ptx::load_l2_16(Residual::at(w, token, feature));
+  struct From {
+    const u8 *residual, *parts;
+  };
+  static __device__ __forceinline__ From of(const Worker& w, int token) {
+    return {Residual::at(w, token, 0), Parts::at(w, 0, token, 0)};
+  }
+  static __device__ __forceinline__ float4 load(From row, int feature) {
+    const uint4 residual = ptx::load_l2_16(row.residual + feature * 4);
     uint4 part[num_ranks];
 #pragma unroll
-    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = ptx::load_l2_16(Parts::at(w, rank, token, feature));
+    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = ptx::load_l2_16(row.parts + rank * Parts::slot_bytes + feature * 4);
     float4 total = floats(part[0]);
 #pragma unroll
     for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
     return sum(floats(residual), total);
   }
+  static __device__ __forceinline__ void settle(const Worker&, From, int, float4&) {}
 
  private:
-  static __device__ __forceinline__ float4 floats(uint4 v) {
-    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-  }
   static __device__ __forceinline__ float4 sum(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
   }

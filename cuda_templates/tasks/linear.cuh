@@ -42,8 +42,12 @@ struct Tiles {
 struct Panel {
   int lo, hi;
 
-  static __device__ __forceinline__ u32 row_bytes(int columns) { return (columns * 2 + 127) / 128 * 128 + 64; }
+  static constexpr __host__ __device__ __forceinline__ u32 row_bytes(int columns) { return (columns * 2 + 127) / 128 * 128 + 64; }
   __device__ __forceinline__ u32 row_bytes() const { return row_bytes(hi - lo); }
+  // Whether a token's whole row fits where activations go.
+  static constexpr __host__ __device__ __forceinline__ bool fits_one_token(int columns) {
+    return row_bytes(columns) <= activation_bytes;
+  }
 
   // Where the word with columns `feature`, `feature + 1` (even) of a token goes.
   __device__ __forceinline__ u32* at(const Worker& w, u32 token, int feature) const {
@@ -165,7 +169,8 @@ struct Linear {
     u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
 #pragma unroll 1
     for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-      if (!whole) next_panel(w, panel, chunk, panel_chunks);
+      if constexpr (!Panel::fits_one_token(Shape::k))
+        if (!whole) next_panel(w, panel, chunk, panel_chunks);
       const u32 row = operand(w, panel, chunk, 0);
 #pragma unroll
       for (int j = 0; j < per_warp; ++j)

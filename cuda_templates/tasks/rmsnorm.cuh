@@ -7,15 +7,28 @@
 
 namespace mpk {
 
-// Four neighbouring features of a float32 activation.
+__device__ __forceinline__ float4 floats(uint4 v) {
+  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+
+// Four neighbouring features of a float32 activation. `of`: a token's row.
 template <class Activation>
 struct Row {
   static constexpr int features = Activation::features;
   static_assert(sizeof(typename Activation::type) == 4, "the residual stream is float32");
 
-  static __device__ __forceinline__ float4 load(const Worker& w, int token, int feature) {
-    const uint4 v = ptx::load_l2_16(Activation::at(w, token, feature));
-    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  using From = const u8*;
+  static __device__ __forceinline__ From of(const Worker& w, int token) { return Activation::at(w, token, 0); }
+  static __device__ __forceinline__ float4 load(From row, int feature) {
+    uint4 v;
+    Activation::look(row + feature * 4, v);
+    return floats(v);
+  }
+  // Until all four are there.
+  static __device__ __forceinline__ void settle(const Worker& w, From row, int feature, float4& x) {
+    uint4 v = bits_of(x);
+    Activation::settle(w, row + feature * 4, v);
+    x = floats(v);
   }
 };
 
@@ -35,14 +48,17 @@ struct RmsNorm {
   static constexpr int features = Source::features;
   static constexpr int vectors = features / 4;
   static constexpr int per_thread = ceil_div(vectors, worker_threads);
+  static constexpr bool fits_one_token = per_thread <= 8 && Panel::fits_one_token(features);
   static_assert(features % 4 == 0, "rows are read four features at a time");
 
   // Fills the panel too, and says so, where one token's row fits into registers.
-  static __device__ bool prepare(Worker& w, const Entry& entry, bool whole) {
-    if (whole && w.tokens == 1 && per_thread <= 8) {
+  static __device__ bool prepare(Worker& w, const Entry& entry, bool) {
+    if (fits_one_token && w.tokens == 1) {
       one_token(w, entry);
       return true;
     }
+    if constexpr (!fits_one_token)
+      if (w.tokens == 1) arrive(w);
     if constexpr (Publish::present) publish(w, entry);
     statistics(w);
     return false;
@@ -53,7 +69,8 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = panel.lo + i % count * 4;
-      panel.store_four(w, token, feature, scaled(Source::load(w, token, feature), w.shared.rstd[token], gain(w, feature)));
+      const float4 x = Source::load(Source::of(w, token), feature);
+      panel.store_four(w, token, feature, scaled(x, w.shared.rstd[token], gain(w, feature)));
     }
   }
 
@@ -100,17 +117,22 @@ struct RmsNorm {
     float4 x[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too
     uint2 g[per_thread] = {};
     float sum = 0.f;
+    const auto row = Source::of(w, 0);
 #pragma unroll
     for (int n = 0; n < per_thread; ++n) {
       const int i = w.thread + n * worker_threads;
       if (i < vectors) {
-        x[n] = Source::load(w, 0, i * 4);
+        x[n] = Source::load(row, i * 4);
         g[n] = gain(w, i * 4);
       }
     }
 #pragma unroll
-    for (int n = 0; n < per_thread; ++n)
-      if (w.thread + n * worker_threads < vectors) add_squares(sum, x[n]);
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i >= vectors) continue;
+      Source::settle(w, row, i * 4, x[n]);
+      add_squares(sum, x[n]);
+    }
     sum = over_warp(sum);
     if (w.lane == 0) w.shared.reduce[w.warp] = sum;
     w.sync();
@@ -127,14 +149,26 @@ struct RmsNorm {
   static __device__ __forceinline__ void publish_vector(const Worker& w, const Entry& entry, int token, int feature, float4 x) {
     using Out = typename Publish::out;
     static_assert(sizeof(typename Out::type) == 4, "published rows are float32");
-    if (feature >= entry.share_lo && feature < entry.share_hi) *reinterpret_cast<float4*>(Out::at(w, token, feature)) = x;
+    if (feature >= entry.share_lo && feature < entry.share_hi) Out::put(w, token, feature, bits_of(x));
+  }
+
+  // All of one token's values are there: for all threads after the next barrier.
+  static __device__ void arrive(const Worker& w) {
+    const auto row = Source::of(w, 0);
+#pragma unroll 1
+    for (int i = w.thread; i < vectors; i += worker_threads) {
+      float4 x = Source::load(row, i * 4);
+      Source::settle(w, row, i * 4, x);
+    }
+    w.sync();
   }
 
   static __device__ void statistics(Worker& w) {
     for (u32 token = 0; token < w.tokens; ++token) {
+      const auto row = Source::of(w, token);
       float sum = 0.f;
 #pragma unroll 4
-      for (int i = w.thread; i < vectors; i += worker_threads) add_squares(sum, Source::load(w, token, i * 4));
+      for (int i = w.thread; i < vectors; i += worker_threads) add_squares(sum, Source::load(row, i * 4));
       sum = over_warp(sum);
       if (w.lane == 0) w.shared.reduce[token * worker_warps + w.warp] = sum;
     }
@@ -148,7 +182,7 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = entry.share_lo + i % count * 4;
-      publish_vector(w, entry, token, feature, Source::load(w, token, feature));
+      publish_vector(w, entry, token, feature, Source::load(Source::of(w, token), feature));
     }
   }
 };

@@ -27,7 +27,7 @@ ENTRY = np.dtype(
     ]
 )
 LOAD = np.dtype([("shape", "<u4"), ("lo", "<i4"), ("hi", "<i4")])
-WAIT = np.dtype([("event", "<u2"), ("back", "<u2"), ("count", "<u4")])
+WAIT = np.dtype([("event", "<u2"), ("back", "u1"), ("data", "u1"), ("count", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _SmDraft:
             self.load_begin.append(len(self.loads))
 
     def _entry(self, group: Group, task: Task, run: int, index: int) -> None:
-        waits = [(self.number[w.event], -w.stage, w.count) for w in task.waits]
+        waits = [(self.number[w.event], -w.stage, w.data, w.count) for w in task.waits]
         share = next(((s.lo, s.hi) for s in task.writes if s.tensor in group.published), (0, 0))
         self.entries.append(
             (run, index, task.index, len(waits), len(self.waits), len(task.signals), len(self.signals), 0,

@@ -64,12 +64,20 @@ def _tasks(plan: Plan, layout: Layout, step: Step) -> tuple[list[TaskType], list
     for template in step.templates:
         runs.append([])
         for group in template.groups:
-            body = task_type(plan, layout, group)
+            body = task_type(plan, layout, group, template)
             task = found.setdefault(body, TaskType(f"{identifier(group.name)}_{len(found)}", ""))
             task.names.append(f"{template.name}: {group.name}")
             task.source = f"using {task.symbol} = {body};"
             runs[-1].append(list(found).index(body))
     return list(found.values()), runs
+
+
+def _layers(step: Step) -> list[int]:
+    """The layer of each stage; after the layers it stays that of the last."""
+    found = [0]
+    for stage in step.stages:
+        found.append(found[-1] if stage.layer is None else stage.layer)
+    return found[1:]
 
 
 def slots(plan: Plan, layout: Layout) -> tuple[int, int]:
@@ -98,7 +106,7 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
         copies_in_flight=max(1, min(ring_slots, plan.in_flight_bytes // slot_bytes)), num_events=len(programs.events),
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
         sizes=programs.sizes, templates=[t.name for t in step.templates],
-        stage_template=[s.template for s in step.stages], stage_layer=[s.layer or 0 for s in step.stages],
+        stage_template=[s.template for s in step.stages], stage_layer=_layers(step), num_layers=layout.layers,
         event_total=programs.event_total, weight_tiles=list(layout.packed.values()),
         from_peers=[int(name in programs.from_peers) for name in programs.events],
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mpk_spec.emit.layout import Layout
 from mpk_spec.errors import UserError
 from mpk_spec.ops import all_ops
-from mpk_spec.planner.plan import Group, Node, Plan
+from mpk_spec.planner.plan import Group, Node, Plan, Template
 
 DTYPES = {"bf16": "bf16", "f32": "float", "i32": "i32"}
 ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu": "Relu"}
@@ -32,8 +32,8 @@ class Refused(UserError):
         super().__init__(f"the CUDA kernel cannot run group '{group.name}': {what}", hint)
 
 
-def task_type(plan: Plan, layout: Layout, group: Group) -> str:
-    """The C++ type of a group's task."""
+def task_type(plan: Plan, layout: Layout, group: Group, template: Template) -> str:
+    """The C++ type of the task of a template's group."""
     for node in group.nodes:
         if not all_ops()[node.op].cuda:
             raise Refused(group, f"there is no CUDA task for '{node.op}' yet", "--backend cpu runs this plan")
@@ -43,7 +43,7 @@ def task_type(plan: Plan, layout: Layout, group: Group) -> str:
         raise Refused(group, "its tasks are claimed at run time")
     if group.split_k != 1:
         raise Refused(group, f"it splits K in {group.split_k}", f"set '{group.name}: {{split_k: 1}}' in the schedule")
-    writer = _Writer(plan, layout, group)
+    writer = _Writer(plan, layout, group, template)
     if group.nodes[0].op == "all_reduce" and group.task in ("add", "all_reduce"):
         return writer.all_reduce()
     makers = {
@@ -62,19 +62,33 @@ def identifier(name: str) -> str:
 
 
 class _Writer:
-    def __init__(self, plan: Plan, layout: Layout, group: Group):
-        self.plan, self.layout, self.group = plan, layout, group
+    def __init__(self, plan: Plan, layout: Layout, group: Group, template: Template):
+        self.plan, self.layout, self.group, self.template = plan, layout, group, template
         self.made = {n.output: n for n in group.nodes}
 
     # pieces
 
-    def tensor(self, name: str) -> str:
+    def tensor(self, name: str, write: bool = False) -> str:
+        """write: as the group stores it, not as it reads it."""
         tensor = self.plan.tensors[name]
         if tensor.inbox:
             return f"Inbox<{tensor.offset}ull, {tensor.extent}, {tensor.bytes // self.plan.tp}ull>"
         if tensor.placement != "cuda":
             raise Refused(self.group, f"'{name}' is placed in {tensor.placement} memory")
-        return f"Tensor<{tensor.offset}ull, {tensor.extent}, {DTYPES[tensor.dtype]}>"
+        where = f"{tensor.offset}ull, {tensor.extent}, {DTYPES[tensor.dtype]}"
+        if tensor.turns == 1:
+            return f"Tensor<{where}>"
+        return f"Turns<{where}, {tensor.bytes // 2}ull, {self.turn(name, write)}>"
+
+    def turn(self, name: str, write: bool) -> str:
+        """Which of a tensor's two copies the group means."""
+        if self.plan.tensors[name].per == "step":
+            return "of_step"
+        if write:
+            return "of_layer"
+        place = next(n for n, group in enumerate(self.template.groups) if group is self.group)
+        later = any(name in group.outputs for group in self.template.groups[place:])
+        return "of_layer_before" if later else "of_layer"
 
     def vector(self, name: str | None) -> str:
         if name is None:
@@ -104,7 +118,7 @@ class _Writer:
             values, source = nodes[0].values, self.plan.tensors[nodes[0].inputs[0]]
             block = next(iter(self.plan.states.values())).kv_block
             numbers = f"{values['heads']}, {values['head_dim']}, {values['kv_splits']}, {block}"
-            return f"AttentionMerge<{source.offset}ull, {numbers}>"
+            return f"AttentionMerge<{self.tensor(source.name)}, {numbers}>"
         if ops == ["rmsnorm"]:
             return self.norm(nodes[0], f"Row<{self.tensor(nodes[0].inputs[0])}>", "NotPublished")
         if ops == ["embedding", "rmsnorm"]:
@@ -119,7 +133,11 @@ class _Writer:
 
     def publish(self, node: Node) -> str:
         """Whether the tasks write a prologue's value down for others."""
-        return f"Published<{self.tensor(node.output)}>" if node.output in self.group.published else "NotPublished"
+        return (
+            f"Published<{self.tensor(node.output, write=True)}>"
+            if node.output in self.group.published
+            else "NotPublished"
+        )
 
     def norm(self, node: Node, source: str, publish: str) -> str:
         gain = self.vector(node.weights["weight"])
@@ -133,16 +151,16 @@ class _Writer:
             parts = []
             for node, bias in zip(linears, biases, strict=True):
                 rows = self.plan.weights[node.weights["weight"]].shape[-2] // packed.groups
-                parts.append(f"Part<{self.tensor(node.output)}, {rows}, {bias}>")
+                parts.append(f"Part<{self.tensor(node.output, write=True)}, {rows}, {bias}>")
             return f"Store<{packed.groups}, " + ",\n          ".join(parts) + ">"
         if ops == ["add"] and len(nodes[0].inputs) == 2 and len(linears) == 1:
             residual = next(i for i in nodes[0].inputs if i != linears[0].output)
-            return f"AddResidual<{self.tensor(residual)}, {self.tensor(nodes[0].output)}, {biases[0]}>"
+            return f"AddResidual<{self.tensor(residual)}, {self.tensor(nodes[0].output, write=True)}, {biases[0]}>"
         if ops == ["gated_act"] and len(linears) == 2 and packed.layout == "interleave":
             if list(nodes[0].inputs) != [n.output for n in linears]:
                 raise Refused(self.group, "the gate must be the first of the packed linears")
             fn = ACTIVATIONS[nodes[0].values["fn"]]
-            return f"GatedAct<{fn}, {self.tensor(nodes[0].output)}, {biases[0]}, {biases[1]}>"
+            return f"GatedAct<{fn}, {self.tensor(nodes[0].output, write=True)}, {biases[0]}, {biases[1]}>"
         raise Refused(self.group, f"no epilogue does {' and '.join(ops)} here")
 
     # sums over ranks
@@ -177,7 +195,7 @@ class _Writer:
         cache = self.layout.cache_offsets[state.name]
         return (
             f"Attention<\n    AttentionShape<{shape}>,\n    {self.tensor(q)}, {self.tensor(k)}, {self.tensor(v)},\n"
-            f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    {self.tensor(node.output)}, "
+            f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    {self.tensor(node.output, write=True)}, "
             f"{number(node.values['scale'])}>"
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from mpk_spec.errors import SpecError
 from mpk_spec.planner.assign import assign
 from mpk_spec.planner.bind import bind
+from mpk_spec.planner.crossing import Crossing, cross_as_data, in_turns
 from mpk_spec.planner.events import StageOrder, connect, enter
 from mpk_spec.planner.fuse import Fused, FusedSection, fuse
 from mpk_spec.planner.loader import resolve_loader
@@ -75,17 +76,22 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     if problems:
         raise SpecError(problems)
     drafts = [_draft(kind, request, lowered[kind], splits) for kind in request.steps]
-    tensors, arenas = _place(spec, lowered, drafts, request)
+    tensors, kept = _tensors(spec, lowered, request)
+    crossing = _cross(
+        spec, {d.kind: _step(d, request) for d in drafts}, tensors, model, request, schedulers[0], loader.crossing
+    )
+    tensors, arenas = _place(tensors, kept, crossing, drafts, request)
     states = {n: replace(s, extent=s.kv_heads * splits.get(n, 1)) for n, s in model.states.items()}
     first = lowered[request.steps[0]].sections
     return Plan(
         name=f"{spec.name}-{request.size}", spec=spec.name, size=request.size, target=request.target.name,
         tp=request.tp, batch=request.batch, context=request.context, num_sms=request.target.num_sms,
-        config=model.config, architecture=architecture, steps={d.kind: _step(d, request) for d in drafts},
-        tensors=tensors,
+        config=model.config, architecture=architecture, steps=crossing.steps, tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
-        notes=tuple(n for s in sections for n in s.notes), schedule=_resolved(first), ring_bytes=ring * chunk,
+        notes=(*(n for s in sections for n in s.notes), *_crossing_note(crossing)),
+        schedule=_resolved(first), ring_bytes=ring * chunk,
         chunk_bytes=chunk, in_flight_bytes=loader.in_flight, prefetch_bytes=loader.prefetch,
+        crossing="data" if crossing.turns else "event",
         prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
     )  # fmt: skip
@@ -244,8 +250,28 @@ def _feeds(model: Model) -> dict[str, str]:
     return {"token_ids": next(o.output for s in model.sections for o in s.ops if o.op.op == "sample")}
 
 
-def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], request: Request):
-    """Tensors of all steps, with the room that the largest step needs."""
+def _cross(
+    spec: Spec, steps: dict[str, Step], tensors: dict[str, Tensor], model: Model, request: Request,
+    scheduler: Scheduler, wanted: str,
+) -> Crossing:  # fmt: skip
+    """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
+    if wanted == "event" or (wanted == "auto" and request.target.name == "cpu"):
+        return Crossing(steps)
+    crossing = cross_as_data(steps, tensors, model.states, request.tp)
+    if crossing.refused and wanted == "data":
+        said = f"values cannot cross as data here: {crossing.refused}"
+        raise SpecError(spec.problem(scheduler.pins("*")["crossing"][1], said, "write 'auto' or 'event'"))
+    return crossing
+
+
+def _crossing_note(crossing: Crossing) -> list[str]:
+    if crossing.turns:
+        return [f"{', '.join(sorted(crossing.turns))}: cross between SMs as data in steps of one token"]
+    return [f"values cross between SMs by events: {crossing.refused}"] if crossing.refused else []
+
+
+def _tensors(spec: Spec, lowered: dict[str, _Lowering], request: Request) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors of all steps, with the room that the largest step needs; and those that outlive their stage."""
     tensors: dict[str, Tensor] = {}
     kept: set[str] = set()
     for lowering in lowered.values():
@@ -267,9 +293,19 @@ def _place(spec: Spec, lowered: dict[str, _Lowering], drafts: list[_Drafted], re
         # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
         kept |= {*model.carries, *inboxes, *_feeds(model).values()}
         kept |= {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}
+    return tensors, kept
+
+
+def _place(tensors: dict[str, Tensor], kept: set[str], crossing: Crossing, drafts: list[_Drafted], request: Request):
+    """Where tensors lie; those that cross as data behind the others, where they share bytes with nothing."""
     tokens = max(d.tokens for d in drafts)
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
-    return place(tensors, orders.values(), frozenset(kept | _crossing(drafts)), tokens, request.tp)
+    plain = {name: t for name, t in tensors.items() if name not in crossing.turns}
+    placed, arenas = place(plain, orders.values(), frozenset(kept | _crossing(drafts)), tokens, request.tp)
+    if crossing.turns:
+        turning, arenas["cuda"] = in_turns(tensors, crossing.turns, arenas.get("cuda", 0), tokens)
+        placed |= turning
+    return placed, arenas
 
 
 def _tensor(spec: Spec, model: Model, name: str, inbox: bool, request: Request) -> Tensor:

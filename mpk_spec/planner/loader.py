@@ -1,4 +1,4 @@
-"""How far ahead an SM's loader may run: `in_flight` and `prefetch` of the rules for `*`, in whole chunks."""
+"""What rules for `*` say of the whole kernel: how far ahead a loader may run, how values cross between SMs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
 
 @dataclass(frozen=True)
 class Loader:
-    """Bytes of each SM: copies on their way to its ring, and what is brought into L2 while the ring is full."""
+    """Bytes of each SM: copies on their way to its ring, and what is brought into L2 while the ring is full.
+
+    crossing: "event", "data" or "auto", see `planner.crossing`.
+    """
 
     in_flight: int
     prefetch: int
+    crossing: str
 
 
 def resolve_loader(schedulers: Iterable[Scheduler], chunk: int) -> Loader:
@@ -47,6 +51,7 @@ def _of(scheduler: Scheduler, chunk: int) -> Loader:
             scheduler, "prefetch", PREFETCH_BYTES, chunk, (chunk, share),
             f"{share} bytes of L2 for each SM of {target.title}", none=True,
         ),
+        scheduler.pins("*").get("crossing", ("auto", ()))[0],
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ def place(tensors: dict[str, Tensor], stages: Iterable[StageOrder], kept: frozen
     """Offsets for every tensor. `kept`: those that outlive their stage. Returns (tensors, arena bytes by placement)."""
     conflicts = _conflicts(tensors, list(stages), kept)
     placed: dict[str, Tensor] = {}
-    for tensor in sorted(tensors.values(), key=lambda t: (-_bytes(t, tokens, tp), t.name)):
-        size = _bytes(tensor, tokens, tp)
+    for tensor in sorted(tensors.values(), key=lambda t: (-bytes_of(t, tokens, tp), t.name)):
+        size = bytes_of(tensor, tokens, tp)
         taken = sorted(
             (o.offset, o.offset + -(-o.bytes // ALIGN) * ALIGN)
             for o in placed.values()
@@ -37,7 +37,8 @@ def place(tensors: dict[str, Tensor], stages: Iterable[StageOrder], kept: frozen
     return {name: placed[name] for name in tensors}, arenas
 
 
-def _bytes(tensor: Tensor, tokens: int, tp: int) -> int:
+def bytes_of(tensor: Tensor, tokens: int, tp: int = 1) -> int:
+    """Of one copy."""
     return tokens * prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] * (tp if tensor.inbox else 1)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 StepKind = Literal["decode", "prefill", "mixed", "verify"]
 Placement = Literal["cuda", "nvshmem", "host"]
 
@@ -37,12 +37,15 @@ class Span:
 class Wait:
     """Wait until `event` of the stage `stage` places back (0: this one, -1: the one before) has `count` signals.
 
-    The stage before a step's first is the last of the step before it.
+    The stage before a step's first is the last of the step before it. `data`: what its signallers wrote and this task
+    reads crosses as data: in a step of one token the task looks at the values, and this wait is for the same event one
+    stage further back, where there is one (see `planner.crossing`).
     """
 
     event: str
     count: int
     stage: int = 0
+    data: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Step:
 class Tensor:
     """An activation. `shape` follows the tokens axis; `extent` is what spans count in.
 
-    `[slots]` copies of it lie at `offset` (bytes) of its placement's arena. `partial`: each rank holds an addend and
+    It lies at `offset` (bytes) of its placement's arena. `partial`: each rank holds an addend and
     `inbox` says that the buffer has one slot per rank.
     """
 
@@ -150,6 +153,11 @@ class Tensor:
     """One row per (token, chosen expert): `shape[0]` is the number of choices."""
     offset: int = 0
     bytes: int = 0
+    """Of all its copies."""
+    turns: int = 1
+    """Copies that writes take turns with: one where events announce its values, two where they cross as data."""
+    per: Literal["layer", "step"] = "layer"
+    """What a write to it happens once in, where it has two copies."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +247,8 @@ class Plan:
     """Of copies that an SM's loader has on their way at once."""
     prefetch_bytes: int = 128 * 1024
     """That an SM's loader brings into L2 while its ring is full; 0: none."""
+    crossing: Literal["event", "data"] = "event"
+    """How the layers' values get from SM to SM in a step of one token, see `planner.crossing`."""
     prefixes: tuple[str, ...] = ("",)
     """Prefixes under which a checkpoint may publish its tensors."""
     ignore: tuple[str, ...] = ()

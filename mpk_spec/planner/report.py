@@ -183,7 +183,7 @@ def pin(plan: Plan) -> str:
     when = {"target": plan.target, "size": plan.size, "tp": plan.tp, "batch": plan.batch}
     lines = ["schedule:"]
     for kind, rules in kinds.items():
-        loader = {"*": {"in_flight": plan.in_flight_bytes, "prefetch": plan.prefetch_bytes}}
+        loader = {"*": {"in_flight": plan.in_flight_bytes, "prefetch": plan.prefetch_bytes, "crossing": plan.crossing}}
         lines += rule_lines(when if alike else {**when, "step": kind}, loader | rules)
         if alike:
             break

@@ -126,9 +126,14 @@ class CudaBackend:
             parts.append(self.value("logits", hi - lo)[:, : self.vocab_size].cpu())
         return torch.cat(parts)
 
-    def value(self, name: str, tokens: int) -> torch.Tensor:
-        """What a tensor of the plan holds after the last step, float32 (ids: int32) `[tokens, extent]`, on the GPU."""
-        return value_of(self.plan, self.memory, name, tokens)
+    def value(self, name: str, tokens: int, layer: int | None = None) -> torch.Tensor:
+        """What a tensor of the plan holds after the last step, float32 (ids: int32) `[tokens, extent]`, on the GPU.
+
+        layer: of a step that was stopped in it, instead.
+        """
+        step = self.launcher.steps - (layer is None)
+        last = self.emitted.layout.layers - 1
+        return value_of(self.plan, self.memory, name, tokens, step, last if layer is None else layer)
 
     def fill_cache(self, count: int, seed: int = 0) -> list[int]:
         """Random keys and values everywhere, as if the `count` ids that it returns had been read.
@@ -150,14 +155,17 @@ class CudaBackend:
         del self.launcher, self.memory
 
 
-def value_of(plan: Plan, memory, name: str, tokens: int) -> torch.Tensor:
-    """See `CudaBackend.value`."""
+def value_of(plan: Plan, memory, name: str, tokens: int, step: int = 0, layer: int = 0) -> torch.Tensor:
+    """See `CudaBackend.value`. step, layer: of the last write, which says which of two copies it went to."""
     import torch
 
     tensor = plan.tensors[name]
+    layers = sum(s.layer is not None for s in plan.steps["decode"].stages)
+    writes = step if tensor.per == "step" else step * layers + layer
+    offset = tensor.offset + writes % tensor.turns * (tensor.bytes // tensor.turns)
     dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32}[tensor.dtype]
     size = tokens * tensor.extent * torch.empty((), dtype=dtype).element_size()
-    values = memory.arena[tensor.offset : tensor.offset + size].view(dtype).view(tokens, -1)
+    values = memory.arena[offset : offset + size].view(dtype).view(tokens, -1)
     return values.clone() if tensor.dtype != "bf16" else values.float()
 
 

@@ -18,6 +18,7 @@ from mpk_spec.errors import UserError
 from mpk_spec.runtime.cuda_probe import PROBES, Probe
 
 if TYPE_CHECKING:
+    from mpk_spec.planner.plan import Plan
     from mpk_spec.runtime.symmetric import Symmetric
 
 MAX_TOKENS, MAX_STOP_IDS, STEP_SLOTS = 16, 16, 4
@@ -165,6 +166,7 @@ class Memory:
             return torch.empty(max(size, 256), dtype=torch.uint8, device=device)
 
         self.arena = room(plan.arena_bytes.get("cuda", 0)).fill_(0xFF)  # NaN: what nobody wrote shows
+        self.turning = self.arena[slice(*turning(plan))]
         self.cache = room(layout.cache_bytes).fill_(0xFF)
         self.pages = torch.arange(self.num_pages, dtype=torch.int32, device=device)
         self.rope = rope_tables(plan, layout).to(device)
@@ -187,6 +189,12 @@ class Memory:
         if self.symmetric is not None:
             found["inbox"] = self.symmetric["inbox"].data_ptr()
         return found
+
+
+def turning(plan: Plan) -> tuple[int, int]:
+    """Where in the arena the tensors lie that cross as data: [begin, end), empty where there are none."""
+    found = [t for t in plan.tensors.values() if t.turns > 1]
+    return min((t.offset for t in found), default=0), max((t.offset + t.bytes for t in found), default=0)
 
 
 def symmetric_sizes(emitted: Emitted) -> dict[str, int]:
@@ -227,6 +235,7 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
+            self.memory.turning.fill_(0xFF)  # cleared, as the kernel leaves all but what its last step wrote
         params = self._params(position + len(prompt), max_new, stop, chunk)
         self.began.record(self.stream)
         self.module.launch(params, self.stream.cuda_stream)

@@ -202,7 +202,7 @@ class Fusion(Section):
     pack: Pack | None = None
 
 
-WHOLE_KERNEL = ("in_flight", "prefetch")  # settings of '*' that no group has of its own
+WHOLE_KERNEL = ("in_flight", "prefetch", "crossing")  # settings of '*' that no group has of its own
 
 
 class Settings(Section):
@@ -224,6 +224,11 @@ class Settings(Section):
     )
     prefetch: BytesOrAuto | None = Field(
         default=None, description="for '*' alone: bytes that each SM brings into L2 while its ring is full; 0: none"
+    )
+    crossing: Literal["event", "data", "auto"] | None = Field(
+        default=None,
+        description="for '*' alone: how values get from SM to SM. event: a counter says that they are there; data: "
+        "readers look at the values themselves, in steps of one token",
     )
 
 

@@ -54,7 +54,8 @@ class StoppedKernel:
         launcher.start(self.ids, self.start, 0)
         launcher.finish()
         self._stop_at(RUN_ON, RUN_ON)
-        found = {name: self.backend.value(name, len(self.ids)).cpu() for name in names}
+        layers = [s.layer for s in self.backend.plan.steps["prefill"].stages[: stage + 1] if s.layer is not None]
+        found = {name: self.backend.value(name, len(self.ids), layers[-1] if layers else 0).cpu() for name in names}
         launcher.reset_events()  # the rest of the step has not signalled
         return found
 

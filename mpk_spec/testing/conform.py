@@ -8,7 +8,7 @@ different SMs: a wait that saw n came after the signals that found 0 to n - 1.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,22 +19,28 @@ WORD = 1 << 32
 MOST = 20  # problems that are reported
 
 
-def conform(emitted: Emitted, log: list[tuple[np.ndarray, np.ndarray]], first_step: int, steps: int) -> list[str]:
-    """What differs from the plan, in words; empty where nothing does. `log`: as `Probe.log` returns it."""
+def conform(
+    emitted: Emitted, log: list[tuple[np.ndarray, np.ndarray]], first_step: int, tokens: Sequence[int]
+) -> list[str]:
+    """What differs from the plan, in words; empty where nothing does.
+
+    log: as `Probe.log` returns it. tokens: of each step, which decides how long waits for data wait.
+    """
     found: list[str] = []
     signals: dict[tuple[int, int], list[int]] = defaultdict(list)  # (step, event) -> what its signals found
-    for problem in _problems(emitted, log, first_step, steps, signals):
+    for problem in _problems(emitted, log, first_step, tokens, signals):
         found.append(problem)
         if len(found) == MOST:
             return [*found, "and more"]
     return found
 
 
-def _problems(emitted: Emitted, log, first_step: int, steps: int, signals) -> Iterator[str]:
+def _problems(emitted: Emitted, log, first_step: int, tokens: Sequence[int], signals) -> Iterator[str]:
+    alone = {first_step + n for n, count in enumerate(tokens) if count == 1}
     for sm, (waits, works) in enumerate(log):
-        plan = list(_tasks(emitted, sm, first_step, steps))
-        yield from _check_sm(emitted, sm, plan, waits.tolist(), works.tolist(), signals)
-    yield from _check_counters(emitted, first_step, steps, signals)
+        plan = list(_tasks(emitted, sm, first_step, len(tokens)))
+        yield from _check_sm(emitted, sm, plan, alone, waits.tolist(), works.tolist(), signals)
+    yield from _check_counters(emitted, first_step, len(tokens), signals)
 
 
 def _tasks(emitted: Emitted, sm: int, first_step: int, steps: int) -> Iterator[tuple[int, int, int, int]]:
@@ -45,7 +51,10 @@ def _tasks(emitted: Emitted, sm: int, first_step: int, steps: int) -> Iterator[t
                 yield step, number, group, task
 
 
-def _check_sm(emitted: Emitted, sm: int, plan: list, waits: list, works: list, signals) -> Iterator[str]:
+def _check_sm(
+    emitted: Emitted, sm: int, plan: list, alone: set[int], waits: list, works: list, signals
+) -> Iterator[str]:
+    """alone: the steps of one token."""
     events = {name: n for n, name in enumerate(emitted.programs.events)}
     next_wait, next_work = iter(waits), iter(works)
     for step, stage, group, task in plan:
@@ -55,14 +64,15 @@ def _check_sm(emitted: Emitted, sm: int, plan: list, waits: list, works: list, s
         ready = None
         for wait in made.tasks[task].waits:
             entry = next(next_wait, None)
-            event, base, most = _counter(emitted, step, stage, wait.event, wait.stage, events)
+            event, base, most = _counter(emitted, step, stage, wait.event, wait.stage - (wait.data and step in alone), events)
+            count = wait.count if most else 0  # of a stage that lacks the event there is nothing to wait for
             expected = (WAIT, *head, event)
             if entry is None or tuple(entry[:6]) != expected:
                 yield f"{where}: the scheduler did not wait for {wait.event}, but {_words(entry)}"
                 return
             seen, wanted, clock = entry[6:]
-            if wanted != (base + wait.count) % WORD:
-                yield f"{where}: waits until {wait.event} is {wanted}, not {(base + wait.count) % WORD}"
+            if wanted != (base + count) % WORD:
+                yield f"{where}: waits until {wait.event} is {wanted}, not {(base + count) % WORD}"
             if _less(seen, wanted) or _less(base + most, seen):
                 yield f"{where}: saw {wait.event} at {seen}, outside of {wanted} to {(base + most) % WORD}"
             ready = clock if ready is None or _less(ready, clock) else ready

@@ -17,6 +17,7 @@ from itertools import product
 
 from mpk_spec.planner.plan import Plan
 from mpk_spec.planner.verify.code import Code, compile_template
+from mpk_spec.planner.verify.data import check_data
 from mpk_spec.planner.verify.events import Thresholds, check_declared
 from mpk_spec.planner.verify.limits import check_plan, check_template
 from mpk_spec.planner.verify.order import find_order
@@ -50,6 +51,7 @@ def verify(plan: Plan, full: bool = False) -> Proof:
     if not acyclic:
         raise PlanError(plan.name, report.messages())
     proof = _prove(plan, codes, report, full)
+    check_data(plan, codes, report)
     if report:
         raise PlanError(plan.name, report.messages())
     return proof

@@ -9,8 +9,8 @@ from mpk_spec.planner.plan import Group, Plan, Template
 from mpk_spec.planner.targets import find_target
 from mpk_spec.planner.verify.report import Report, some
 
-MAX_WAITS = 8
-"""Waits of one task: its scheduler polls them together."""
+MAX_WAITS = 32
+"""Waits of one task: its scheduler is a warp, whose lanes look at one each."""
 ALIGNMENT = 16
 """Bytes; what bulk copies and 128-bit loads need."""
 MAX_THREADS, WARP = 1024, 32

@@ -1,0 +1,80 @@
+// The signaller: the warp that tells the events of a task once all workers have stored its values. A release waits until they
+// are visible everywhere, which takes about a microsecond; the workers need not.
+#pragma once
+#include "runtime/stop_after.cuh"
+#include "runtime/worker.cuh"
+
+namespace mpk {
+
+struct Signaller {
+  const Params& params;
+  Shared& shared;
+  u32 lane;
+  u32 step;
+  u32 stage = 0;
+  u32 handled = 0;  // tasks, and steps
+  probe::Log log;
+
+  __device__ Signaller(const Params& p, Shared& s, u32 l) : params(p), shared(s), lane(l), step(p.first_step) {}
+
+  // Waits until the workers are done with what the scheduler gave them next; false after an abort.
+  __device__ __forceinline__ bool wait_stored() {
+    wait_barrier(shared, &shared.stored[handled % ready_depth], handled / ready_depth % 2);
+    return !__any_sync(all_lanes, ptx::load_shared_flag(&shared.abort) != 0);
+  }
+  __device__ __forceinline__ void done() {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&shared.taken[handled % ready_depth]);
+    ++handled;
+  }
+
+  // A signal to this rank or, where the event is all ranks', to a peer. Such an event has all its signals at system scope, so
+  // that they add up.
+  __device__ __forceinline__ void send(const Entry& entry, u32 peer, u32 index) {
+    const u32 name = shared.program.signal[entry.first_signal + index];
+    const bool shared_by_ranks = plan::from_peers(name);
+    if (!shared_by_ranks && peer != 0) return;
+    const u32 event = stage * plan::num_events + name;
+    u32* counter = params.events + event * plan::event_stride;
+    const u32 found = probe::send(shared_by_ranks ? params.on(peer, counter) : counter, shared_by_ranks);
+    if (!shared_by_ranks || peer == params.rank)
+      log.put(params, probe::working, 1 + index, {probe::signal, step, stage, entry.group, entry.task, event, found});
+  }
+
+  __device__ __forceinline__ void signal(const Entry& entry, u32 place) {
+    probe::pause(params, probe::signalling, handled);
+    if (lane < entry.num_signals * num_ranks && !probe::drops_signals(params, stage, entry))
+      send(entry, lane % num_ranks, lane / num_ranks);
+    if (lane == 0) {
+      log.put_start(params, shared.started(handled % ready_depth), {probe::start, step, stage, entry.group, entry.task});
+      shared.mark_signalled(params, step, stage, place, plan::num_stages, plan::max_queue);
+    }
+    log.skip(1 + entry.num_signals);
+  }
+
+  __device__ bool run_stage() {
+    const u32 kind = plan::stage_template[stage];
+    const u32 first = shared.program.queue_begin[kind], last = shared.program.queue_begin[kind + 1];
+    for (u32 i = first; i < last; ++i) {
+      const Entry& entry = shared.program.entry[i];
+      if (beyond_stop(stage, entry.group)) break;
+      if (!wait_stored()) return false;
+      signal(entry, i - first);
+      done();
+    }
+    return true;
+  }
+
+  __device__ void run() {
+    for (;; ++step) {
+      if (!wait_stored()) return;
+      const bool more = shared.step[step % 2].tokens != 0;
+      done();
+      if (!more) return;
+      for (stage = 0; stage < plan::num_stages; ++stage)
+        if (!run_stage()) return;
+    }
+  }
+};
+
+}  // namespace mpk

@@ -1,0 +1,178 @@
+"""How values get from the SM that writes them to those that read them: announced by an event, or as data.
+
+As data: in a step of one token, readers look at the values themselves until all are there, which saves the writer's
+release and the reader's event, a microsecond in each hop. For that a tensor lies twice in memory; writes take turns,
+and whoever writes one copy fills the same part of the other with a pattern that no result has (0xFF). Events stay: a
+reader waits for the one of the write before, which says that the copy was cleared, and for which nobody waits long.
+
+Steps of several tokens wait for events as ever. All of the layers' values cross in one way, or none: then nothing but
+the end of a step relies on events for what was written in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mpk_spec.planner.memory import ALIGN, bytes_of
+from mpk_spec.planner.plan import Stage, Step, Task, Template, Tensor, Wait
+from mpk_spec.planner.tile import renamed
+
+FIRST = ".first"
+Turns = dict[str, Literal["layer", "step"]]
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """`turns`: the tensors that lie twice, and what a write to them happens once in. `refused`: why nothing does."""
+
+    steps: dict[str, Step]
+    turns: Turns = field(default_factory=dict)
+    refused: str | None = None
+
+
+def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: Iterable[str], tp: int) -> Crossing:
+    """The steps with their layers' values crossing as data, or unchanged and the reason."""
+    if tp > 1:
+        return Crossing(steps, refused="values that other ranks write are announced by events")
+    first = next(iter(steps.values()))
+    if first.stages[0].layer is None or first.stages[-1].layer is not None:
+        return Crossing(steps, refused="a step does not begin with its layers and end with something else")
+    made = {kind: _own_first(step) for kind, step in steps.items()}
+    everywhere = [_written(step) for step in made.values()]
+    if any(w != everywhere[0] for w in everywhere) or everywhere[0] is None:
+        return Crossing(steps, refused="not every layer writes the same values on the same SMs")
+    turns: Turns = dict.fromkeys((t for t in everywhere[0] if t not in states), "layer")
+    turns |= dict.fromkeys((t for step in made.values() for t in _once(step, turns)), "step")
+    for step in made.values():
+        refused = _why_not(step, turns, tensors, set(states))
+        if refused:
+            return Crossing(steps, refused=refused)
+    return Crossing({kind: _marked(step, turns) for kind, step in made.items()}, turns)
+
+
+def in_turns(tensors: dict[str, Tensor], turns: Turns, arena: int, tokens: int) -> tuple[dict[str, Tensor], int]:
+    """The tensors of `turns`, both copies of each behind the arena's `arena` bytes; and its new size."""
+    placed: dict[str, Tensor] = {}
+    for name, per in sorted(turns.items()):
+        like = tensors[name.removesuffix(FIRST)]
+        copy = -(-bytes_of(like, tokens) // ALIGN) * ALIGN
+        placed[name] = replace(like, name=name, offset=arena, bytes=2 * copy, turns=2, per=per)
+        arena += 2 * copy
+    return placed, arena
+
+
+def layered(step: Step) -> list[Template]:
+    """The templates of layers, that of the first layer first."""
+    return [step.templates[n] for n in dict.fromkeys(s.template for s in step.stages if s.layer is not None)]
+
+
+def _own_first(step: Step) -> Step:
+    """What the first layer alone writes down (the embedding) under a name of its own: it is written once in a step."""
+    number = step.stages[0].template
+    template = step.templates[number]
+    published = {name for group in template.groups for name in group.published}
+    groups = list(template.groups)
+    for name in published:
+        last = max(n for n, g in enumerate(groups) if name in g.outputs)
+        if name in groups[last].published:
+            continue  # nobody writes it after that
+        groups[:last] = [renamed(g, name, name + FIRST) for g in groups[:last]]
+    alone = sum(s.template == number for s in step.stages) == 1
+    if not published or not alone:
+        return step
+    templates = list(step.templates)
+    templates[number] = replace(template, groups=tuple(groups))
+    return replace(step, templates=tuple(templates))
+
+
+def _written(step: Step) -> dict[str, tuple] | None:
+    """What every layer writes: the parts of each tensor and on which SM; None where layers differ."""
+    found = [_parts(template) for template in layered(step)]
+    common = {t: parts for t, parts in found[-1].items() if all(t in f for f in found)}
+    return common if all(f[t] == parts for f in found for t, parts in common.items()) else None
+
+
+def _parts(template: Template) -> dict[str, tuple]:
+    sms = {entry: sm for sm, queue in enumerate(template.queues) for entry in queue}
+    found: dict[str, list] = {}
+    for g, group in enumerate(template.groups):
+        for task in group.tasks:
+            for span in task.writes:
+                found.setdefault(span.tensor, []).append((span.lo, span.hi, sms.get((g, task.index), -1)))
+    return {tensor: tuple(sorted(parts)) for tensor, parts in found.items()}
+
+
+def _once(step: Step, turns: Turns) -> set[str]:
+    """What the first layer writes and no other."""
+    return {t for t in _parts(step.templates[step.stages[0].template]) if t.endswith(FIRST) and t not in turns}
+
+
+def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], states: set[str]) -> str | None:
+    for name in turns:
+        if (placement := tensors[name.removesuffix(FIRST)].placement) != "cuda":
+            return f"'{name}' is placed in {placement} memory"
+    for template in layered(step):
+        for group in template.groups:
+            if group.launch != "static":
+                return f"the tasks of '{group.name}' are claimed at run time"
+            for span in (s for task in group.tasks for s in (*task.reads, *task.writes)):
+                if span.tensor in tensors and span.tensor not in turns and span.tensor not in states:
+                    return f"'{span.tensor}' of group '{group.name}' is not written once in every layer"
+    return None
+
+
+def _marked(step: Step, turns: Turns) -> Step:
+    """Waits of layers for layers are for data; the step's end waits for all events of the last layer as well."""
+    templates = list(step.templates)
+    for number in {s.template for s in step.stages if s.layer is not None}:
+        before = [step.stages[at - 1] for at, s in enumerate(step.stages) if s.template == number]
+        follows = all(
+            s.layer is not None for s in before
+        )  # else it is the first layer, which reads what a step is given
+        earlier = step.templates[before[0].template] if follows else None
+        templates[number] = _as_data(step.templates[number], earlier, turns)
+    at = next(n for n, s in enumerate(step.stages) if s.layer is None)
+    events = templates[step.stages[at - 1].template].events
+    stages = list(step.stages)
+    ender = _ended(templates[stages[-1].template], events, at - len(stages))
+    templates.append(ender)
+    stages[-1] = Stage(len(templates) - 1, stages[-1].layer)
+    return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
+
+
+def _as_data(template: Template, before: Template | None, turns: Turns) -> Template:
+    """Waits for data of this layer and of the one before; every reader waits for every tensor's writers."""
+    groups = []
+    for g, group in enumerate(template.groups):
+        makers = {t: (maker.name, template, 0) for maker in template.groups[:g] for t in maker.outputs}
+        if before is not None:
+            makers = {t: (maker.name, before, -1) for maker in before.groups for t in maker.outputs} | makers
+        tasks = tuple(_waiting(task, before is not None, makers, turns) for task in group.tasks)
+        groups.append(replace(group, tasks=tasks))
+    return replace(template, groups=tuple(groups))
+
+
+def _waiting(task: Task, follows: bool, makers: dict[str, tuple[str, Template, int]], turns: Turns) -> Task:
+    waits = [replace(w, data=w.stage == 0 or follows) for w in task.waits]
+    for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in turns and s.tensor in makers):
+        maker, source, stage = makers[tensor]
+        known = any(w.stage == stage and w.event.partition(".done")[0] == maker for w in waits)
+        if not known and (name := f"{maker}.done") in source.events:
+            waits.append(Wait(name, source.events[name], stage, data=True))
+    return replace(task, waits=tuple(waits))
+
+
+def _ended(template: Template, events: dict[str, int], back: int) -> Template:
+    """With the last group's tasks waiting for these events of the layer `back` stages away."""
+    *groups, last = template.groups
+    more = tuple(Wait(name, count, back) for name, count in events.items())
+    tasks = tuple(replace(t, waits=(*t.waits, *(w for w in more if w not in t.waits))) for t in last.tasks)
+    return replace(template, groups=(*groups, replace(last, tasks=tasks)))
+
+
+def _without_unused(step: Step) -> Step:
+    used = list(dict.fromkeys(s.template for s in step.stages))
+    stages = tuple(replace(s, template=used.index(s.template)) for s in step.stages)
+    return replace(step, templates=tuple(step.templates[n] for n in used), stages=stages)
