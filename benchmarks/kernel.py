@@ -23,7 +23,9 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=64, help="tokens of a timed launch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rule", action="append", metavar="KEY=VALUE", default=[], help="of the schedule, for all groups")
+    parser.add_argument(
+        "--rule", action="append", metavar="KEY=VALUE", default=[], help="of the schedule, for all groups"
+    )
     parser.add_argument("--ceiling", action="store_true", help="measure the ceiling of memory first")
     options = parser.parse_args()
     options.gbps = measured_ceiling(options.target) if options.ceiling else None

@@ -96,6 +96,8 @@ struct Worker : Progress {
 
   // Layers before this one, those of earlier steps included.
   __device__ __forceinline__ u32 layers_run() const { return step_index * plan::num_layers + layer; }
+  // Whether to go on looking for values that are not there yet.
+  __device__ __forceinline__ bool keeps_looking() const { return !aborted() && !probe::looks_away(params, group); }
   __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
 
   __device__ __forceinline__ u8* activations() const { return scratch; }

@@ -57,24 +57,47 @@ struct AttentionMerge {
   // One token, few splits: all is asked for at once, and a thread works out the factors of a whole head.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
-    constexpr int at_once = MPK_MOVES_REGISTERS ? 4 : 2;
+    constexpr int per_thread = ceil_div(Heads * HeadDim / 4, worker_threads);
+    constexpr int at_once = min_of(per_thread, MPK_MOVES_REGISTERS ? 4 : 2);
     const int count = (panel.hi - panel.lo) / 4;
     const u8* row_begin = Source::at(w, 0, 0);
 #pragma unroll 1
     for (int first = 0; first < count; first += at_once * worker_threads) {
       uint2 low[at_once][Live], high[at_once][Live];
 #pragma unroll
-      for (int n = 0; n < at_once; ++n) {
-        const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
-        const u8* from = row_begin + place(feature);
+      for (int n = 0; n < at_once; ++n)
+#pragma unroll
+        for (int s = 0; s < Live; ++s) clear(low[n][s]), clear(high[n][s]);
+      uint2 stats[Live] = {};
+      const bool has_head = first == 0 && static_cast<int>(w.thread) < Heads;
+#pragma unroll
+      for (int s = 0; s < Live; ++s)
+        if (has_head) clear(stats[s]);
+      bool missing = true;
+#pragma unroll 1
+      while (missing && w.keeps_looking()) {  // for all that is missing, until nothing is
+        missing = false;
+#pragma unroll
+        for (int n = 0; n < at_once; ++n) {
+          const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
+          const u8* from = row_begin + place(feature);
+#pragma unroll
+          for (int s = 0; s < Live; ++s) {
+            if (!is_cleared<float>(low[n][s]) && !is_cleared<float>(high[n][s])) continue;
+            missing = true;
+            Source::look(from + s * split_bytes, low[n][s]);
+            Source::look(from + s * split_bytes + 8, high[n][s]);
+          }
+        }
 #pragma unroll
         for (int s = 0; s < Live; ++s) {
-          Source::look(from + s * split_bytes, low[n][s]);
-          Source::look(from + s * split_bytes + 8, high[n][s]);
+          if (!is_cleared<float>(stats[s])) continue;
+          missing = true;
+          Source::look(row_begin + place(w.thread * HeadDim) + HeadDim * 4 + s * split_bytes, stats[s]);
         }
       }
       if (first == 0) {
-        if (static_cast<int>(w.thread) < Heads) leave_factors<Live>(w, w.thread);
+        if (has_head) leave_factors<Live>(w, w.thread, stats);
         w.sync();
       }
 #pragma unroll
@@ -82,14 +105,10 @@ struct AttentionMerge {
         const int i = first + w.thread + n * worker_threads;
         if (i >= count) continue;
         const int feature = panel.lo + i * 4;
-        const u8* from = row_begin + place(feature);
         const float* factors = w.partials() + feature / HeadDim * 8;
         float top[4] = {};
 #pragma unroll
-        for (int s = 0; s < Live; ++s) {
-          settle_four(w, from + s * split_bytes, low[n][s], high[n][s]);
-          add(top, low[n][s], high[n][s], factors[s]);
-        }
+        for (int s = 0; s < Live; ++s) add(top, low[n][s], high[n][s], factors[s]);
         panel.store_four(w, 0, feature, rounded(top, factors[few]));
       }
     }
@@ -97,18 +116,11 @@ struct AttentionMerge {
 
   // A head's factors of its splits and, behind them, of their sum.
   template <int Live>
-  static __device__ __forceinline__ void leave_factors(const Worker& w, int head) {
-    uint2 stats[Live];
-    const u8* from = Source::at(w, 0, head * row + HeadDim);
+  static __device__ __forceinline__ void leave_factors(const Worker& w, int head, const uint2 (&stats)[Live]) {
     float* to = w.partials() + head * 8;
     float peak = -infinity, bottom = 0.f;
 #pragma unroll
-    for (int s = 0; s < Live; ++s) Source::look(from + s * split_bytes, stats[s]);
-#pragma unroll
-    for (int s = 0; s < Live; ++s) {
-      Source::settle(w, from + s * split_bytes, stats[s]);
-      peak = fmaxf(peak, __uint_as_float(stats[s].x));
-    }
+    for (int s = 0; s < Live; ++s) peak = fmaxf(peak, __uint_as_float(stats[s].x));
 #pragma unroll
     for (int s = 0; s < Live; ++s) {
       const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - peak);

@@ -12,7 +12,7 @@ struct EmbeddingRow {
   static __device__ __forceinline__ From of(const Worker& w, int token) {
     return w.params.weights + Offset + static_cast<u64>(w.step->ids[token]) * Features * 2;
   }
-  static __device__ __forceinline__ void settle(const Worker&, From, int, float4&) {}
+  static __device__ __forceinline__ bool is_missing(float4) { return false; }
 
   // Four neighbouring features of a token.
   static __device__ __forceinline__ float4 load(From row, int feature) {

@@ -63,7 +63,7 @@ struct SumRow {
     for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
     return sum(floats(residual), total);
   }
-  static __device__ __forceinline__ void settle(const Worker&, From, int, float4&) {}
+  static __device__ __forceinline__ bool is_missing(float4) { return false; }
 
  private:
   static __device__ __forceinline__ float4 sum(float4 a, float4 b) {

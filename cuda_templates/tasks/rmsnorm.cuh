@@ -24,12 +24,7 @@ struct Row {
     Activation::look(row + feature * 4, v);
     return floats(v);
   }
-  // Until all four are there.
-  static __device__ __forceinline__ void settle(const Worker& w, From row, int feature, float4& x) {
-    uint4 v = bits_of(x);
-    Activation::settle(w, row + feature * 4, v);
-    x = floats(v);
-  }
+  static __device__ __forceinline__ bool is_missing(float4 x) { return Activation::is_missing(bits_of(x)); }
 };
 
 struct NotPublished {
@@ -126,13 +121,10 @@ struct RmsNorm {
         g[n] = gain(w, i * 4);
       }
     }
+    settle(w, row, x);
 #pragma unroll
-    for (int n = 0; n < per_thread; ++n) {
-      const int i = w.thread + n * worker_threads;
-      if (i >= vectors) continue;
-      Source::settle(w, row, i * 4, x[n]);
-      add_squares(sum, x[n]);
-    }
+    for (int n = 0; n < per_thread; ++n)
+      if (w.thread + n * worker_threads < vectors) add_squares(sum, x[n]);
     sum = over_warp(sum);
     if (w.lane == 0) w.shared.reduce[w.warp] = sum;
     w.sync();
@@ -142,6 +134,21 @@ struct RmsNorm {
       const int i = w.thread + n * worker_threads;
       if (i < vectors) Panel{0, features}.store_four(w, 0, i * 4, scaled(x[n], rstd, g[n]));
       if constexpr (Publish::present) publish_vector(w, entry, 0, i * 4, x[n]);
+    }
+  }
+
+  // Looks again for all that is missing, until nothing is.
+  static __device__ __forceinline__ void settle(const Worker& w, typename Source::From row, float4 (&x)[per_thread]) {
+    bool missing = true;
+#pragma unroll 1
+    while (missing && w.keeps_looking()) {
+      missing = false;
+#pragma unroll
+      for (int n = 0; n < per_thread; ++n) {
+        if (!Source::is_missing(x[n])) continue;
+        missing = true;
+        x[n] = Source::load(row, (w.thread + n * worker_threads) * 4);
+      }
     }
   }
 
@@ -158,7 +165,7 @@ struct RmsNorm {
 #pragma unroll 1
     for (int i = w.thread; i < vectors; i += worker_threads) {
       float4 x = Source::load(row, i * 4);
-      Source::settle(w, row, i * 4, x);
+      while (Source::is_missing(x) && w.keeps_looking()) x = Source::load(row, i * 4);
     }
     w.sync();
   }

@@ -37,6 +37,11 @@ struct Tensor {
   static __device__ __forceinline__ void look(const u8* from, u32& v) { v = ptx::load_l2_4(from); }
   static __device__ __forceinline__ void look(const u8* from, uint2& v) { v = ptx::load_l2_8(from); }
   static __device__ __forceinline__ void look(const u8* from, uint4& v) { v = ptx::load_l2_16(from); }
+  // Whether something is not there yet.
+  template <class V>
+  static __device__ __forceinline__ bool is_missing(V) {
+    return false;
+  }
   // Looks again until all is there.
   template <class V>
   static __device__ __forceinline__ void settle(const Worker&, const u8*, V&) {}
@@ -101,12 +106,13 @@ struct Turns {
     ptx::look(from, v);
   }
   template <class V>
+  static __device__ __forceinline__ bool is_missing(V v) {
+    return is_cleared<T>(v);
+  }
+  template <class V>
   static __device__ __forceinline__ void settle(const Worker& w, const u8* from, V& v) {
 #pragma unroll 1
-    while (is_cleared<T>(v)) {
-      if (w.aborted() || probe::looks_away(w.params, w.group)) return;
-      ptx::look(from, v);
-    }
+    while (is_cleared<T>(v) && w.keeps_looking()) ptx::look(from, v);
   }
 
   static __device__ __forceinline__ float load(const Worker& w, int token, int feature) {

@@ -235,11 +235,19 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
-            self.memory.turning.fill_(0xFF)  # cleared, as the kernel leaves all but what its last step wrote
+        self._clear_turning()
         params = self._params(position + len(prompt), max_new, stop, chunk)
         self.began.record(self.stream)
         self.module.launch(params, self.stream.cuda_stream)
         self.ended.record(self.stream)
+
+    def _clear_turning(self) -> None:
+        """What crosses as data, as the kernel leaves all of it but what its last step wrote."""
+        from cuda.bindings import driver
+
+        memory = self.memory.turning
+        if memory.numel():
+            check(driver.cuMemsetD8Async(memory.data_ptr(), 0xFF, memory.numel(), self.stream.cuda_stream))
 
     def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
         params = np.zeros((), self.module.params)

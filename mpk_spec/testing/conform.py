@@ -64,7 +64,9 @@ def _check_sm(
         ready = None
         for wait in made.tasks[task].waits:
             entry = next(next_wait, None)
-            event, base, most = _counter(emitted, step, stage, wait.event, wait.stage - (wait.data and step in alone), events)
+            event, base, most = _counter(
+                emitted, step, stage, wait.event, wait.stage - (wait.data and step in alone), events
+            )
             count = wait.count if most else 0  # of a stage that lacks the event there is nothing to wait for
             expected = (WAIT, *head, event)
             if entry is None or tuple(entry[:6]) != expected:

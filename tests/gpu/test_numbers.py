@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from gpu.models import SPECS
 
+from mpk_spec.errors import UserError
 from mpk_spec.runtime.cuda_probe import KERNEL_DEFECTS, find_place
 
 pytestmark = pytest.mark.gpu
@@ -16,6 +17,14 @@ def test_compare_passes(models, spec, size):
     assert verdict.passed, verdict.rows
 
 
+def _is_caught(yardstick, backend) -> bool:
+    """By the numbers, or since others wait for values that were cleared too early."""
+    try:
+        return not yardstick.judge(backend).passed
+    except UserError as error:
+        return "aborted" in error.message
+
+
 @pytest.mark.parametrize("size", ["tiny", "0.6b"])
 @pytest.mark.parametrize("defect", KERNEL_DEFECTS[1:])  # a dropped signal gives no numbers
 def test_compare_fails_with_a_planted_defect(models, probe, size, defect):
@@ -24,7 +33,7 @@ def test_compare_fails_with_a_planted_defect(models, probe, size, defect):
     wrong.defect = defect
     if defect == "early-event":  # whoever waits for too little sees it when others are late
         wrong.at, wrong.delay_seed = find_place(backend.emitted, "down_add"), 7
-    assert not models.yardstick("qwen3", size).judge(backend).passed
+    assert _is_caught(models.yardstick("qwen3", size), backend)
     wrong.defect = None
 
 
