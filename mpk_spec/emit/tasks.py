@@ -195,8 +195,8 @@ class _Writer:
         cache = self.layout.cache_offsets[state.name]
         return (
             f"Attention<\n    AttentionShape<{shape}>,\n    {self.tensor(q)}, {self.tensor(k)}, {self.tensor(v)},\n"
-            f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    {self.tensor(node.output, write=True)}, "
-            f"{number(node.values['scale'])}>"
+            f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    "
+            f"{self.tensor(node.output, write=True)}, {number(node.values['scale'])}>"
         )
 
     def head_norms(self, q: Node | None, k: Node | None) -> str:

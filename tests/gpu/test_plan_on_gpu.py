@@ -94,7 +94,7 @@ def test_a_wait_with_too_low_a_threshold_does_not_conform(models, probe):
     early = probe(backend, log_entries=LOG_ENTRIES)
     early.defect, early.at = "early-event", find_place(backend.emitted, "down_add")
     first = backend.launcher.steps
-    with pytest.raises(UserError, match="NaN|aborted"):  # what it read too early was poisoned, or what others wait for
+    with pytest.raises(UserError, match=r"NaN|aborted"):  # what it read too early was poisoned, or what others wait for
         list(backend.stream(ids_of(backend, 20), max_new_tokens=2))
     problems = conform(backend.emitted, early.log(), first, [16, 4])
     assert any("waits until gate_up.done" in problem for problem in problems)
