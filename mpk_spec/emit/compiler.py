@@ -88,12 +88,13 @@ def _key(source: str, arch: str, defines: tuple[str, ...]) -> str:
 
 
 def _compile(source: str, arch: str, defines: tuple[str, ...]) -> tuple[bytes, Report]:
+    """Without the cache on disk that NVRTC has where there is a driver: cubins from it come without ptxas's log."""
     from cuda.core import Program, ProgramOptions
 
     log, started = io.StringIO(), time.perf_counter()
     options = ProgramOptions(
         name=SOURCE, arch=arch, std="c++20", lineinfo=True, include_path=[str(templates_dir())], ptxas_options=["-v"],
-        define_macro=list(defines) or None,
+        define_macro=list(defines) or None, no_cache=True,
     )  # fmt: skip
     cubin = bytes(Program(source, "c++", options).compile("cubin", logs=log).code)
     text = log.getvalue()

@@ -75,6 +75,31 @@ def test_builds_for_profiling_and_testing_compile_without_spills(spec, size, def
     check(compiled(spec, size, "h100", defines).report, "h100")
 
 
+def test_registers_are_reported_whatever_was_compiled_before(tmp_path, monkeypatch):
+    """NVRTC's own cache, which it has where there is a driver, would give a cubin without a log the second time."""
+    source = 'extern "C" __global__ void doubled(float* at) { at[threadIdx.x] *= 2.f; }'
+    reports = []
+    for empty in ("first", "second"):
+        monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path / empty))
+        reports.append(compiler.compile_kernel("doubled", source, "sm_90a").report)
+    assert reports[0].registers == reports[1].registers > 0
+
+
+def test_nvrtc_keeps_nothing_on_disk(monkeypatch):
+    import cuda.core
+
+    seen = []
+
+    class Recorded(cuda.core.ProgramOptions):
+        def __post_init__(self):
+            seen.append(self.no_cache)
+            super().__post_init__()
+
+    monkeypatch.setattr(cuda.core, "ProgramOptions", Recorded)
+    compiler.compile_kernel("empty", 'extern "C" __global__ void empty() {}', "sm_90a")
+    assert seen == [True]
+
+
 def test_builds_have_cubins_of_their_own():
     keys = {compiler._key("source", "sm_90a", defines) for defines in [(), *PROBES, (CONFORM,), (DELAYS,), (DEFECTS,)]}
     assert len(keys) == 6
