@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nearness import IDS, SAME_BUT_SUMS_OVER_RANKS, SAME_ROUNDING, apart, reference_logits, true_logits, verdict
 from one_gpu import open_here
 from tiny_ranks import open_tiny, same_bits_with_delays
 
-IDS = [(7 + 29 * n + 5 * n * n) % 515 for n in range(75)]
+
+@pytest.fixture(scope="module")
+def truth(checkpoint):
+    return true_logits(checkpoint)
 
 
-def test_logits_are_those_of_the_reference(ranks, checkpoint):
-    from mpk_spec.reference.backend import ReferenceBackend
-
-    ours, reference = ranks.logits(IDS), ReferenceBackend(ranks.plan, checkpoint).logits(IDS)
-    assert ours.isfinite().all()
-    error = (ours - reference).abs().max().item()
-    assert error < 0.02 * reference.std().item(), f"{error:.4f} of {reference.std():.4f}"
-    best = reference.topk(2).values
-    clear = best[:, 0] - best[:, 1] > 2 * error
-    assert clear.float().mean() > 0.8
-    assert torch.equal(ours.argmax(-1)[clear], reference.argmax(-1)[clear])
+def test_logits_are_those_of_the_reference(ranks, checkpoint, truth):
+    ours, reference = ranks.logits(IDS), reference_logits(ranks.plan, checkpoint)
+    found = verdict(ours, reference, truth)
+    assert found.passed, found.rows
+    assert apart(ours, reference, truth) < SAME_ROUNDING
 
 
-def test_logits_are_close_to_those_of_one_gpu(ranks):
+def test_logits_are_close_to_those_of_one_gpu(ranks, truth):
     one = open_tiny(1)
     alone = one.logits(IDS)
     one.close()
-    assert (ranks.logits(IDS) - alone).abs().max() < 0.02 * alone.std()
+    assert apart(ranks.logits(IDS), alone, truth) < SAME_BUT_SUMS_OVER_RANKS
 
 
 def test_the_same_bits_twice_and_token_by_token(ranks):
