@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fake_gpu import fake_gpu
+from fake_gpu import fake_gpu, two_fake_gpus
 
-__all__ = ["fake_gpu"]
+__all__ = ["fake_gpu", "two_fake_gpus"]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ranks_here import RanksHere
 
 from mpk_spec.runtime import cuda_backend, cuda_device, cuda_launch
 
@@ -92,7 +93,7 @@ def fake_gpu(monkeypatch):
         gpu.launchers.append(FakeLauncher(*parts))
         return gpu.launchers[-1]
 
-    def memory(emitted, device):
+    def memory(emitted, device, symmetric=None):
         return SimpleNamespace(ring=np.zeros(32 + emitted.plan.context + 1, np.int32))
 
     monkeypatch.setattr(cuda_device, "find_device", lambda: torch.device("cpu"))
@@ -102,3 +103,25 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(cuda_launch, "Memory", memory)
     assert cuda_backend  # what is patched above is what it imports
     return gpu
+
+
+@pytest.fixture
+def two_fake_gpus(fake_gpu, monkeypatch):
+    """Two such H100s, their ranks in this process. `fake_gpu` has what both did."""
+    import torch
+
+    from mpk_spec.runtime import cuda_rank, parallel_backend, symmetric
+
+    fake_gpu.driver.sizes = (
+        *fake_gpu.driver.sizes[:2],
+        cuda_launch.params_dtype(2).itemsize,
+        *fake_gpu.driver.sizes[3:],
+    )
+    library = SimpleNamespace(unique_id=lambda: b"id", join=lambda *place: None)
+    shared = SimpleNamespace(leave=lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parallel_backend, "Ranks", RanksHere)
+    monkeypatch.setattr(cuda_rank.CudaRank, "_take_gpu", lambda self: self.rank)
+    monkeypatch.setattr(cuda_rank.CudaRank, "_library", lambda self: library)
+    monkeypatch.setattr(symmetric, "Symmetric", lambda *given: shared)
+    return fake_gpu

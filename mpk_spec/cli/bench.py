@@ -60,19 +60,17 @@ def command(
     from mpk_spec.cli import measure
     from mpk_spec.perf import page
     from mpk_spec.perf.bench import Settings
-    from mpk_spec.runtime.select import choose_degree
 
-    degree = choose_degree(tp)
     names = _backends(backends)
     _check_rivals(names, rivals or [])
     if names == ["cuda"]:
         positions = Settings.positions if verdict else 0
         settings = Settings(context, max_new_tokens, repeats, tuple(dict.fromkeys(rivals or [])), positions)
-        result = on_gpu(model, size, weights, spec, settings, degree)
+        result = on_gpu(model, size, weights, spec, settings, tp)
         shown, name = page.as_markdown(result), f"{result['model']['spec']}-{result['model']['size']}"
         name += f"-{result['target']}-context{context}"
     else:
-        result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats, degree)
+        result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats, tp)
         shown, name = (
             measure.as_markdown(result),
             f"{result['model']['spec']}-{result['model']['size'] or 'checkpoint'}",
@@ -103,43 +101,45 @@ def _check_rivals(names: list[str], rivals: list[str]) -> None:
 
 
 def on_gpu(
-    model: str, size: str | None, weights: str | None, spec: str | None, settings: Settings, tp: int = 1
+    model: str, size: str | None, weights: str | None, spec: str | None, settings: Settings, tp: int | None = None
 ) -> dict[str, Any]:
     """See `mpk_spec.perf.bench.bench`; the cache is as long as the model allows where that is less than usual."""
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
     from mpk_spec.perf.bench import LEAST_CACHE, bench
-    from mpk_spec.runtime.select import choose_context, open_backend
+    from mpk_spec.runtime.select import choose_context, choose_degree, open_backend
 
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
+        degree = choose_degree(tp, target.build)
         most = choose_context(None, target.checkpoint.config)
 
         def opened(cache: int):
             context = None if target.build else max(cache, min(LEAST_CACHE, most))
             where = (target.spec, target.size, target.checkpoint)
-            return open_backend(*where, "cuda", context, report, target.build, tp).backend
+            return open_backend(*where, "cuda", context, report, target.build, degree).backend
 
         return bench(opened, target.checkpoint, settings, report)
 
 
 def in_turns(
     model: str, size: str | None, weights: str | None, spec: str | None, names: list[str], prompt_tokens: int,
-    new_tokens: int, repeats: int, tp: int = 1,
+    new_tokens: int, repeats: int, tp: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Backends on the same weights, one answer each at a time."""
     from mpk_spec.cli import measure
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
-    from mpk_spec.runtime.select import open_backend
+    from mpk_spec.runtime.select import choose_degree, open_backend
 
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
+        degree = choose_degree(tp, target.build)
         context = None if target.build else prompt_tokens + new_tokens
         where = (target.spec, target.size, target.checkpoint)
+        ranks = {name: 1 if name == "torch" and target.build is None else degree for name in names}
         opened = {
-            name: open_backend(*where, name, context, report, target.build, 1 if name == "torch" else tp)
-            for name in names
+            name: open_backend(*where, name, context, report, target.build, count) for name, count in ranks.items()
         }
         runs = measure.take_turns(opened, prompt_tokens, new_tokens, repeats, report)
         for backend in opened.values():

@@ -21,6 +21,7 @@ def command(
         str | None, typer.Option(metavar="NAME", help="A size of the spec; default: its first real one.")
     ] = None,
     target: Annotated[str, typer.Option(metavar="NAME", help="The GPU to compile for.")] = "h100",
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that run it together, one rank each.")] = 1,
     context: Annotated[
         int | None, typer.Option("-c", "--context", min=1, metavar="N", help="Positions of the KV cache.")
     ] = None,
@@ -29,7 +30,10 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Plan, prove and compile: one CUDA kernel for a spec's size. Needs NVRTC, but no GPU."""
+    """Plan, prove and compile: one CUDA kernel for a spec's size. Needs NVRTC, but no GPU.
+
+    With several ranks all run the same kernel, each on its share of the weights.
+    """
     import json
 
     from mpk_spec.cli.target import first_size
@@ -40,7 +44,7 @@ def command(
     from mpk_spec.schema import load_spec
 
     loaded = load_spec(spec)
-    made = plan(loaded, size=size or first_size(loaded), target=target, context=context)
+    made = plan(loaded, size=size or first_size(loaded), target=target, tp=tp, context=context)
     emitted = emit(made)
     compiled = compile_kernel(made.name, emitted.source, find_target(target).arch)
     report = manifest(loaded, made, emitted.source, compiled)
@@ -59,8 +63,8 @@ def manifest(spec: Spec, plan: Plan, source: str, compiled: Compiled) -> dict[st
         "format": FORMAT, "mpk_spec": __version__, "plan": plan.key, "cubin": digest(compiled.cubin),
         "source": source_digest(source), "weights": list(spec.sizes[plan.size].weights),
         "config": numbers_rest_on(spec, plan), "spec": plan.spec, "size": plan.size, "target": plan.target,
-        "arch": report.arch, "num_sms": plan.num_sms, "context": plan.context, "compiler": report.compiler,
-        "registers": report.registers,
+        "tp": plan.tp, "arch": report.arch, "num_sms": plan.num_sms, "context": plan.context,
+        "compiler": report.compiler, "registers": report.registers,
         "spill_bytes": report.spill_bytes, "ring_bytes": plan.ring_bytes, "cubin_bytes": len(compiled.cubin),
         "compile_seconds": report.seconds, "cached": compiled.cached,
     }  # fmt: skip
@@ -82,8 +86,9 @@ def numbers_rest_on(spec: Spec, plan: Plan) -> dict[str, Any]:
 
 def _readable(report: dict[str, Any], compiled: Compiled) -> str:
     how = "from the cache" if report["cached"] else f"in {report['compile_seconds']} s"
+    gpus = report["target"] if report["tp"] == 1 else f"{report['tp']} x {report['target']}"
     return (
-        f"{report['spec']} {report['size']} for {report['target']} ({report['arch']}): compiled {how} by "
+        f"{report['spec']} {report['size']} for {gpus} ({report['arch']}): compiled {how} by "
         f"{report['compiler']}, {report['registers']} registers a thread, {report['spill_bytes']} bytes spilled, "
         f"ring {report['ring_bytes'] // 1024} KiB, cubin {report['cubin_bytes'] // 1024} KiB\n{compiled.folder}"
     )

@@ -102,8 +102,9 @@ def open_session(
         target = open_target(model, report, size=size, weights=weights, spec=spec)
         tokenizer = RawTokens() if target.checkpoint.directory is None else load_tokenizer(target.checkpoint)
         opened = open_backend(
-            target.spec, target.size, target.checkpoint, backend, context, report, target.build, choose_degree(tp)
-        )
+            target.spec, target.size, target.checkpoint, backend, context, report, target.build,
+            choose_degree(tp, target.build),
+        )  # fmt: skip
     if target.checkpoint.directory is None:
         print("random weights have no tokenizer: bytes go in, other ids come out as numbers", file=sys.stderr)
     elif not tokenizer.chat_template:

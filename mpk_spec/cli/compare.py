@@ -79,7 +79,6 @@ def command(
     from mpk_spec.runtime.select import choose_degree
     from mpk_spec.testing.defects import find_defect
 
-    tp = choose_degree(tp)
     defect = find_defect(plant) if plant else None
     if backend == "auto":
         backend = "cpu"
@@ -87,6 +86,7 @@ def command(
     with progress() as report:
         target = _target(model, size, weights, spec, report)
         _check_applies(defect, target)
+        tp = choose_degree(tp, target.build)
         length = _length(target, context)
         if stop_after is not None:
             result = _bisect(target, stop_after, tp, length, defect, backend, report)

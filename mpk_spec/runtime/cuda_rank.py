@@ -15,31 +15,43 @@ if TYPE_CHECKING:
 
 
 class CudaRank:
-    """Rank `rank` of a plan for `ranks` GPUs, on the GPU of that number. `defines`: see `CudaBackend`."""
+    """Rank `rank` of a plan for `ranks` GPUs, on the GPU of that number.
+
+    defines: see `CudaBackend`. cubin: the plan's kernel, if it is built already; nothing is compiled then.
+    """
 
     progress = None  # rank 0 sets it
     whole_gpu = True  # see `KernelModule`
 
-    def __init__(self, rank: int, ranks: int, plan: Plan, checkpoint: Any, defines: tuple[str, ...] = ()):
+    def __init__(
+        self, rank: int, ranks: int, plan: Plan, checkpoint: Any, defines: tuple[str, ...] = (),
+        cubin: bytes | None = None,
+    ):  # fmt: skip
         self.rank, self.ranks, self.plan, self.checkpoint, self.defines = rank, ranks, plan, checkpoint, defines
+        self.cubin, self.compiled = cubin, None
         self.symmetric = self.launcher = None
 
     def prepare(self) -> None:
         """What fails where this rank's machine is not up to it, before any rank waits for another."""
-        from mpk_spec.emit.compiler import compile_kernel
         from mpk_spec.emit.source import emit
-        from mpk_spec.planner.targets import find_target
         from mpk_spec.runtime.cuda_device import find_device
         from mpk_spec.runtime.cuda_launch import KernelModule
 
         number = self._take_gpu()
         self.device = find_device()
         self.emitted = emit(self.plan)
+        cubin = self.cubin or self._compile()
+        self.module = KernelModule(self.emitted, cubin, number, whole_gpu=self.whole_gpu)
+        self.library = self._library()
+
+    def _compile(self) -> bytes:
+        from mpk_spec.emit.compiler import compile_kernel
+        from mpk_spec.planner.targets import find_target
+
         self._say("compiling the kernel")
         arch = find_target(self.plan.target).arch
         self.compiled = compile_kernel(self.plan.name, self.emitted.source, arch, self.defines)
-        self.module = KernelModule(self.emitted, self.compiled.cubin, number, whole_gpu=self.whole_gpu)
-        self.library = self._library()
+        return self.compiled.cubin
 
     def _take_gpu(self) -> int:
         """Makes this rank's GPU the current one; its number."""

@@ -50,7 +50,7 @@ class Engine:
             if plan.tp > 1:
                 from mpk_spec.runtime.parallel_backend import ParallelBackend
 
-                return ParallelBackend(plan, checkpoint, progress)
+                return ParallelBackend(plan, checkpoint, progress, build=build)
             from mpk_spec.runtime.cuda_backend import CudaBackend
 
             return CudaBackend(plan, checkpoint, progress, build=build)

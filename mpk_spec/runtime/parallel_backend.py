@@ -14,6 +14,8 @@ from mpk_spec.runtime.ranks import RankLost, Ranks
 if TYPE_CHECKING:
     import torch
 
+    from mpk_spec.runtime.built import Build
+
 
 class ParallelBackend(CudaBackend):
     """`runtime.backend.Backend` over one persistent kernel per GPU; one sequence. Frees the other ranks on `close`."""
@@ -25,10 +27,11 @@ class ParallelBackend(CudaBackend):
         progress=None,
         *,
         defines: tuple[str, ...] = (),
+        build: Build | None = None,
         make: Callable[..., Any] = CudaRank,
         ranks: Ranks | None = None,
     ):
-        """`defines`: see `CudaBackend`. `make` makes each rank's object, `ranks` are the processes to make them in.
+        """`defines`, `build`: see `CudaBackend`. `make` makes each rank's object, in the processes `ranks`.
 
         Raises UserError with what every rank says that cannot run its part, and RankLost where one ends.
         """
@@ -39,7 +42,7 @@ class ParallelBackend(CudaBackend):
             progress(f"starting {plan.tp} ranks", 0, 0)
         self.ranks = ranks or Ranks(plan.tp)
         try:
-            self.ranks.open(make, plan, checkpoint, defines)
+            self.ranks.open(make, plan, checkpoint, defines, build.cubin if build else None)
             local = self.ranks.local
             local.progress = progress
             self.ranks.call("prepare")

@@ -41,15 +41,14 @@ def open_backend(
 
     `backend`: one of `BACKENDS`; what "auto" chose is said in one line on standard error.
     `progress(stage, done, total)` hears of what takes long.
-    `tp`: ranks: GPUs, each with a process of its own; on the CPU all in this process.
+    `tp`: ranks: GPUs, each with a process of its own; on the CPU all in this process. A build's own number.
     `context`: positions of the KV cache; None takes `DEFAULT_CONTEXT`, or what the model was made for if that is less.
     Raises UserError for a backend that this machine or version lacks and for a context past the model's positions.
     """
     if backend not in BACKENDS:
         raise UserError(f"there is no backend '{backend}'", hint=did_you_mean(backend, BACKENDS, "backends"))
     if build is not None:
-        if tp not in (1, build.plan.tp):
-            raise UserError(f"{build.folder} was built for {build.plan.tp} ranks, {tp} were asked for")
+        check_degree(build, tp)
         return open_built(build, checkpoint, backend, context, progress)
     context = choose_context(context, checkpoint.config)
     if backend == "auto":
@@ -58,11 +57,20 @@ def open_backend(
     return OPENERS[backend](spec, size, checkpoint, context, progress, tp)
 
 
-def choose_degree(wanted: int | None) -> int:
-    """Ranks to run on, from what was asked for and what torchrun started."""
+def choose_degree(wanted: int | None, build: Build | None = None) -> int:
+    """Ranks to run on, from what was asked for, what torchrun started, and what a build was made for."""
     import os
 
-    return int(os.environ.get("WORLD_SIZE", "1")) if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    return int(os.environ.get("WORLD_SIZE", str(build.plan.tp if build else 1)))
+
+
+def check_degree(build: Build, tp: int) -> None:
+    """Raises UserError where a build is for another number of ranks."""
+    if tp != build.plan.tp:
+        ranks = "one rank" if build.plan.tp == 1 else f"{build.plan.tp} ranks"
+        raise UserError(f"{build.folder} was built for {ranks}, {tp} asked for", f"build it again with --tp {tp}")
 
 
 def open_built(

@@ -55,8 +55,9 @@ def open_ours(
     build: what `mpk-spec build` made; `spec` is not looked at then.
     """
     if build is not None:
-        from mpk_spec.runtime.select import open_built
+        from mpk_spec.runtime.select import check_degree, open_built
 
+        check_degree(build, tp)
         return open_built(build, checkpoint, backend, None)
     if backend == "cpu":
         return _cpu(plan_ours(spec, size, checkpoint, context, tp, defect), checkpoint, defect)

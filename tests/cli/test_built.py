@@ -12,27 +12,44 @@ from mpk_spec.cli.main import main
 from mpk_spec.runtime import built
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """The tiny Qwen3, built once for all tests of this file."""
+def build(folder, *more):
+    """The tiny Qwen3."""
     pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
-    folder = tmp_path_factory.mktemp("built") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPK_SPEC_CACHE", str(folder.parent / "cache"))
-        assert main(["build", "qwen3", "--size", "tiny", "-c", "256", "-o", str(folder)]) == errors.EXIT_OK
+        assert main(["build", "qwen3", "--size", "tiny", "-c", "256", "-o", str(folder), *more]) == errors.EXIT_OK
     return folder
 
 
-@pytest.fixture
-def folder(original, tmp_path, monkeypatch):
-    """A copy elsewhere, where nothing can compile."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Built once for all tests of this file."""
+    return build(tmp_path_factory.mktemp("built") / "tiny")
 
+
+@pytest.fixture(scope="module")
+def original_for_two(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("built") / "tiny-tp2", "--tp", "2")
+
+
+@pytest.fixture
+def folder(original, tmp_path, no_compiler):
+    """A copy elsewhere, where nothing can compile."""
+    return shutil.copytree(original, tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def folder_for_two(original_for_two, tmp_path, no_compiler):
+    return shutil.copytree(original_for_two, tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
     def refuse(*asked, **how):
         raise AssertionError("a build must not be compiled again")
 
     monkeypatch.setattr("mpk_spec.emit.compiler.compile_kernel", refuse)
     monkeypatch.setattr("mpk_spec.emit.compiler.nvrtc_version", refuse)
-    return shutil.copytree(original, tmp_path / "elsewhere")
 
 
 def chat(folder, *more):
@@ -61,6 +78,54 @@ def test_its_weights_are_what_they_are_without_a_build(folder, fake_gpu):
     checkpoint = random_checkpoint(load_spec("qwen3"), "tiny", 0)
     same = load_weights(launcher.emitted.plan, launcher.emitted.layout, checkpoint, torch.device("cpu"))
     assert torch.equal(launcher.weights, same)
+
+
+def test_two_ranks_run_one_kernel_each_on_its_share(folder_for_two, two_fake_gpus, capsys):
+    import torch
+
+    from mpk_spec.runtime.cuda_weights import load_weights
+    from mpk_spec.runtime.random_model import random_checkpoint
+    from mpk_spec.schema import load_spec
+
+    assert json.loads((folder_for_two / built.MANIFEST).read_text())["tp"] == 2
+    assert chat(folder_for_two) == errors.EXIT_OK
+    assert capsys.readouterr().out == "Hi!\n"
+    assert two_fake_gpus.driver.loaded == [(folder_for_two / built.CUBIN).read_bytes()] * 2
+    checkpoint, launchers = random_checkpoint(load_spec("qwen3"), "tiny", 0), two_fake_gpus.launchers
+    assert len(launchers) == 2 and launchers[0].started[0] == launchers[1].started[0]
+    for rank, launcher in enumerate(launchers):
+        plan, layout = launcher.emitted.plan, launcher.emitted.layout
+        same = load_weights(plan, layout, checkpoint, torch.device("cpu"), rank=rank)
+        assert torch.equal(launcher.weights, same)
+    assert not torch.equal(launchers[0].weights, launchers[1].weights)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "more", "message"),
+    [
+        ("two", ["--tp", "1"], "was built for 2 ranks, 1 asked for\n  hint: build it again with --tp 1"),
+        ("one", ["--tp", "2"], "was built for one rank, 2 asked for\n  hint: build it again with --tp 2"),
+    ],
+)
+def test_another_degree_than_built_for(built_for, more, message, request, fake_gpu, capsys):
+    folder = request.getfixturevalue("folder_for_two" if built_for == "two" else "folder")
+    assert chat(folder, *more) == errors.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_too_few_gpus_for_a_build(folder_for_two, two_fake_gpus, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert chat(folder_for_two) == errors.EXIT_BAD_INPUT
+    assert "2 ranks need 2 GPUs, this machine has 1" in capsys.readouterr().err
+
+
+def test_compare_and_bench_take_a_build_of_two_ranks(folder_for_two, capsys):
+    ask = ["compare", str(folder_for_two), "--weights", "random:0", "--backend", "cpu", "--positions", "32"]
+    assert main([*ask, "--seeds", "1", "-c", "32", "--json"]) == errors.EXIT_OK
+    assert json.loads(capsys.readouterr().out)["passed"]
+    ask = ["bench", str(folder_for_two), "--weights", "random:0", "--backend", "cpu", "--backend", "torch"]
+    assert main([*ask, "-n", "2", "--repeats", "1", "--json", "--prompt-tokens", "4"]) == errors.EXIT_OK
+    assert set(json.loads(capsys.readouterr().out)["backends"]) == {"cpu", "torch"}
 
 
 def test_the_cpu_runs_the_same_plan(folder, capsys):

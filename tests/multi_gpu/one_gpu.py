@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from ranks_here import RanksHere
 from tiny_ranks import CONTEXT, SIZE, SPEC, tiny_checkpoint
 
 from mpk_spec.planner import plan
@@ -65,31 +66,6 @@ class Rank(CudaRank):
         self.module.cooperative = False  # two such launches would follow one another
 
 
-class Here:
-    """In the place of `Ranks`: all ranks' objects in this process."""
-
-    lost, processes = None, ()
-
-    def __init__(self, ranks: int):
-        self.ranks = range(ranks)
-
-    def open(self, make, *arguments) -> None:
-        self.objects = [make(rank, len(self.ranks), *arguments) for rank in self.ranks]
-        self.local = self.objects[0]
-
-    def call(self, method: str, *arguments) -> list:
-        return [getattr(o, method)(*arguments) for o in self.objects]
-
-    def check_stuck(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.call("close")
-
-    def kill(self) -> None:
-        self.objects = []
-
-
 def open_here(ranks: int, monkeypatch, defines: tuple[str, ...] = ()) -> ParallelBackend:
     """A backend of `ranks` ranks on this GPU."""
     found = torch.cuda.get_device_properties(0)
@@ -97,6 +73,6 @@ def open_here(ranks: int, monkeypatch, defines: tuple[str, ...] = ()) -> Paralle
     monkeypatch.setitem(TARGETS, PART, replace(whole, name=PART, num_sms=whole.num_sms // ranks))
     Rank.heap = Heap(ranks)
     made = plan(load_spec(SPEC), size=SIZE, target=PART, tp=ranks, context=CONTEXT)
-    backend = ParallelBackend(made, tiny_checkpoint(), defines=defines, make=Rank, ranks=Here(ranks))
+    backend = ParallelBackend(made, tiny_checkpoint(), defines=defines, make=Rank, ranks=RanksHere(ranks))
     backend.ranks.call("configure", 3.0)
     return backend

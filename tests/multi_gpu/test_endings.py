@@ -120,6 +120,19 @@ def test_chat_starts_its_own_ranks_and_so_does_torchrun(two_gpus):
     assert ours.stdout.strip()
 
 
+def test_a_build_answers_as_its_spec_does(two_gpus, tmp_path):
+    from mpk_spec.runtime.select import target_here
+
+    folder, target = str(tmp_path / "built"), target_here()[0].name
+    made = run(*MPK, "build", "qwen3", "--size", "tiny", "-c", "256", "--tp", "2", "--target", target, "-o", folder)
+    assert made.returncode == 0, made.stderr
+    ours = run(*MPK, *CHAT, "-n", "12", "--tp", "2")
+    theirs = run(*MPK, "chat", folder, "--weights", "random:0", "-p", "hello", "-n", "12")
+    assert theirs.returncode == 0, theirs.stderr
+    assert ours.stdout == theirs.stdout
+    assert ours.stdout.strip()
+
+
 def test_no_further_from_float32_than_hugging_face_in_bf16(two_gpus):
     options = ["--weights", "random:0", "--backend", "cuda", "--tp", "2", "--positions", "1000"]
     done = run(*MPK, "compare", "qwen3", "--size", "tiny", *options)
