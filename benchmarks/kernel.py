@@ -137,7 +137,7 @@ def trace(model: str, options) -> None:
     from mpk_spec.runtime.cuda_probe import PROFILE
 
     backend, _ = open_random(model, options, (PROFILE,))
-    times = common_clock(record(backend, options.prompt, 4))
+    times = common_clock(*record(backend, options.prompt, 4))
     print(page(profile_of(times, simulate(backend.plan, context=options.prompt))))
     backend.close()
 

@@ -2,7 +2,7 @@
 
 python benchmarks/tensor_parallel.py smoke                          # a tiny model on two GPUs, step by step
 python benchmarks/tensor_parallel.py time qwen3:8b --tp 1 2         # ms per token, of the kernel alone
-python benchmarks/tensor_parallel.py trace qwen3:8b --tp 2          # where the time of a token goes, on rank 0
+python benchmarks/tensor_parallel.py trace qwen3:8b --tp 2          # where a token's time goes, what its sums cost
 python benchmarks/nccl_graph.py ...                                 # the rival: see there
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--position", type=int, default=128, help="in the cache while it is measured")
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--output", help="trace: the beginning of the files' names")
+    parser.add_argument("--output", help="trace: a file for ui.perfetto.dev")
     parser.add_argument("--limit", type=float, default=120, help="seconds after which all stacks are shown")
     options = parser.parse_args()
     faulthandler.dump_traceback_later(options.limit, exit=True)
@@ -128,24 +128,24 @@ def show(model: str, rows: dict[int, tuple[Times, float]]) -> None:
 
 
 def trace(model: str, tp: int, options) -> None:
-    """Rank 0's profile in words, and every rank's as a file for ui.perfetto.dev where `--output` says."""
+    """As `mpk-spec profile --tp`, on weights that every rank draws for itself; the trace where `--output` says."""
+    from mpk_spec.cli.profile import judged
     from mpk_spec.planner.cost import cost_model, read_calibration
     from mpk_spec.planner.simulate import simulate
     from mpk_spec.profiler.chrome import chrome_trace
     from mpk_spec.profiler.clock import common_clock
-    from mpk_spec.profiler.report import page, profile_of
+    from mpk_spec.profiler.run import record
     from mpk_spec.runtime.cuda_probe import PROFILE
 
     backend = open_random(model, tp, options, (PROFILE,))
-    prompt, plan = prompt_of(backend, options.position), backend.plan
-    backend.ranks.call("probe", {"trace_step": backend.launcher.steps + -(-len(prompt) // 16) + 8}, 3)
-    list(backend.stream(prompt, max_new_tokens=14))
-    times = [common_clock(raw) for raw in backend.ranks.call("times")]
+    ranks = [common_clock(raw) for raw in record(backend, options.position, 4)]
     backend.close()
+    plan = backend.plan
     predicted = simulate(plan, context=options.position, cost=cost_model(plan.target, read_calibration(plan.target)))
-    print(page(profile_of(times[0], predicted)))
-    for rank, own in enumerate(times if options.output else []):
-        Path(f"{options.output}.rank{rank}.json").write_text(chrome_trace(plan, backend.emitted.step, own))
+    ranks, clocks, _, shown = judged(ranks, predicted)
+    print(shown)
+    if options.output:
+        Path(options.output).write_text(chrome_trace(plan, backend.emitted.step, ranks, clocks))
 
 
 if __name__ == "__main__":

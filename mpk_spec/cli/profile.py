@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpk_spec.cli.options import Size, Weights
+from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
     from mpk_spec.planner.simulate import Simulation
@@ -26,6 +28,9 @@ def command(
     ],
     size: Size = None,
     weights: Weights = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="GPUs, one rank each; default: 1, or as torchrun says.")
+    ] = None,
     context: Annotated[
         int, typer.Option("-c", "--context", min=16, metavar="N", help="Positions in the cache while it is measured.")
     ] = 128,
@@ -38,23 +43,43 @@ def command(
     """Record what every task of a few tokens waited for and did, beside what the simulation predicts.
 
     Runs the kernel's profiling build, which reads the clocks at every task and is a little slower. Needs a GPU.
+    Of several ranks also what their sums cost beyond what the weights hide; the trace has every rank's SMs.
     """
     from mpk_spec.planner.plan_io import write_aside
     from mpk_spec.profiler.chrome import chrome_trace
-    from mpk_spec.profiler.report import page, profile_of
+    from mpk_spec.runtime.select import choose_degree
 
-    backend, times, predicted = recorded(model, size, weights, context, tokens)
-    profile = profile_of(times, predicted)
+    backend, ranks, predicted = recorded(model, size, weights, context, tokens, choose_degree(tp))
+    ranks, clocks, data, shown = judged(ranks, predicted)
     if output is not None:
-        write_aside(output, chrome_trace(backend.plan, backend.emitted.step, times))
+        write_aside(output, chrome_trace(backend.plan, backend.emitted.step, ranks, clocks))
         print(f"trace: {output}, for ui.perfetto.dev", file=sys.stderr)
-    print(json.dumps(profile.data(), indent=2) if as_json else page(profile))
+    print(json.dumps(data, indent=2) if as_json else shown)
+
+
+def judged(ranks: list[Times], predicted: Simulation) -> tuple[list[Times], str, dict, str]:
+    """All ranks' times by one clock, what that rests on, and the profile as data and for people."""
+    from mpk_spec.profiler.ranks import align
+    from mpk_spec.profiler.report import page, page_of_ranks, profile_of
+    from mpk_spec.profiler.sums import predicted_sums, sums_of
+
+    if len(ranks) == 1:
+        profile = profile_of(ranks[0], predicted)
+        return ranks, "", profile.data(), page(profile)
+    ranks, clocks = align(ranks, predicted.step)
+    profiles = [profile_of(times, predicted) for times in ranks]
+    sums = sums_of(ranks, predicted.step, predicted.cost.hop_us, predicted_sums(predicted))
+    data = {**profiles[0].data(), "ranks": [p.data() for p in profiles], "clocks": asdict(clocks), "sums": sums.data()}
+    return ranks, clocks.says(), data, page_of_ranks(profiles, clocks, sums)
 
 
 def recorded(
-    model: str, size: str | None, weights: str | None, context: int, tokens: int
-) -> tuple[CudaBackend, Times, Simulation]:
-    """The backend, the times of `tokens` + 1 steps, and what the simulation says of one."""
+    model: str, size: str | None, weights: str | None, context: int, tokens: int, tp: int = 1
+) -> tuple[CudaBackend, list[Times], Simulation]:
+    """The backend, every rank's times of `tokens` + 1 steps by its own clock, and what the simulation says of one.
+
+    The other ranks' processes have ended by then.
+    """
     from mpk_spec.cli.progress import progress
     from mpk_spec.planner.cost import cost_model, read_calibration
     from mpk_spec.planner.simulate import simulate
@@ -62,22 +87,26 @@ def recorded(
     from mpk_spec.profiler.run import record
 
     with progress() as report:
-        backend = _open(model, size, weights, context, tokens, report)
+        backend = _open(model, size, weights, context, tokens, report, tp)
         report("recording", 0, 0)
-        times = common_clock(record(backend, context, tokens))
+        times = [common_clock(raw) for raw in record(backend, context, tokens)]
+        backend.close()
     plan = backend.plan
     predicted = simulate(plan, context=context, cost=cost_model(plan.target, read_calibration(plan.target)))
     return backend, times, predicted
 
 
-def _open(model: str, size: str | None, weights: str | None, context: int, tokens: int, report) -> CudaBackend:
+def _open(model: str, size: str | None, weights: str | None, context: int, tokens: int, report, tp: int) -> CudaBackend:
     """Built to record times, for a context with room for what is recorded."""
     from mpk_spec.cli.target import open_target
     from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.runtime.cuda_probe import PROFILE
+    from mpk_spec.runtime.parallel_backend import ParallelBackend
     from mpk_spec.runtime.select import plan_for_gpu
 
     target = open_target(model, report, size=size, weights=weights)
+    if target.build is not None:
+        raise UserError("a build records no times", "profile SPEC --size NAME compiles a kernel that does")
     room = -(-(context + tokens + ROOM) // 64) * 64
-    plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room)
-    return CudaBackend(plan, target.checkpoint, report, defines=(PROFILE,))
+    plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room, tp)
+    return (ParallelBackend if tp > 1 else CudaBackend)(plan, target.checkpoint, report, defines=(PROFILE,))

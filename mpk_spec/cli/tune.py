@@ -79,7 +79,7 @@ def fit_constants(
     from mpk_spec.profiler.calibrate import fit, save
     from mpk_spec.profiler.report import profile_of
 
-    backend, times, predicted = recorded(model, size, weights, context, tokens)
+    backend, (times,), predicted = recorded(model, size, weights, context, tokens)
     before = profile_of(times, predicted)
     fits = fit(times, before.steps)
     path = save(backend.plan.target, fits, **({"stream_gbps": stream_gbps} if stream_gbps else {}))

@@ -43,7 +43,7 @@ class ReadyStage:
 
 def compile_stage(plan: Plan, step: Step, template: Template, context: int, cost: CostModel) -> ReadyStage:
     """The `ReadyStage` of a template. Raises UserError for queues that cannot run to their end."""
-    peers = _events_of_peers(template)
+    peers = set().union(*(_events_of_peers(one) for one in step.templates))  # also of the stage before
     tasks = [
         [_ready(plan, step, template, g, task, peers, cost, context) for task in group.tasks]
         for g, group in enumerate(template.groups)

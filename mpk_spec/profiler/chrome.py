@@ -1,9 +1,9 @@
-"""A profile in Chrome's trace format, for ui.perfetto.dev: a process per kind of clock, a thread per SM."""
+"""A profile in Chrome's trace format, for ui.perfetto.dev: a process per rank, a thread per SM."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,22 +11,25 @@ from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.profiler.clock import Times
 
 
-def chrome_trace(plan: Plan, step: Step, times: Times, first_step: int = 0) -> str:
-    """All recorded steps. A task `group[n]` holds its phases; before it lies its `wait group[n]`.
+def chrome_trace(plan: Plan, step: Step, ranks: Sequence[Times], clocks: str = "") -> str:
+    """All recorded steps of all ranks, by one clock. A task `group[n]` holds its phases; before it its `wait group[n]`.
 
-    `args`: step, stage, layer, the events waited for, and how long data was waited for.
+    `args`: step, stage, layer, the events waited for, and how long data was waited for. clocks: what it rests on that
+    the ranks' times lie side by side; kept in the file.
     """
-    events: list[dict] = [
-        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": f"{plan.name} ({plan.target})"}}
-    ]
-    for sm in range(plan.num_sms):
-        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": sm, "args": {"name": f"SM {sm}"}})
-    for number in range(times.asked.shape[0]):
-        events += _step(step, times, number, first_step + number)
-    return json.dumps({"displayTimeUnit": "ns", "traceEvents": events})
+    events: list[dict] = []
+    for rank, times in enumerate(ranks):
+        name = f"{plan.name} ({plan.target})" if len(ranks) == 1 else f"rank {rank}, {plan.name} ({plan.target})"
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name}})
+        for sm in range(plan.num_sms):
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": sm, "args": {"name": f"SM {sm}"}})
+        for number in range(times.asked.shape[0]):
+            events += ({**event, "pid": rank} for event in _step(step, times, number))
+    about = {"otherData": {"clocks": clocks}} if clocks else {}
+    return json.dumps({"displayTimeUnit": "ns", **about, "traceEvents": events})
 
 
-def _step(step: Step, times: Times, number: int, name: int) -> Iterator[dict]:
+def _step(step: Step, times: Times, number: int) -> Iterator[dict]:
     for stage, made in enumerate(step.stages):
         template = step.templates[made.template]
         for sm, queue in enumerate(template.queues):
@@ -34,7 +37,7 @@ def _step(step: Step, times: Times, number: int, name: int) -> Iterator[dict]:
                 at = (number, sm, stage, place)
                 if np.isfinite(times.signalled[at]):
                     task = template.groups[group].tasks[index]
-                    arguments = {"step": name, "stage": stage, "waits": [w.event for w in task.waits]}
+                    arguments = {"step": number, "stage": stage, "waits": [w.event for w in task.waits]}
                     if made.layer is not None:
                         arguments["layer"] = made.layer
                     yield from _task(f"{template.groups[group].name}[{index}]", sm, times, at, arguments)
@@ -55,4 +58,4 @@ def _task(name: str, sm: int, times: Times, at: tuple, arguments: dict) -> Itera
     for what, category, start, end, extra in pieces:
         span = {"ts": round(start, 3), "dur": round(end - start, 3)}
         if span["dur"] > 0:
-            yield {"ph": "X", "name": what, "cat": category, "pid": 0, "tid": sm, **span, "args": extra}
+            yield {"ph": "X", "name": what, "cat": category, "tid": sm, **span, "args": extra}

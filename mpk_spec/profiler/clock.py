@@ -6,7 +6,7 @@ that timer is coarse (a microsecond on some GPUs), the difference of the two clo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -31,6 +31,11 @@ class Times:
     computed: np.ndarray
     stored: np.ndarray
     signalled: np.ndarray
+
+    def shifted(self, us: float) -> Times:
+        """The same by a clock that shows `us` less."""
+        moments = {f.name: getattr(self, f.name) - us for f in fields(self) if f.name != "waited"}
+        return replace(self, **moments)
 
     def phases(self) -> np.ndarray:
         """`[PHASES, step, SM, stage, place]`: durations that add up to asked..signalled."""

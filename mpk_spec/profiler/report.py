@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from mpk_spec.planner.report import table
 from mpk_spec.planner.simulate import Simulation
 from mpk_spec.profiler.clock import PHASES, Times
 from mpk_spec.profiler.measured import measured_steps
+
+if TYPE_CHECKING:
+    from mpk_spec.profiler.ranks import Clocks
+    from mpk_spec.profiler.sums import Sums
 
 DIFFERS = 0.05  # a larger difference from the simulation is marked: one of the two is wrong
 SMALL_US = 1.0  # of a token; less is not marked
@@ -132,6 +137,31 @@ def _critical(steps: list[Simulation], predicted: Simulation) -> list[Critical]:
 def page(profile: Profile) -> str:
     """The report for people."""
     return "\n\n".join([_head(profile), _phases(profile), _path(profile)])
+
+
+def page_of_ranks(profiles: list[Profile], clocks: Clocks, sums: Sums) -> str:
+    """The report of several ranks: rank 0's tables, and how the others differ."""
+    from mpk_spec.profiler import sums as of_sums
+
+    return "\n\n".join([page(profiles[0]), _ranks(profiles, clocks), of_sums.page(sums), clocks.says()])
+
+
+def _ranks(profiles: list[Profile], clocks: Clocks) -> str:
+    """A row per rank: its token, and where the average SM's time of it goes."""
+    rows = []
+    for rank, profile in enumerate(profiles):
+        parts = [sum(_part(row, phase, profile) for row in profile.rows) for phase in PHASES]
+        rows.append(
+            [rank, f"{profile.us:.1f}", *(f"{us:.1f}" for us in parts), f"{profile.between_us:.1f}",
+             f"{clocks.ahead[rank]:.2f}", f"{clocks.within[rank]:.2f}"]
+        )  # fmt: skip
+    title = "ranks: a token in us, and where it goes on the average SM; what a rank's clock shows more than rank 0's"
+    return title + "\n" + table(["rank", "token", *PHASES, "(no task)", "clock", "within"], rows)
+
+
+def _part(row: Row, phase: str, profile: Profile) -> float:
+    """A phase of an operator's tasks, of a token on the average SM."""
+    return row.mean[phase] * row.tasks * row.stages / profile.predicted.plan.num_sms
 
 
 def _head(profile: Profile) -> str:

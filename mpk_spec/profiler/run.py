@@ -14,14 +14,12 @@ if TYPE_CHECKING:
 WARM_UP = 8  # tokens before the first that is recorded
 
 
-def record(backend: CudaBackend, context: int, tokens: int) -> np.ndarray:
-    """`cuda_probe.TIMES` of `tokens` + 1 steps in one launch, with about `context` random positions in the cache.
+def record(backend: CudaBackend, context: int, tokens: int) -> list[np.ndarray]:
+    """Every rank's `cuda_probe.TIMES` of `tokens` + 1 steps of one launch with about `context` cached positions.
 
     `backend` must be built with `PROFILE`. Raises UserError where the steps do not fit the plan's context.
     """
-    from mpk_spec.runtime.cuda_probe import Probe
-
-    launcher, plan = backend.launcher, backend.plan
+    plan = backend.plan
     before = max(1, context - WARM_UP - tokens // 2)
     made = WARM_UP + tokens + 2
     if before + made > plan.context:
@@ -29,14 +27,11 @@ def record(backend: CudaBackend, context: int, tokens: int) -> np.ndarray:
             f"a profile at {context} positions takes {before + made}, the plan holds {plan.context}",
             "a smaller --context or fewer --tokens",
         )
-    probe = Probe(backend.emitted, backend.memory.arena.device, trace_steps=tokens + 1)
-    probe.trace_step = launcher.steps + WARM_UP
-    launcher.probe = probe
+    backend.probe({"trace_step": backend.launcher.steps + WARM_UP}, tokens + 1)
     ids = backend.fill_cache(before)
-    try:
-        for _ in backend.stream(ids, max_new_tokens=made):
-            pass
-    finally:
-        launcher.probe = None
-        backend.reset()  # what the cache was filled with was read by nobody
-    return probe.times()
+    for _ in backend.stream(ids, max_new_tokens=made):
+        pass
+    found = backend.times()
+    backend.probe(None)
+    backend.reset()  # what the cache was filled with was read by nobody
+    return found

@@ -9,9 +9,11 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from mpk_spec.runtime.built import Build
+    from mpk_spec.runtime.cuda_probe import Probe
 
 
 class CudaBackend:
@@ -147,6 +149,14 @@ class CudaBackend:
     def _fill(self, seed: int) -> None:
         fill_cache(self.memory, seed)
 
+    def probe(self, settings: dict[str, Any] | None, trace_steps: int = 0) -> None:
+        """Of a build for profiling or testing: the next launches have a `Probe` with these settings; None: none."""
+        self.launcher.probe = make_probe(self.emitted, self.memory, settings, trace_steps)
+
+    def times(self) -> list[np.ndarray]:
+        """Of every rank the `cuda_probe.TIMES` that its probe has recorded."""
+        return [self.launcher.probe.times()]
+
     def reset(self) -> None:
         self._cached = []
 
@@ -167,6 +177,18 @@ def value_of(plan: Plan, memory, name: str, tokens: int, step: int = 0, layer: i
     size = tokens * tensor.extent * torch.empty((), dtype=dtype).element_size()
     values = memory.arena[offset : offset + size].view(dtype).view(tokens, -1)
     return values.clone() if tensor.dtype != "bf16" else values.float()
+
+
+def make_probe(emitted, memory, settings: dict[str, Any] | None, trace_steps: int = 0) -> Probe | None:
+    """A `Probe` for launches that work in `memory`, with these of its fields set; None for None."""
+    from mpk_spec.runtime.cuda_probe import Probe
+
+    if settings is None:
+        return None
+    probe = Probe(emitted, memory.arena.device, trace_steps=trace_steps)
+    for name, value in settings.items():
+        setattr(probe, name, value)
+    return probe
 
 
 def fill_cache(memory, seed: int) -> None:

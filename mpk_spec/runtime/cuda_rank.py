@@ -110,14 +110,11 @@ class CudaRank:
         """After an abort, when no rank's kernel runs."""
         self.launcher.reset_events(steps)
 
-    def probe(self, settings: dict[str, Any], trace_steps: int = 0) -> None:
-        """Of a build for profiling or testing: the next launches have a `Probe` with these settings."""
-        from mpk_spec.runtime.cuda_probe import Probe
+    def probe(self, settings: dict[str, Any] | None, trace_steps: int = 0) -> None:
+        """See `CudaBackend.probe`."""
+        from mpk_spec.runtime.cuda_backend import make_probe
 
-        probe = Probe(self.emitted, self.device, trace_steps=trace_steps)
-        for name, value in settings.items():
-            setattr(probe, name, value)
-        self.launcher.probe = probe
+        self.launcher.probe = make_probe(self.emitted, self.memory, settings, trace_steps)
 
     def times(self) -> np.ndarray:
         """`cuda_probe.TIMES` of what the probe has recorded."""

@@ -12,6 +12,7 @@ from mpk_spec.runtime.cuda_rank import CudaRank
 from mpk_spec.runtime.ranks import RankLost, Ranks
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from mpk_spec.runtime.built import Build
@@ -66,6 +67,12 @@ class ParallelBackend(CudaBackend):
         if not split_over_ranks(self.plan, name):
             return self.ranks.local.value(name, tokens)
         return torch.cat(self.ranks.call("value", name, tokens), -1)
+
+    def probe(self, settings: dict[str, Any] | None, trace_steps: int = 0) -> None:
+        self.ranks.call("probe", settings, trace_steps)
+
+    def times(self) -> list[np.ndarray]:
+        return self.ranks.call("times")
 
     def _fill(self, seed: int) -> None:
         self.ranks.call("fill_cache", seed)

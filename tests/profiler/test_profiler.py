@@ -111,7 +111,7 @@ def test_the_data_is_json(simulation, times):
 
 
 def test_the_trace_has_every_task_of_every_step(simulation, times):
-    events = json.loads(chrome_trace(simulation.plan, simulation.step, times))["traceEvents"]
+    events = json.loads(chrome_trace(simulation.plan, simulation.step, [times]))["traceEvents"]
     tasks = [e for e in events if e.get("cat") == "task"]
     step = simulation.step
     count = sum(len(g.tasks) for s in step.stages for g in step.templates[s.template].groups)

@@ -1,0 +1,142 @@
+"""Several ranks' records by one clock, and what their sums cost, from synthetic records: no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from profiler.synthetic import times_of
+
+from mpk_spec.cli.profile import judged
+from mpk_spec.errors import UserError
+from mpk_spec.planner import plan
+from mpk_spec.planner.cost import cost_model
+from mpk_spec.planner.simulate import simulate
+from mpk_spec.profiler.chrome import chrome_trace
+from mpk_spec.profiler.clock import common_clock
+from mpk_spec.profiler.ranks import align, exchanges
+from mpk_spec.profiler.sums import predicted_sums, sums_of
+from mpk_spec.schema import load_spec
+
+COST = replace(cost_model("h100"), chance=0.0, spread=0.0)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return plan(load_spec("qwen3"), size="0.6b", target="h100", tp=2, context=256, verified=False)
+
+
+@pytest.fixture(scope="module")
+def simulation(made):
+    return simulate(made, context=128, cost=COST)
+
+
+def times(simulation):
+    return common_clock(times_of(simulation, tick_ns=1))
+
+
+@pytest.fixture(scope="module")
+def alike(simulation):
+    """Two ranks that do the same at the same time, the clock of rank 1 shows 250 us more."""
+    one = times(simulation)
+    return [one, one.shifted(-250.0)]
+
+
+def test_what_the_ranks_exchange(simulation):
+    step = simulation.step
+    names = [step.templates[step.stages[e.stage].template].groups[e.group].name for e in exchanges(step)]
+    layers = len(step.stages) - 1
+    assert names.count("gate_up") == layers and names.count("qkv") == layers - 1
+    assert names[-2:] == ["head", "next_ids"]
+    across = next(e for e in exchanges(step) if e.stage == 1)
+    assert across.sent == 0 and len(across.senders) == len(step.templates[0].groups[-1].tasks)
+
+
+def test_clocks_are_set_side_by_side(simulation, alike):
+    moved, clocks = align(alike, simulation.step)
+    assert clocks.ahead == pytest.approx((0.0, 250.0), abs=0.02)
+    assert clocks.within[1] == pytest.approx(COST.peer_hop_us, abs=0.05)
+    assert moved[1].signalled[1, 0, 0, 0] == pytest.approx(moved[0].signalled[1, 0, 0, 0], abs=0.02)
+    assert f"right within {clocks.within[1]:.2f} us" in clocks.says()
+
+
+def test_one_badly_read_clock_says_nothing(simulation, alike):
+    for field in ("ready", "asked"):
+        bad = getattr(alike[1], field).copy()
+        bad[:, 3] -= 40.0
+        alike = [alike[0], replace(alike[1], **{field: bad})]
+    _, clocks = align(alike, simulation.step)
+    assert clocks.ahead[1] == pytest.approx(250.0, abs=0.02)
+
+
+def test_ranks_that_exchange_nothing_have_no_common_clock():
+    alone = simulate(plan(load_spec("qwen3"), size="tiny", target="h100", context=128, verified=False))
+    with pytest.raises(UserError, match="exchange nothing"):
+        align([times(alone)] * 2, alone.step)
+
+
+def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike):
+    moved, _ = align(alike, simulation.step)
+    sums = sums_of(moved, simulation.step, COST.hop_us, 0.0)
+    assert [row.name for row in sums.rows] == ["gate_up", "qkv", "head", "next_ids"]
+    assert [row.in_layers for row in sums.rows] == [True, True, True, False]
+    for row in sums.rows:
+        assert row.later == pytest.approx(0.0, abs=0.02) and row.signal == pytest.approx(0.0, abs=0.02)
+        assert row.way == pytest.approx(COST.peer_hop_us, abs=0.05)
+        assert 0 <= row.beyond <= row.waited <= COST.peer_hop_us - COST.hop_us + 0.05
+    assert sums.of_a_layer("waited") > COST.peer_hop_us - COST.hop_us  # two a layer
+    assert sums.of_a_layer("beyond") == pytest.approx(
+        sum(r.times * r.beyond for r in sums.rows[:3]) / (len(simulation.step.stages) - 1)
+    )
+
+
+def test_what_is_waited_for_weights_all_the_same_is_hidden(simulation, alike):
+    step, moved = simulation.step, align(alike, simulation.step)[0]
+    sums = sums_of(moved, step, COST.hop_us, 0.0)
+    starved = [replace(t, waited=t.waited + 50.0) for t in moved]
+    fed = [replace(t, waited=t.waited * 0.0) for t in moved]
+    assert all(row.beyond == 0.0 for row in sums_of(starved, step, COST.hop_us, 0.0).rows)
+    assert all(row.beyond == row.waited for row in sums_of(fed, step, COST.hop_us, 0.0).rows)
+    assert [r.waited for r in sums_of(fed, step, COST.hop_us, 0.0).rows] == [r.waited for r in sums.rows]
+
+
+def test_a_slow_peer_shows_as_later(made, simulation):
+    """Rank 1's sums come 3 us later than rank 0's, though its clock is right."""
+    fast = times(simulation)
+    late = {name: getattr(fast, name).copy() for name in ("stored", "signalled")}
+    senders = {(e.sent, at) for e in exchanges(simulation.step) for at in e.senders}
+    for stage, (sm, place) in senders:
+        for field in late.values():
+            field[:, sm, stage, place] += 3.0
+    waits = {e.stage: e for e in exchanges(simulation.step) if e.sent == e.stage}
+    ready = fast.ready.copy()
+    for e in waits.values():
+        for sm, place in e.seen:
+            ready[:, sm, e.stage, place] += 3.0
+    sums = sums_of([replace(fast, ready=ready), replace(fast, ready=ready, **late)], simulation.step, COST.hop_us, 0.0)
+    row = next(r for r in sums.rows if r.name == "gate_up")
+    assert row.later == pytest.approx(1.5, abs=0.02)  # of the two ranks, one waits 3 us for the other
+    assert row.waited > 1.0
+
+
+def test_the_simulation_says_what_the_sums_of_a_layer_cost(made, simulation):
+    far = simulate(made, context=128, cost=replace(COST, peer_hop_us=20.0))
+    assert 0 < predicted_sums(simulation) < 2 * (COST.peer_hop_us - COST.hop_us) + 0.5
+    assert predicted_sums(far) > 20
+
+
+def test_the_report_and_the_trace_have_every_rank(simulation, alike):
+    ranks, clocks, data, shown = judged(alike, simulation)
+    assert "the 2.0 sums of a layer together: " in shown and "added up by" in shown
+    assert "rank" in shown and clocks in shown
+    data = json.loads(json.dumps(data))
+    assert len(data["ranks"]) == 2 and data["clocks"]["ahead"][1] == pytest.approx(250.0, abs=0.02)
+    assert data["sums"]["layer_beyond_us"] <= data["sums"]["layer_waited_us"]
+    trace = json.loads(chrome_trace(simulation.plan, simulation.step, ranks, clocks))
+    events = trace["traceEvents"]
+    assert trace["otherData"]["clocks"] == clocks
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names[1].startswith("rank 1, qwen3-0.6b")
+    starts = {rank: min(e["ts"] for e in events if e.get("cat") == "task" and e["pid"] == rank) for rank in (0, 1)}
+    assert starts[0] == pytest.approx(starts[1], abs=0.02)
