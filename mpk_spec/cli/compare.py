@@ -226,12 +226,11 @@ def _verdict(asked: Asked, report) -> Result:
 def _bisect(target, stop_after, tp, length, defect, backend, report):
     if target.build is not None:
         raise UserError("a build cannot stop after an operator", "compare SPEC --size NAME --stop-after OP")
-    if backend == "cuda" and tp > 1:
-        raise UserError("--stop-after looks into the kernel of one GPU", "--tp 1, or --backend cpu")
     if backend == "cuda":
         from mpk_spec.testing.bisect_gpu import bisect_gpu
 
-        return bisect_gpu(target.spec, target.size, target.checkpoint, stop_after, min(length, 64), defect, report)
+        where = (target.spec, target.size, target.checkpoint)
+        return bisect_gpu(*where, stop_after, min(length, 64), defect, report, tp)
     from mpk_spec.testing.bisect import bisect
 
     if backend != "cpu":

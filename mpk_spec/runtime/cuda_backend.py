@@ -166,10 +166,16 @@ class CudaBackend:
 
 
 def value_of(plan: Plan, memory, name: str, tokens: int, step: int = 0, layer: int = 0) -> torch.Tensor:
-    """See `CudaBackend.value`. step, layer: of the last write, which says which of two copies it went to."""
+    """See `CudaBackend.value`; of an inbox, float32 `[ranks, tokens, extent]`.
+
+    step, layer: of the last write, which says which of two copies it went to.
+    """
     import torch
 
     tensor = plan.tensors[name]
+    if tensor.inbox:
+        slots = memory.symmetric["inbox"][tensor.offset : tensor.offset + tensor.bytes].view(plan.tp, -1)
+        return slots.view(torch.float32)[:, : tokens * tensor.extent].unflatten(1, (tokens, -1)).clone()
     layers = sum(s.layer is not None for s in plan.steps["decode"].stages)
     writes = step if tensor.per == "step" else step * layers + layer
     offset = tensor.offset + writes % tensor.turns * (tensor.bytes // tensor.turns)

@@ -107,6 +107,16 @@ class KernelModule:
                 )
         return sizes
 
+    def write(self, symbol: str, words: tuple[int, ...]) -> None:
+        """Sets a variable of the module, u32 `[len(words)]`, when no launch runs."""
+        from cuda.bindings import driver
+
+        address, size = check(driver.cuModuleGetGlobal(self.module, symbol.encode()))
+        values = np.array(words, np.uint32)
+        if size != values.nbytes:
+            raise RuntimeError(f"'{symbol}' has {size} bytes, {values.nbytes} were given")
+        check(driver.cuMemcpyHtoD(address, values.ctypes.data, values.nbytes))
+
     cooperative = True  # every SM gets its block or none does
 
     def launch(self, params: np.ndarray, stream: int) -> None:

@@ -110,6 +110,10 @@ class CudaRank:
         """After an abort, when no rank's kernel runs."""
         self.launcher.reset_events(steps)
 
+    def write(self, symbol: str, words: tuple[int, ...]) -> None:
+        """See `KernelModule.write`."""
+        self.module.write(symbol, words)
+
     def probe(self, settings: dict[str, Any] | None, trace_steps: int = 0) -> None:
         """See `CudaBackend.probe`."""
         from mpk_spec.runtime.cuda_backend import make_probe
@@ -126,7 +130,7 @@ class CudaRank:
             self.launcher.abort()
 
     def value(self, name: str, tokens: int) -> torch.Tensor:
-        """What this rank has of a tensor after the last step, on the CPU."""
+        """What this rank has of a tensor after the last step, on the CPU, see `value_of`."""
         from mpk_spec.runtime.cuda_backend import value_of
 
         return value_of(self.plan, self.memory, name, tokens).cpu()

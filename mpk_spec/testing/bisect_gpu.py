@@ -22,51 +22,56 @@ if TYPE_CHECKING:
     from mpk_spec.weights import Checkpoint
 
 STOP_AFTER = "MPK_STOP_AFTER=1"
+STOP = "megakernel_stop"
 RUN_ON = 0xFFFFFFFF
+
+
+Values = list[dict[str, "torch.Tensor"]]
+"""By rank and tensor: float32 `[tokens, extent]`, of an inbox `[ranks, tokens, extent]`."""
 
 
 class Stopped(Protocol):
     """What can be asked for the values that a group leaves."""
 
-    def values(self, stage: int, group: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """float32 `[tokens, extent]` of each tensor, right after that group of the examined step."""
+    def values(self, stage: int, group: int, names: tuple[str, ...]) -> Values:
+        """Right after that group of the examined step."""
 
 
 class StoppedKernel:
     """The kernel, built to stop. The examined step is that of the last chunk of `ids`, run again for each group."""
 
     def __init__(self, backend: CudaBackend, ids: list[int]):
-        from cuda.bindings import driver
-
-        from mpk_spec.runtime.cuda_launch import check
-
         self.backend = backend
-        self.address, _ = check(driver.cuModuleGetGlobal(backend.launcher.module.module, b"megakernel_stop"))
         self.start = examined(backend.plan, len(ids))
         self.ids = ids[self.start :]
         if self.start:
             backend.launcher.start(ids[: self.start], 0, 0)
             backend.launcher.finish()
 
-    def values(self, stage: int, group: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def values(self, stage: int, group: int, names: tuple[str, ...]) -> Values:
         launcher = self.backend.launcher
-        self._stop_at(stage, group)
+        launcher.module.write(STOP, (stage, group))
         launcher.start(self.ids, self.start, 0)
         launcher.finish()
-        self._stop_at(RUN_ON, RUN_ON)
+        launcher.module.write(STOP, (RUN_ON, RUN_ON))
         layers = [s.layer for s in self.backend.plan.steps["prefill"].stages[: stage + 1] if s.layer is not None]
         found = {name: self.backend.value(name, len(self.ids), layers[-1] if layers else 0).cpu() for name in names}
         launcher.reset_events()  # the rest of the step has not signalled
-        return found
+        return [found]
 
-    def _stop_at(self, stage: int, group: int) -> None:
-        import numpy as np
-        from cuda.bindings import driver
 
-        from mpk_spec.runtime.cuda_launch import check
+class StoppedRanks(StoppedKernel):
+    """The kernels of all ranks, each with what it holds. A rank that ends first is written to by those that do not."""
 
-        words = np.array([stage, group], np.uint32)
-        check(driver.cuMemcpyHtoD(self.address, words.ctypes.data, words.nbytes))
+    def values(self, stage: int, group: int, names: tuple[str, ...]) -> Values:
+        ranks = self.backend.ranks
+        ranks.call("write", STOP, (stage, group))
+        ranks.call("start", self.ids, self.start, 0, frozenset())
+        ranks.call("finish")
+        ranks.call("write", STOP, (RUN_ON, RUN_ON))
+        by_name = {name: ranks.call("value", name, len(self.ids)) for name in names}
+        ranks.call("reset_events")
+        return [{name: by_name[name][rank] for name in names} for rank in range(self.backend.plan.tp)]
 
 
 def examined(plan: Plan, count: int) -> int:
@@ -83,30 +88,35 @@ def bisect_gpu(
     tokens: int = 64,
     defect: Defect | None = None,
     progress=None,
+    tp: int = 1,
 ) -> Bisection:
-    """Runs `tokens` random ids on the GPU and compares the last step's values up to `stop_after`.
+    """Runs `tokens` random ids on the GPUs and compares the last step's values up to `stop_after`, of every rank.
 
     stop_after: an operator (`attention.o`, of the first layer; `attention.o@5`, of layer 5) or `all`: the group that it
-    is fused into. defect: planted in the packed weights. Raises UserError for an operator that does not exist.
+    is fused into. defect: planted in the packed weights of one GPU. UserError for an operator that does not exist.
     """
     import torch
 
     from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.runtime.parallel_backend import ParallelBackend
     from mpk_spec.runtime.select import plan_for_gpu
     from mpk_spec.weights import text_config
 
-    plan = plan_for_gpu(spec, size, checkpoint, max(tokens, 64))
+    if defect is not None and tp > 1:
+        raise UserError(f"'{defect.name}' is planted in the kernel of one GPU", "--tp 1, or --backend cpu")
+    plan = plan_for_gpu(spec, size, checkpoint, max(tokens, 64), tp)
     last = find_group(plan, stop_after)
     vocab = text_config(checkpoint.config)["vocab_size"]
     ids = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
     if defect is not None and (defect.executor or defect.spec(spec) is not spec or defect.plan(plan) is not plan):
         raise UserError(f"'{defect.name}' is no defect of packed weights, the only ones planted here", "--backend cpu")
     weights = checkpoint if defect is None else defect.weights(checkpoint, plan)
-    backend = CudaBackend(plan, weights, progress, defines=(STOP_AFTER,))
+    backend = (ParallelBackend if tp > 1 else CudaBackend)(plan, weights, progress, defines=(STOP_AFTER,))
     planted = f", planted: {defect.says}" if defect else ""
     title = f"{spec.name} {size or 'checkpoint'}, weights {checkpoint.source}, {backend.description}{planted}"
     try:
-        return compare(title, plan, on_host(checkpoint), ids, StoppedKernel(backend, ids), last, progress)
+        kernel = (StoppedRanks if tp > 1 else StoppedKernel)(backend, ids)
+        return compare(title, plan, on_host(checkpoint), ids, kernel, last, progress)
     finally:
         backend.close()
 
@@ -161,7 +171,7 @@ def compare(
     last: tuple[int, int] | None,
     progress=None,
 ) -> Bisection:
-    """Group by group, the kernel's values against the reference's."""
+    """Group by group, the kernel's values against the reference's; of several ranks the worst counts."""
     entries: list[Entry] = []
     errors: dict[str, float] = {}  # by tensor; a layer's replace those of the layer before
     groups = sum(len(plan.steps["prefill"].templates[s.template].groups) for s in plan.steps["prefill"].stages)
@@ -170,13 +180,15 @@ def compare(
         if progress is not None:
             progress("comparing groups", number, groups)
         inputs = max((errors.get(name, 0.0) for name in group.inputs), default=0.0)
-        if true:
-            ours = kernel.values(*place, tuple(true))
+        if names := tuple(true[0]):
+            ours = kernel.values(*place, names)
             made = {node.output: node for node in group.nodes}
-            for name, wanted in true.items():
+            for name in names:
                 node = _maker(made, name)
-                one, other = (_comparable(plan, group, node, t, start) for t in (wanted, ours[name]))
-                errors[name] = relative_error(one, other)
+                errors[name] = max(
+                    relative_error(*(_comparable(plan, group, node, held[name], start) for held in both))
+                    for both in zip(true, ours, strict=True)
+                )
                 entries.append(Entry(node.name, layer, node.op, errors[name], inputs))
         if place == last:
             break
@@ -185,7 +197,7 @@ def compare(
 
 def reference(
     plan: Plan, checkpoint: Any, ids: list[int]
-) -> Iterator[tuple[tuple[int, int], int | None, Group, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[tuple[int, int], int | None, Group, Values]]:
     """((stage, group), layer, group, its float outputs) of the step of the last chunk, as the plan means them."""
     import torch
 
@@ -193,20 +205,23 @@ def reference(
     from mpk_spec.reference.executor import Executor, StepInput
 
     executor = Executor(plan, checkpoint)
-    (rank,), step, start = executor.ranks, plan.steps["prefill"], examined(plan, len(ids))
+    ranks, step, start = executor.ranks, plan.steps["prefill"], examined(plan, len(ids))
     with torch.inference_mode():
         for lo in range(0, start, step.tokens):
             executor.run("prefill", _input(StepInput, ids[lo : lo + step.tokens], lo))
         given = _input(StepInput, ids[start:], start)
-        rank.allocate(len(given.ids))
-        rank.buffers["token_ids"] = given.ids[:, None]
-        rank.rows = None
+        for rank in ranks:
+            rank.allocate(len(given.ids))
+            rank.buffers["token_ids"] = given.ids[:, None]
+            rank.rows = None
         for s, stage in enumerate(step.stages):
             for g, group in enumerate(step.templates[stage.template].groups):
-                GroupRun(rank, group, stage.layer).run(given)
+                for rank in ranks:
+                    GroupRun(rank, group, stage.layer).run(given)
                 sampling = group.task in ("argmax_partial", "argmax_reduce")  # ids: near ties may fall either way
                 names = () if sampling else group.outputs
-                yield (s, g), stage.layer, group, {name: rank.buffers[name].clone() for name in names}
+                held = [{name: rank.buffers[name].clone() for name in names} for rank in ranks]
+                yield (s, g), stage.layer, group, held
 
 
 def _input(step_input, ids: list[int], start: int):

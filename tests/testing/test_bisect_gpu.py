@@ -8,7 +8,7 @@ from tiny import checkpoint_of, spec_of
 
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
-from mpk_spec.testing.bisect_gpu import STOP_AFTER, compare, examined, find_group, merged, reference
+from mpk_spec.testing.bisect_gpu import STOP_AFTER, bisect_gpu, compare, examined, find_group, merged, reference
 from mpk_spec.testing.defects import find_defect
 
 IDS = torch.randint(0, 515, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -17,6 +17,11 @@ IDS = torch.randint(0, 515, (40,), generator=torch.Generator().manual_seed(3)).t
 @pytest.fixture(scope="module")
 def made():
     return plan(spec_of("qwen3"), size="tiny", target="h100", context=128)
+
+
+@pytest.fixture(scope="module")
+def made_for_two():
+    return plan(spec_of("qwen3"), size="tiny", target="h100", context=128, tp=2)
 
 
 class StandIn:
@@ -28,8 +33,8 @@ class StandIn:
 
     def values(self, stage, group, names):
         self.asked.append((stage, group))
-        found = {name: self.left[stage, group][name].clone() for name in names}
-        return self.spoil((stage, group), found) if self.spoil else found
+        found = [{name: held[name].clone() for name in names} for held in self.left[stage, group]]
+        return [self.spoil((stage, group), *found)] if self.spoil else found
 
 
 def run(made, defect=None, stop_after="all", spoil=None):
@@ -71,6 +76,30 @@ def test_values_spoilt_in_one_place_are_found_there(made, at, tensor, place):
 
     found, _ = run(made, spoil=spoil)
     assert found.first.place == place
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_that_did_not_arrive_at_one_rank_is_found_there(made_for_two, rank):
+    """The part of rank 1 in one inbox is what was there before; the sum that comes after is right, as it is given."""
+
+    def stale(where, *held):
+        if where == (1, 2):
+            held[rank]["attention.o"][1] = 0.5
+        return list(held)
+
+    checkpoint = checkpoint_of("qwen3")
+    kernel = StandIn(made_for_two, checkpoint)
+    assert compare("title", made_for_two, checkpoint, IDS, kernel, None).passed
+    values = kernel.values
+    kernel.values = lambda stage, group, names: stale((stage, group), *values(stage, group, names))
+    found = compare("title", made_for_two, checkpoint, IDS, kernel, None)
+    assert not found.passed
+    assert found.first.place == "attention.o@1"
+
+
+def test_defects_are_planted_in_one_gpu():
+    with pytest.raises(UserError, match="'swapped-heads' is planted in the kernel of one GPU"):
+        bisect_gpu(spec_of("qwen3"), "tiny", checkpoint_of("qwen3"), defect=find_defect("swapped-heads"), tp=2)
 
 
 def test_it_asks_for_nothing_after_the_operator(made):
