@@ -98,7 +98,7 @@ def _cost(ranks: list[Times], step: Step, one: Exchange, hop_us: float, longer: 
         for times, mine in zip(ranks, own, strict=True):
             ready = one.ready(times, number)
             asked = times.asked[number, sms, one.stage, places]
-            waited = np.maximum(0.0, ready - (np.maximum(asked, mine + hop_us) - longer))
+            waited = np.maximum(0.0, ready - np.maximum(asked, mine + hop_us - longer))
             beyond = np.maximum(0.0, waited - _weights(times, step, one, number, sms))
             rows.append((last - mine, ready.mean() - last, longer, waited.mean(), beyond.mean()))
     return tuple(fmean(column) for column in zip(*rows, strict=True))
