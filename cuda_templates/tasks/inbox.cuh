@@ -41,6 +41,39 @@ struct Inbox {
   }
 };
 
+// The same of a sum in two shots: each rank adds up its share of the features, and gets of the others only those.
+template <u64 Offset, int Features, u64 Slot>
+struct Scattered : Inbox<Offset, Features, Slot> {
+  static constexpr int share = Features / static_cast<int>(num_ranks);
+  static_assert(Features % static_cast<int>(num_ranks) == 0 && share % 4 == 0, "shares are whole vectors");
+
+  static __device__ __forceinline__ void store(const Worker& w, int token, int feature, float value) {
+    float* here = reinterpret_cast<float*>(Inbox<Offset, Features, Slot>::at(w, w.params.rank, token, feature));
+    *w.params.on(feature / share, here) = value;
+  }
+};
+
+// What the ranks have added up of their shares, float32 [tokens][features]: each writes its features on every rank. They are
+// written again only after every rank has read them, as the slots above are.
+template <u64 Offset, int Features>
+struct Gathered : Tensor<Offset, Features, float> {
+  template <class V>
+  static __device__ void put(const Worker&, int, int, V) = delete;  // it would go into the arena
+  static __device__ void store(const Worker&, int, int, float) = delete;
+
+  static __device__ __forceinline__ u8* at(const Worker& w, int token, int feature) {
+    return w.params.inbox + Offset + (static_cast<u64>(token) * Features + feature) * sizeof(float);
+  }
+  static __device__ __forceinline__ float load(const Worker& w, int token, int feature) {
+    return __uint_as_float(ptx::load_l2_4(at(w, token, feature)));
+  }
+  static __device__ __forceinline__ void store_everywhere(const Worker& w, int token, int feature, float4 value) {
+    float4* here = reinterpret_cast<float4*>(at(w, token, feature));
+#pragma unroll
+    for (u32 peer = 0; peer < num_ranks; ++peer) *w.params.on(peer, here) = value;
+  }
+};
+
 // Source of a norm: four neighbouring features of the residual and the sum of all parts.
 template <class Residual, class Parts>
 struct SumRow {

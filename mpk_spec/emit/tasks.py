@@ -71,8 +71,13 @@ class _Writer:
     def tensor(self, name: str, write: bool = False) -> str:
         """write: as the group stores it, not as it reads it."""
         tensor = self.plan.tensors[name]
+        if tensor.shares == "gathered" and tensor.dtype != "f32":
+            raise Refused(self.group, f"'{name}' is a sum in two shots of {tensor.dtype}", "all_reduce: one_shot")
+        if tensor.shares == "gathered":
+            return f"Gathered<{tensor.offset}ull, {tensor.extent}>"
         if tensor.inbox:
-            return f"Inbox<{tensor.offset}ull, {tensor.extent}, {tensor.bytes // self.plan.tp}ull>"
+            kind = "Scattered" if tensor.shares == "scattered" else "Inbox"
+            return f"{kind}<{tensor.offset}ull, {tensor.extent}, {tensor.bytes // self.plan.tp}ull>"
         if tensor.placement != "cuda":
             raise Refused(self.group, f"'{name}' is placed in {tensor.placement} memory")
         where = f"{tensor.offset}ull, {tensor.extent}, {DTYPES[tensor.dtype]}"
@@ -173,7 +178,12 @@ class _Writer:
             if len(self.group.nodes) != 2 or out.op != "add" or len(others) != 1:
                 raise Refused(self.group, f"no task adds up parts and then does {out.op}")
             residual = self.tensor(others[0])
-        return f"AllReduce<{residual}, {self.tensor(parts.inputs[0])}, {self.tensor(out.output)}>"
+        addends, summed = self.tensor(parts.inputs[0]), self.tensor(out.output)
+        if self.plan.tensors[parts.inputs[0]].shares != "scattered":
+            return f"AllReduce<{residual}, {addends}, {summed}>"
+        if residual == "NoResidual":
+            raise Refused(self.group, "its sum in two shots has no residual", "all_reduce: one_shot")
+        return f"SharedSum<{residual}, {addends}, {summed}>"
 
     # attention
 

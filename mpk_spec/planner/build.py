@@ -9,15 +9,17 @@ from typing import Any
 from mpk_spec.errors import SpecError
 from mpk_spec.planner.assign import assign
 from mpk_spec.planner.bind import bind
+from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.crossing import Crossing, cross_as_data, in_turns
 from mpk_spec.planner.events import StageOrder, connect, enter
-from mpk_spec.planner.fuse import Fused, FusedSection, fuse
+from mpk_spec.planner.fuse import FusedSection, fuse
 from mpk_spec.planner.loader import resolve_loader
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
 from mpk_spec.planner.plan import Group, Packing, Plan, Stage, Step, Template, Tensor, Weight
-from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, linear_rows
+from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, in_two_shots, linear_rows
+from mpk_spec.planner.shots import choose_shots, inboxes, lone_sums
 from mpk_spec.planner.sums import sums_into_readers
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, chunk_columns, outputs, renamed, smem_bytes, tile
@@ -58,16 +60,13 @@ class _Drafted:
 def build(spec: Spec, architecture: str, config: dict[str, Any], request: Request) -> Plan:
     """Raises SpecError with positions for everything that cannot be planned."""
     model = bind(spec, config, tp=request.tp, batch=request.batch, context=request.context)
-    sections = sums_into_readers(fuse(spec, model), model)
+    sections, problems = fuse(spec, model), []
+    sections = sums_into_readers(_summed(sections, spec, model, request, problems), model)
     ring, chunk = _ring(request, sections, model)
     lowered: dict[str, _Lowering] = {}
     schedulers: list[Scheduler] = []
-    problems: list = []
     for kind in request.steps:
-        scheduler = Scheduler(
-            spec, replace(model, types=dict(model.types), slots={}), request.target, request.size, request.batch,
-            request.context, kind, request.tokens(kind), ring, problems,
-        )  # fmt: skip
+        scheduler = _scheduler(kind, spec, model, request, ring, problems)
         schedulers.append(scheduler)
         lowered[kind] = _lowering(sections, scheduler)
     loader = resolve_loader(schedulers, chunk)
@@ -95,6 +94,24 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
     )  # fmt: skip
+
+
+def _scheduler(kind: str, spec: Spec, model: Model, request: Request, ring: int, problems: list) -> Scheduler:
+    own = replace(model, types=dict(model.types), slots={})
+    where = (request.target, request.size, request.batch, request.context)
+    return Scheduler(spec, own, *where, kind, request.tokens(kind), ring, problems)
+
+
+def _summed(sections: list[FusedSection], spec: Spec, model: Model, request: Request, problems: list):
+    """The sections with a note for each sum over ranks; `model.two_shots` says which take two shots."""
+    schedulers = [_scheduler(kind, spec, model, request, 1, problems) for kind in request.steps]
+    choices = choose_shots(sections, schedulers, cost_model(request.target))
+    model.two_shots = frozenset(c.part for c in choices if c.two_shots)
+    made = [{o.output for o in s.section.ops} for s in sections]
+    return [
+        replace(s, notes=[*s.notes, *(c.note for c in choices if c.part in own)])
+        for s, own in zip(sections, made, strict=True)
+    ]
 
 
 @dataclass
@@ -155,8 +172,10 @@ def _kv_splits(spec: Spec, lowered: dict[str, _Lowering], problems: list) -> dic
 
 def _draft(kind: str, request: Request, lowering: _Lowering, splits: dict[str, int]) -> _Drafted:
     tokens, model = request.tokens(kind), lowering.model
-    inboxes = {v for s in lowering.sections for i in [*s.items, *s.first] for v in _inboxes(i.group, model)}
-    inboxes = frozenset(v + copy for v in inboxes for copy in ("", *COPIES)) if request.tp > 1 else frozenset()
+    items = [i for s in lowering.sections for i in [*s.items, *s.first]]
+    exchanged = {v for i in items for v in inboxes(i.group, model)}
+    exchanged = {v + copy for v in exchanged for copy in ("", *COPIES)} | _gathered(items, model)
+    exchanged = frozenset(exchanged) if request.tp > 1 else frozenset()
     made: dict[str, tuple[str, StageOrder]] = {}
     stages = []
     carried: dict[str, str] = {}  # where the layers' result lies after them, if not under its own name
@@ -165,23 +184,50 @@ def _draft(kind: str, request: Request, lowering: _Lowering, splits: dict[str, i
         for layer in range(base.layers) if base.layers else [None]:
             items = section.first if layer == 0 else section.items
             copy = _copy(layer, base.layers) if lone else ""
-            variant = (copy, turns and layer % 2, layer == 0 and section.first is not section.items)
+            summed = _carried_sum(section, model)
+            first = layer == 0 and (summed or section.first is not section.items)
+            variant = (copy, turns and layer % 2, first)
             key = f"{base.name}/{variant}/{_layer_key(items, layer)}"
             if key not in made:
                 groups = [tile(item.group, item.settings, model, layer, tokens, splits) for item in items]
                 groups = [_turned(g, turns, layer) for g in groups] if turns else groups
+                groups = [_from_sum(g, summed, layer) for g in groups] if summed else groups
                 for old, new in [*carried.items(), *((v, v + copy) for v in lone if copy)]:
                     groups = [renamed(g, old, new) for g in groups]
                 name = base.name if layer is None else f"{base.name}.{layer}"
-                made[key] = (name, connect(groups, request.tp, inboxes))
+                made[key] = (name, connect(groups, request.tp, exchanged))
             stages.append((layer, *made[key]))
         if turns and base.layers % 2:
             carried[turns] = turns + OTHER
+        if _carried_sum(section, model):
+            carried[base.name] = base.name + SUM
     return _Drafted(kind, tokens, stages)
 
 
 COPIES = (".1", ".2")
 OTHER = ".other"
+SUM = ".sum"
+
+
+def _carried_sum(section: _Section, model: Model) -> str | None:
+    """The carried value, where it is a sum in two shots: the ranks write it into a buffer of its own."""
+    last = section.items[-1].group
+    name = section.fused.section.name
+    return name if in_two_shots(last, model) and last.ops[-1].output == name else None
+
+
+def _from_sum(group: Group, carried: str, layer: int) -> Group:
+    """Layer 0 reads the carried value where the embedding left it, all others where the layer before summed it."""
+    makes = group.nodes[0].op == "all_reduce" and group.nodes[-1].output == carried
+    return renamed(group, carried, carried + SUM) if layer or makes else group
+
+
+def _gathered(items: list[Lowered], model: Model) -> set[str]:
+    """Sums in two shots, as their buffers are called."""
+    return {
+        v + SUM if v in model.carries else v
+        for v in (i.group.ops[-1].output for i in items if in_two_shots(i.group, model))
+    }
 
 
 def _turned(group: Group, carried: str, layer: int) -> Group:
@@ -192,24 +238,10 @@ def _turned(group: Group, carried: str, layer: int) -> Group:
 
 
 def _lone_sums(section: _Section, model: Model) -> list[str]:
-    """Inboxes of a layer that need another copy in the next layer.
-
-    Where one sum over ranks comes after another, they keep the ranks together: nobody writes into an inbox of the next
-    layer before all have read this layer's. A sum that no other one comes before or after has no such guard.
-    """
+    """Inboxes of a layer that need another copy in the next layer, see `lone_sums`."""
     if not section.fused.section.layers or model.tp == 1:
         return []
-    behind: dict[str, set[str]] = {}  # value: the sums that it comes after
-    found: list[str] = []
-    for group in (i.group for i in section.items):
-        after = set().union(*(behind.get(v, set()) for v in group.inputs))
-        found += (sums := _inboxes(group, model))
-        after |= set(sums)
-        for value in outputs(group, model):
-            behind[value] = after
-    pairs = {(x, z) for x in found for z in behind.get(x, ()) if x != z}
-    guarded = {x for pair in pairs for x in pair}
-    return [x for x in found if x not in guarded]
+    return lone_sums(tuple(i.group for i in section.items), model)
 
 
 def _copy(layer: int, layers: int) -> str:
@@ -222,27 +254,18 @@ def _check_sums(spec: Spec, lowering: _Lowering, problems: list) -> None:
     """A step with one sum over ranks would write the next step's parts while a slow rank still reads this step's."""
     model = lowering.model
     groups = [(i.group, s.fused.section.layers or 1) for s in lowering.sections for i in s.items]
-    inboxes = [v for group, times in groups for v in _inboxes(group, model) * times]
-    if model.tp == 1 or len(inboxes) > 1:
+    summed = [v for group, times in groups for v in inboxes(group, model) * times]
+    if model.tp == 1 or len(summed) > 1:
         return
     said, hint = f"nothing is split over the {model.tp} ranks: each would compute everything", "plan for one rank"
-    if inboxes:
-        said = f"only '{inboxes[0]}' is exchanged between ranks: nothing keeps a fast rank out of the next step"
+    if summed:
+        said = f"only '{summed[0]}' is exchanged between ranks: nothing keeps a fast rank out of the next step"
         hint = "split what the layers multiply by as well"
     problems.append(spec.problem(("shard", "tp"), said, hint, on="key"))
 
 
 def _layer_key(items: list[Lowered], layer: int | None) -> str:
     return repr([op.at(layer) for i in items for op in i.group.ops if op.per_layer])
-
-
-def _inboxes(group: Fused, model: Model) -> list[str]:
-    """Partial values that this group adds up over ranks."""
-    return [
-        op.inputs[0]
-        for op in group.ops
-        if op.op.op in ("all_reduce", "argmax_reduce") and model.types[op.inputs[0]].partial
-    ]
 
 
 def _feeds(model: Model) -> dict[str, str]:
@@ -255,7 +278,7 @@ def _cross(
     scheduler: Scheduler, wanted: str,
 ) -> Crossing:  # fmt: skip
     """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
-    if wanted == "event" or (wanted == "auto" and request.target.name == "cpu"):
+    if wanted == "event" or (wanted == "auto" and (request.target.name == "cpu" or request.tp > 1)):
         return Crossing(steps)
     crossing = cross_as_data(steps, tensors, model.states, request.tp)
     if crossing.refused and wanted == "data":
@@ -277,21 +300,24 @@ def _tensors(spec: Spec, lowered: dict[str, _Lowering], request: Request) -> tup
     for lowering in lowered.values():
         model = lowering.model
         items = [i for s in lowering.sections for i in [*s.items, *s.first]]
-        inboxes = {v for i in items for v in _inboxes(i.group, model)} if request.tp > 1 else set()
+        exchanged = {v for i in items for v in inboxes(i.group, model)} if request.tp > 1 else set()
+        gathered = _gathered(items, model)
         for name in (v for i in items for v in outputs(i.group, model)):
-            made = _tensor(spec, model, name, name in inboxes, request)
+            made = _tensor(spec, model, name, _shares(name, exchanged, gathered, model), request)
             tensors[name] = max(tensors.get(name, made), made, key=lambda t: t.extent)
         copied = {v for s in lowering.sections for v in _lone_sums(s, model)}
         copies = {v + copy: replace(tensors[v], name=v + copy) for v in copied for copy in COPIES}
         tensors |= copies
-        inboxes |= copies.keys()
+        for name in gathered:
+            tensors[name] = replace(_tensor(spec, model, name.removesuffix(SUM), "gathered", request), name=name)
+        exchanged |= copies.keys() | gathered
         for turns in (s.fused.alternates for s in lowering.sections if s.fused.alternates):
             tensors.pop(f"{turns}.next", None)
-            tensors[turns] = _tensor(spec, model, turns, False, request)
+            tensors[turns] = _tensor(spec, model, turns, None, request)
             tensors[turns + OTHER] = replace(tensors[turns], name=turns + OTHER)
             kept.add(turns + OTHER)
         # peers write inboxes while this rank still reads what lay there before: inboxes share bytes with nothing
-        kept |= {*model.carries, *inboxes, *_feeds(model).values()}
+        kept |= {*model.carries, *exchanged, *_feeds(model).values()}
         kept |= {o.inputs[0] for i in items for o in i.group.ops if o.op.op == "argmax_partial"}
     return tensors, kept
 
@@ -308,7 +334,17 @@ def _place(tensors: dict[str, Tensor], kept: set[str], crossing: Crossing, draft
     return placed, arenas
 
 
-def _tensor(spec: Spec, model: Model, name: str, inbox: bool, request: Request) -> Tensor:
+def _shares(name: str, exchanged: set[str], gathered: set[str], model: Model) -> str | None:
+    """`Tensor.shares` of an inbox, None for what is none."""
+    if name in gathered:
+        return "gathered"
+    if name in exchanged:
+        return "scattered" if name in model.two_shots else "all"
+    return None
+
+
+def _tensor(spec: Spec, model: Model, name: str, shares: str | None, request: Request) -> Tensor:
+    inbox = shares is not None
     kind = model.types[name]
     decl = spec.tensors.get(model.origins.get(name, name)) or spec.tensors.get(name)
     wanted = (decl.placement if decl else None) or spec.tensor_default.placement or "auto"
@@ -325,7 +361,8 @@ def _tensor(spec: Spec, model: Model, name: str, inbox: bool, request: Request) 
         placement = wanted
     shape = (kind.routed, *kind.shape) if kind.routed else kind.shape
     extent = kind.features * model.slots.get(name, 1)
-    return Tensor(name, shape, "f32" if inbox else kind.dtype, extent, placement, inbox, bool(kind.routed))
+    dtype = "f32" if inbox and shares != "gathered" else kind.dtype
+    return Tensor(name, shape, dtype, extent, placement, inbox, shares or "all", bool(kind.routed))
 
 
 def _crossing(drafts: list[_Drafted]) -> set[str]:

@@ -224,12 +224,18 @@ def _routed(plan: Plan, group: Group) -> int:
 def _extra_activations(plan: Plan, step: Step, task: Task, cost: CostModel) -> float:
     """Time for the activations beyond the first: K tile by K tile, so it hides behind the stream if that is slower."""
     loaded = sum(
-        (span.hi - span.lo) * DTYPE_BYTES[plan.tensors[span.tensor].dtype]
+        (span.hi - span.lo) * DTYPE_BYTES[plan.tensors[span.tensor].dtype] * _copies(plan, span.tensor)
         for span in task.reads
         if span.tensor in plan.tensors
     )
     extra = max(0, loaded * step.tokens - cost.activation_free_bytes)
     return extra / (cost.activation_gbps * 1e3)
+
+
+def _copies(plan: Plan, tensor: str) -> int:
+    """How many values a reader loads for each feature: every rank's addend of a sum in one shot."""
+    found = plan.tensors[tensor]
+    return plan.tp if found.inbox and found.shares == "all" else 1
 
 
 def _finish(plan: Plan, step: Step, task: Task, cost: CostModel) -> float:
@@ -238,5 +244,18 @@ def _finish(plan: Plan, step: Step, task: Task, cost: CostModel) -> float:
     for span in task.writes:
         tensor = plan.tensors.get(span.tensor)
         if tensor is not None and tensor.inbox:
-            sent += (span.hi - span.lo) * DTYPE_BYTES[tensor.dtype] * step.tokens * (plan.tp - 1)
+            size = (span.hi - span.lo) * DTYPE_BYTES[tensor.dtype] * step.tokens
+            sent += size * (plan.tp - 1) / (1 if tensor.shares == "all" else plan.tp)
     return cost.reduce_us + (cost.signal_us if task.signals else 0.0) + sent / (cost.peer_gbps / cost.num_sms * 1e3)
+
+
+def sum_us(cost: CostModel, ranks: int, features: int, tokens: int, two_shots: bool) -> float:
+    """From float32 addends on every rank to their sum, with a residual, in the registers of those that read it."""
+    size = features * tokens * 4
+    sent = (ranks - 1) / (cost.peer_gbps * 1e3)
+    if not two_shots:
+        loaded = max(0, size * (ranks + 1) - cost.activation_free_bytes)
+        return size * sent + cost.peer_hop_us + loaded / (cost.activation_gbps * 1e3)
+    between = cost.start_us + cost.activation_us + cost.row_op_us + cost.reduce_us + cost.signal_us
+    loaded = max(0, size - cost.activation_free_bytes)
+    return 2 * (size * sent / ranks + cost.peer_hop_us) + between + loaded / (cost.activation_gbps * 1e3)

@@ -78,13 +78,16 @@ def _times(a: Simulation, b: Simulation, kind: str) -> Iterator[str]:
         yield f"{kind} predicted: {a.ms:.3f} -> {b.ms:.3f} ms ({b.us / a.us - 1:+.1%})"
 
 
+TENSOR_FIELDS = ("shape", "dtype", "placement", "inbox", "shares", "bytes")
+
+
 def _tensors(a: Plan, b: Plan) -> Iterator[str]:
     for name in dict.fromkeys([*a.tensors, *b.tensors]):
         if name not in a.tensors or name not in b.tensors:
             yield f"buffer {name}: {'new' if name in b.tensors else 'gone'}"
             continue
         ours, theirs = a.tensors[name], b.tensors[name]
-        changed = [f"{key} {_shown(x)} -> {_shown(y)}" for key in ("shape", "dtype", "placement", "inbox", "bytes")
+        changed = [f"{key} {_shown(x)} -> {_shown(y)}" for key in TENSOR_FIELDS
                    if (x := getattr(ours, key)) != (y := getattr(theirs, key))]  # fmt: skip
         if changed:
             yield f"buffer {name}: {', '.join(changed)}"

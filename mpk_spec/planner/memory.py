@@ -39,7 +39,7 @@ def place(tensors: dict[str, Tensor], stages: Iterable[StageOrder], kept: frozen
 
 def bytes_of(tensor: Tensor, tokens: int, tp: int = 1) -> int:
     """Of one copy."""
-    return tokens * prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] * (tp if tensor.inbox else 1)
+    return tokens * prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] * (tp if tensor.slots else 1)
 
 
 def _conflicts(tensors: dict[str, Tensor], stages: list[StageOrder], kept: frozenset[str]) -> dict[str, set[str]]:

@@ -59,4 +59,6 @@ class Model:
     """The operator in the layers that makes a carried value: {"y": "mlp.out"}."""
     slots: dict[str, int] = field(default_factory=dict)
     """Values whose experts are claimed at run time: how many of them may be active."""
+    two_shots: frozenset[str] = frozenset()
+    """Addends of which each rank adds up its share and sends the sum to the others."""
     notes: list[str] = field(default_factory=list)

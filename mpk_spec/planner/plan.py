@@ -149,6 +149,10 @@ class Tensor:
     extent: int
     placement: Placement = "cuda"
     inbox: bool = False
+    shares: Literal["all", "scattered", "gathered"] = "all"
+    """What ranks write into each other's inbox. all: their whole addend, into their slot. scattered: of it the share of
+    the features that the inbox's owner adds up. gathered: the sum of the share that they added up themselves; there are
+    no slots then. Tasks' spans are all ranks' together: a rank's task works on the part of them in its own share."""
     routed: bool = False
     """One row per (token, chosen expert): `shape[0]` is the number of choices."""
     offset: int = 0
@@ -158,6 +162,11 @@ class Tensor:
     """Copies that writes take turns with: one where events announce its values, two where they cross as data."""
     per: Literal["layer", "step"] = "layer"
     """What a write to it happens once in, where it has two copies."""
+
+    @property
+    def slots(self) -> bool:
+        """Whether each rank has a slot of its own."""
+        return self.inbox and self.shares != "gathered"
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def _buffers(plan: Plan) -> str:
             and tensor.offset < o.offset + o.bytes
         ]
         placement = f"{tensor.placement} inbox" if tensor.inbox else tensor.placement
+        placement += f", {tensor.shares}" if tensor.shares != "all" else ""
         rows.append([tensor.name, times(tensor.shape), tensor.dtype, placement, tensor.offset, tensor.bytes,
                      ", ".join(shared)])  # fmt: skip
     for state in plan.states.values():
@@ -202,7 +203,8 @@ def _rules(plan: Plan, step: Step) -> dict[str, dict[str, Any]]:
     for template in step.templates:
         for group in template.groups:
             keys = plan.schedule.get(group.name, {"grid", "block", "stages", "launch", "partition"})
-            rule = {key: getattr(group, key) for key in keys}
+            rule = {key: getattr(group, key) for key in keys if hasattr(group, key)}
+            rule |= {key: plan.schedule[group.name][key] for key in keys if key not in rule}
             found.setdefault(group.name, {k: list(v) if isinstance(v, tuple) else v for k, v in rule.items()})
     return {name: found[name] for name in [*(n for n in plan.schedule if n in found), *found]}
 

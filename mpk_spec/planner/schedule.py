@@ -21,6 +21,7 @@ BLOCK = (384, 1, 1)  # one warpgroup that loads and schedules, two that compute
 K_TILE = 512  # columns of a weight: what K splits are counted in
 CHUNK_BYTES = 16 * 1024  # one bulk copy; smaller ones do not reach the ceiling
 MERGE_BYTES_PER_US = 40e3  # at which one SM reads other SMs' results from L2
+SHARE = 4  # features of a published value, or of a rank's share of a sum, that go together
 ROW_FEATURES = 64  # features of a row operator that are worth a task
 
 
@@ -35,6 +36,7 @@ class Settings:
     stages: int = 1
     partition: str = "even"
     launch: str = "static"
+    all_reduce: str | None = None
 
     def as_rule(self, kind: str) -> dict[str, Any]:
         """In the spec's own words, for `plan --pin`."""
@@ -45,6 +47,7 @@ class Settings:
             "launch": self.launch,
         }
         rule |= {"partition": self.partition} if kind != "attention" else {"kv_splits": self.kv_splits}
+        rule |= {"all_reduce": self.all_reduce} if self.all_reduce else {}
         return rule | ({"split_k": self.split_k} if kind == "linear" else {})
 
 
@@ -114,6 +117,7 @@ class Scheduler:
         if not 1 <= stages <= self.ring_stages:
             self._refuse(pins, "stages", f"the ring has {self.ring_stages} stages, got {stages}", str(self.ring_stages))
         common = {"block": block, "stages": stages, "launch": self._pin(pins, "launch", "static")}
+        common["all_reduce"] = shots_of(group, self.model)
         if kind == "attention":
             return self._attention(group, pins, common)
         self._no_pin(pins, "kv_splits", group, "an attention")
@@ -203,7 +207,7 @@ class Scheduler:
         self._no_pin(pins, "split_k", group, "a linear")
         units = row_units(group, self.model)
         last = group.ops[-1]
-        features = self.model.types[last.output].features
+        features = self.model.types[last.output].features // (self.model.tp if in_two_shots(group, self.model) else 1)
         want = max(1, min(self.target.num_sms, units, -(-features // ROW_FEATURES)))
         if last.op.op == "argmax_partial":
             want = units
@@ -259,6 +263,20 @@ def _three(dims: list[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
+def in_two_shots(group: Fused, model: Model) -> bool:
+    """Whether each rank computes its share of the group's result, a sum over ranks, and sends it to the others."""
+    return group.ops[0].op.op == "all_reduce" and group.ops[0].inputs[0] in model.two_shots
+
+
+def shots_of(group: Fused, model: Model) -> str | None:
+    """How the ranks add up what the group makes; None where they do not. K splits are added up before."""
+    summed = {o.inputs[0] for s in model.sections for o in s.ops if o.op.op == "all_reduce"} if model.tp > 1 else ()
+    parts = [o.output for o in group.ops if o.output in summed]
+    if not parts or group.ops[0].op.op == "split_k_reduce":
+        return None
+    return "two_shot" if parts[0] in model.two_shots else "one_shot"
+
+
 def linear_granule(group: Fused) -> int:
     """Features of the group's output axis that one row tile makes."""
     gated = any(o.op.op == "gated_act" for o in group.epilogue)
@@ -285,6 +303,8 @@ def linear_tiles(group: Fused, model: Model) -> int:
 def row_units(group: Fused, model: Model) -> int:
     """Parts that the last output of a row group can be cut into."""
     out = model.types[group.ops[-1].output]
+    if in_two_shots(group, model):
+        return out.features // model.tp // SHARE
     step = group.ops[-1].op.granule(out)
     if step == out.features and group.ops[-1].op.op == "rmsnorm":
         step = gcd(out.features, ROW_TILE)

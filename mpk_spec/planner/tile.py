@@ -14,11 +14,19 @@ from mpk_spec.ops.linear import K_BLOCK, ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.plan import Group, Node, Span, Task
-from mpk_spec.planner.schedule import CHUNK_BYTES, Settings, linear_features, linear_granule, linear_rows, row_units
+from mpk_spec.planner.schedule import (
+    CHUNK_BYTES,
+    SHARE,
+    Settings,
+    in_two_shots,
+    linear_features,
+    linear_granule,
+    linear_rows,
+    row_units,
+)
 
 STORAGE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8_e4m3": 1, "int4": 0.5}
 ACTIVATION_SMEM = 48 * 1024  # activations of more tokens are streamed in K tiles
-SHARE = 4  # features of a published value that go together
 FIXED_SMEM = 4 * 1024  # barriers, per-warp partial sums, the scheduler's mailbox
 
 
@@ -26,7 +34,8 @@ def tile(
     group: Fused, settings: Settings, model: Model, layer: int | None, tokens: int, kv_splits: dict[str, int]
 ) -> Group:
     """The group of one stage, without events. `kv_splits` by state."""
-    cutter = {"linear": _linear, "attention": _attention}.get(group.kind, _rows)
+    rows = _shares if in_two_shots(group, model) else _rows
+    cutter = {"linear": _linear, "attention": _attention}.get(group.kind, rows)
     tasks = tuple(cutter(group, settings, model, tokens, kv_splits))
     nodes = tuple(_node(op, model, layer) for op in group.ops)
     return Group(
@@ -160,6 +169,20 @@ def _rows(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits
             yield Task(index, span, spans(found, model), (Span(last.op.state, *heads),))
         else:
             yield Task(index, span, spans(found, model), (Span(last.output, *span),))
+
+
+def _shares(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits: dict[str, int]):
+    """`out` is in a rank's share; spans are those of all ranks' shares."""
+    output = group.ops[-1].output
+    share = model.types[output].features // model.tp
+    for index, (lo, hi) in enumerate(cuts(row_units(group, model), settings.grid[0])):
+        parts = [(rank * share + lo * SHARE, rank * share + hi * SHARE) for rank in range(model.tp)]
+        reads: list[Span] = []
+        for part in parts:
+            found: dict[str, FeatureSpan] = {}
+            trace(group, model, output, part, found)
+            reads += spans(found, model)
+        yield Task(index, (lo * SHARE, hi * SHARE), tuple(reads), tuple(Span(output, *part) for part in parts))
 
 
 def _linear(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits: dict[str, int]):

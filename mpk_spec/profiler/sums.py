@@ -22,7 +22,7 @@ from mpk_spec.profiler.ranks import Exchange, exchanges
 
 @dataclass(frozen=True)
 class Sum:
-    """One sum over ranks, once: means over its stages, the recorded tokens, and the ranks; microseconds.
+    """One wait for a sum over ranks (or for one of its two shots): means over stages, recorded tokens and ranks, in us.
 
     later: from a rank's own last signal to the last of all ranks'. way: from that to its being seen. signal: what the
     signals to peers took longer than others. waited: the sum's part of an SM's wait. beyond: of it, what no wait for
@@ -67,7 +67,7 @@ def sums_of(ranks: list[Times], step: Step, hop_us: float, predicted_us: float) 
         found.setdefault(_group(step, one).name, []).append(one)
     rows = []
     for name, ones in found.items():
-        adds = any(node.op == "all_reduce" for node in _group(step, ones[0]).nodes)
+        adds = all(node.op != "argmax_reduce" for node in _group(step, ones[0]).nodes)
         cost = np.array([_cost(ranks, step, one, hop_us, longer) for one in ones]).mean(0).tolist()
         rows.append(Sum(name, len(ones), adds, *cost))
     return Sums(tuple(rows), layers, predicted_us)
@@ -135,7 +135,8 @@ def page(sums: Sums) -> str:
     )
     count = sum(r.times for r in sums.rows if r.in_layers) / sums.layers
     total = (
-        f"the {count:.1f} sums of a layer together: {sums.of_a_layer('beyond'):.2f} us beyond what is hidden, of "
+        f"the sums of a layer together, {count:.1f} waits: "
+        f"{sums.of_a_layer('beyond'):.2f} us beyond what is hidden, of "
         f"{sums.of_a_layer('waited'):.2f} us waited (the simulation says {sums.predicted_us:.2f} us)"
     )
     return f"{title}\n{table(headers, rows, frozenset({'added up by'}))}\n{total}"

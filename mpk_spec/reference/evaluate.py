@@ -64,8 +64,16 @@ class GroupRun:
         if last.op == "kv_append":
             self._append(last)
             return
-        lo, hi = self.task.out if self.task else (0, self._width(last.output))
+        first, end = self._own_rows(last.output)
+        lo, hi = (first + edge for edge in self.task.out) if self.task else (first, end)
         self._store(last.output, lo, hi)
+
+    def _own_rows(self, output: str) -> tuple[int, int]:
+        """The features of a row group's result that this rank computes: its share of a sum in two shots."""
+        first = self.group.nodes[0]
+        if first.op == "all_reduce" and self.plan.tensors[first.inputs[0]].shares == "scattered":
+            return self.rank.share_of(output)
+        return 0, self._width(output)
 
     def _append(self, node: Node) -> None:
         state = self.plan.states[node.values["state"]]

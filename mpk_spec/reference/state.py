@@ -48,34 +48,46 @@ class Rank:
             buffer.fill_(-1 if buffer.dtype == torch.int32 else POISON)
 
     def read(self, span: Span) -> torch.Tensor:
-        """`[tokens, features]`; `[ranks, tokens, features]` of an inbox, `[tokens, k, features]` of routed rows."""
+        """`[tokens, features]`; `[ranks, tokens, features]` of slots, `[tokens, k, features]` of routed rows."""
         buffer = self.buffers[span.tensor]
         if self.rows is not None:
             tensor = self.plan.tensors.get(span.tensor)
-            buffer = buffer.index_select(1 if tensor is not None and tensor.inbox else 0, self.rows)
+            buffer = buffer.index_select(1 if tensor is not None and tensor.slots else 0, self.rows)
         return buffer if span.hi - span.lo == buffer.shape[-1] else buffer[..., span.lo : span.hi]
 
     def write(self, span: Span, value: torch.Tensor) -> None:
-        """Stores `value`, rounded to the tensor's dtype; an inbox gets it on every rank. A whole buffer is replaced."""
+        """Stores `value`, rounded to the tensor's dtype; an inbox gets it on every rank, or on those whose share it is.
+
+        A whole buffer is replaced.
+        """
         tensor = self.plan.tensors[span.tensor]
         value = value if value.dtype == torch.int32 else round_to(value, tensor.dtype)
         if not tensor.inbox and self.rows is None and value.shape == self.buffers[span.tensor].shape:
             self.buffers[span.tensor] = value
             return
         for holder in self.peers if tensor.inbox else [self]:
+            lo, hi = span.lo, span.hi
+            if tensor.shares == "scattered":
+                first, end = holder.share_of(span.tensor)
+                lo, hi = max(lo, first), min(hi, end)
             buffer = holder.buffers[span.tensor]
-            buffer = buffer[self.index] if tensor.inbox else buffer
-            if self.rows is None:
-                buffer[..., span.lo : span.hi] = value
-            else:
-                buffer[self.rows, ..., span.lo : span.hi] = value
+            buffer = buffer[self.index] if tensor.slots else buffer
+            if lo < hi and self.rows is None:
+                buffer[..., lo:hi] = value[..., lo - span.lo : hi - span.lo]
+            elif lo < hi:
+                buffer[self.rows, ..., lo:hi] = value[..., lo - span.lo : hi - span.lo]
+
+    def share_of(self, tensor: str) -> tuple[int, int]:
+        """The features of a sum in two shots that this rank adds up."""
+        share = self.plan.tensors[tensor].extent // self.plan.tp
+        return self.index * share, (self.index + 1) * share
 
 
 def empty(plan: Plan, name: str, tokens: int) -> torch.Tensor:
     """A buffer for a tensor of the plan, with whatever lies there."""
     tensor = plan.tensors[name]
     shape = (tokens, tensor.shape[0], prod(tensor.shape[1:])) if tensor.routed else (tokens, prod(tensor.shape))
-    shape = (plan.tp, *shape) if tensor.inbox else shape
+    shape = (plan.tp, *shape) if tensor.slots else shape
     return torch.empty(shape, dtype=torch.int32 if tensor.dtype == "i32" else torch.float32)
 
 

@@ -166,7 +166,7 @@ class CudaBackend:
 
 
 def value_of(plan: Plan, memory, name: str, tokens: int, step: int = 0, layer: int = 0) -> torch.Tensor:
-    """See `CudaBackend.value`; of an inbox, float32 `[ranks, tokens, extent]`.
+    """See `CudaBackend.value`; of an inbox with slots, float32 `[ranks, tokens, extent]`.
 
     step, layer: of the last write, which says which of two copies it went to.
     """
@@ -174,8 +174,10 @@ def value_of(plan: Plan, memory, name: str, tokens: int, step: int = 0, layer: i
 
     tensor = plan.tensors[name]
     if tensor.inbox:
-        slots = memory.symmetric["inbox"][tensor.offset : tensor.offset + tensor.bytes].view(plan.tp, -1)
-        return slots.view(torch.float32)[:, : tokens * tensor.extent].unflatten(1, (tokens, -1)).clone()
+        held = memory.symmetric["inbox"][tensor.offset : tensor.offset + tensor.bytes].view(torch.float32)
+        held = held.view(plan.tp if tensor.slots else 1, -1)[:, : tokens * tensor.extent]
+        values = held.unflatten(1, (tokens, -1)).clone()
+        return values if tensor.slots else values[0]
     layers = sum(s.layer is not None for s in plan.steps["decode"].stages)
     writes = step if tensor.per == "step" else step * layers + layer
     offset = tensor.offset + writes % tensor.turns * (tensor.bytes // tensor.turns)

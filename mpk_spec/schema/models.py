@@ -219,6 +219,11 @@ class Settings(Section):
     partition: Literal["even", "balanced", "auto"] | None = Field(
         default=None, description="even: tasks of one size; balanced: sizes that keep all SMs busy"
     )
+    all_reduce: Literal["one_shot", "two_shot", "auto"] | None = Field(
+        default=None,
+        description="how ranks add up what the operator makes; one_shot: each all of it; two_shot: each a share that it"
+        " sends to the others",
+    )
     in_flight: CountOrAuto | None = Field(
         default=None, description="for '*' alone: bytes of copies that each SM has under way, in whole chunks"
     )

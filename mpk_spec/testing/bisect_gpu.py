@@ -186,8 +186,10 @@ def compare(
             for name in names:
                 node = _maker(made, name)
                 errors[name] = max(
-                    relative_error(*(_comparable(plan, group, node, held[name], start) for held in both))
-                    for both in zip(true, ours, strict=True)
+                    relative_error(
+                        *(_comparable(plan, group, node, _owned(plan, name, held[name], rank), start) for held in both)
+                    )
+                    for rank, both in enumerate(zip(true, ours, strict=True))
                 )
                 entries.append(Entry(node.name, layer, node.op, errors[name], inputs))
         if place == last:
@@ -234,6 +236,15 @@ def _input(step_input, ids: list[int], start: int):
 def _maker(made: dict[str, Node], tensor: str) -> Node:
     """The operator whose value a tensor holds. Buffers that take turns have names of their own."""
     return made[tensor] if tensor in made else list(made.values())[-1]
+
+
+def _owned(plan: Plan, name: str, value: torch.Tensor, rank: int) -> torch.Tensor:
+    """Of addends that each rank sums a share of, what is sent to this one."""
+    tensor = plan.tensors[name]
+    if tensor.shares != "scattered":
+        return value
+    share = tensor.extent // plan.tp
+    return value[..., rank * share : (rank + 1) * share]
 
 
 def _comparable(plan: Plan, group: Group, node: Node, value: torch.Tensor, start: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ def golden_text(plan: Plan) -> str:
     lines += ["", "buffers"]
     for tensor in plan.tensors.values():
         where = f"{tensor.placement} {tensor.offset}" + (" inbox" if tensor.inbox else "")
+        where += f", {tensor.shares}" if tensor.shares != "all" else ""
         lines.append(f"  {tensor.name} {list(tensor.shape)} {tensor.dtype}, {tensor.bytes} bytes at {where}")
     lines += [f"  arena {name}: {size} bytes" for name, size in plan.arena_bytes.items()]
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ and one real size for Hopper; the other real sizes and the builds for profiling 
 from __future__ import annotations
 
 import pytest
+from tiny_specs import child
 
 from mpk_spec.emit import compiler
 from mpk_spec.emit.source import emit
@@ -54,6 +55,14 @@ def test_the_tiny_model_compiles_without_spills(target):
 @pytest.mark.parametrize("tp", [2, 8])
 def test_the_tiny_model_of_several_ranks_compiles_without_spills(tp):
     check(compiled("qwen3", "tiny", "h100", tp=tp).report, "h100")
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_sums_in_two_shots_compile_without_spills(target):
+    spec = child("qwen3", schedule=[{"set": {"*": {"all_reduce": "two_shot"}}}])
+    made = emit(plan(spec, size="tiny", target=target, context=256, tp=4, verified=False))
+    assert sum("SharedSum<" in task.source for task in made.tasks) == 3  # layer 0 adds another residual
+    check(compiler.compile_kernel(made.plan.name, made.source, find_target(target).arch).report, target)
 
 
 @pytest.mark.slow

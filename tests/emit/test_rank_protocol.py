@@ -10,6 +10,7 @@ import random
 
 import numpy as np
 import pytest
+from tiny_specs import child
 
 from mpk_spec.emit.program import _program_dtype
 from mpk_spec.emit.source import emit
@@ -81,6 +82,15 @@ class Machine:
                     )
                     self._run(rank, step, stage, entry, program["signal"])
 
+    def _exchanged(self, span, writer: int, reader: int) -> slice:
+        """What of a span goes from one rank to another: in two shots what the reader sums, then what the writer has."""
+        tensor = self.plan.tensors[span.tensor]
+        if tensor.shares == "all":
+            return slice(span.lo, span.hi)
+        share, owner = tensor.extent // self.plan.tp, reader if tensor.shares == "scattered" else writer
+        lo, hi = max(span.lo, owner * share), min(span.hi, (owner + 1) * share)
+        return slice(lo, max(lo, hi))
+
     def _arrived(self, rank: int, step: int, stage: int, wait) -> bool:
         before = int(wait["back"]) > stage
         at = stage - int(wait["back"]) + (len(self.templates) if before else 0)
@@ -94,12 +104,13 @@ class Machine:
         for span in task.reads:
             if span.tensor in self.inbox[rank]:
                 wanted = step * len(self.templates) + self.written[stage, group.name, span.tensor]
-                found = self.inbox[rank][span.tensor][:, span.lo : span.hi]
-                assert (found == wanted).all(), f"{group.name} reads {span} of {set(found.flat)} in {now}"
+                for writer in self.ranks:
+                    found = self.inbox[rank][span.tensor][writer, self._exchanged(span, writer, rank)]
+                    assert (found == wanted).all(), f"{group.name} reads {span} of {set(found.flat)} in {now}"
         for span in task.writes:
             for peer in self.ranks:
                 if span.tensor in self.inbox[peer]:
-                    self.inbox[peer][span.tensor][rank, span.lo : span.hi] = now
+                    self.inbox[peer][span.tensor][rank, self._exchanged(span, rank, peer)] = now
         if group.task == "argmax_reduce" and rank == 0:
             self.published = [n + 1 for n in self.published]
         for event in signal[entry["first_signal"] :][: entry["num_signals"]]:
@@ -112,12 +123,24 @@ def emitted(spec: str, tp: int):
     return emit(plan(load_spec(spec), size="tiny", target="h100", context=128, tp=tp))
 
 
+def in_two_shots(spec: str, tp: int):
+    made = child(spec, schedule=[{"set": {"*": {"all_reduce": "two_shot"}}}])
+    return emit(plan(made, size="tiny", target="h100", context=128, tp=tp))
+
+
 @pytest.mark.parametrize(("spec", "tp"), [("qwen3", 2), ("qwen3", 4), ("qwen3", 8), ("llama3", 2), ("qwen2_5", 2)])
 def test_the_ranks_run_to_the_end_and_read_what_they_should(spec, tp):
     made = emitted(spec, tp)
     machine = Machine(made, made.programs.from_peers, seed=tp, first_step=5)
     machine.run()
     assert [n - 5 for n in machine.published] == [STEPS + 1] * tp
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_so_do_they_with_sums_in_two_shots(tp):
+    made = in_two_shots("qwen3", tp)
+    assert {t.shares for t in made.plan.tensors.values()} == {"all", "scattered", "gathered"}
+    Machine(made, made.programs.from_peers, seed=tp, first_step=5).run()
 
 
 def test_every_count_of_a_peers_signal_is_needed():
@@ -131,4 +154,11 @@ def test_events_of_an_inbox_are_the_ones_that_peers_signal():
     made = emitted("qwen3", 2)
     groups = {name.partition(".done")[0] for name in made.programs.from_peers}
     assert groups == {"o_add", "down_add", "next_ids.partial"}
+    two = in_two_shots("qwen3", 2)
+    assert {name.partition(".done")[0] for name in two.programs.from_peers} == {
+        "o_add", "attention.o.all_reduce", "down_add", "mlp.down.all_reduce", "next_ids.partial",
+    }  # fmt: skip
+    for name in sorted(two.programs.from_peers):
+        with pytest.raises(AssertionError, match="deadlock"):
+            Machine(two, two.programs.from_peers - {name}, seed=1).run()
     assert emitted("qwen3", 1).programs.from_peers == frozenset()

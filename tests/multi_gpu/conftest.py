@@ -33,6 +33,7 @@ def backend(two_gpus):
     params=[
         pytest.param("two GPUs", marks=pytest.mark.multi_gpu),
         *(pytest.param(f"{ranks} ranks on one GPU", marks=pytest.mark.gpu) for ranks in (2, 4)),
+        *(pytest.param(f"{ranks} ranks on one GPU, two shots", marks=pytest.mark.gpu) for ranks in (2, 4)),
     ],
 )
 def ranks(request):
@@ -45,6 +46,6 @@ def ranks(request):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, this machine has none")
     with pytest.MonkeyPatch.context() as patches:
-        made = open_here(int(request.param[0]), patches)
+        made = open_here(int(request.param[0]), patches, two_shots="two shots" in request.param)
         yield made
         made.close()

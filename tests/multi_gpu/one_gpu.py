@@ -16,6 +16,7 @@ from mpk_spec.planner.targets import TARGETS, target_of
 from mpk_spec.runtime.cuda_rank import CudaRank
 from mpk_spec.runtime.parallel_backend import ParallelBackend
 from mpk_spec.schema import load_spec
+from mpk_spec.schema.models import Rule
 
 PART = "part"
 
@@ -66,13 +67,18 @@ class Rank(CudaRank):
         self.module.cooperative = False  # two such launches would follow one another
 
 
-def open_here(ranks: int, monkeypatch, defines: tuple[str, ...] = ()) -> ParallelBackend:
-    """A backend of `ranks` ranks on this GPU."""
+TWO_SHOTS = Rule.model_validate({"set": {"*": {"all_reduce": "two_shot"}}})
+
+
+def open_here(ranks: int, monkeypatch, defines: tuple[str, ...] = (), two_shots: bool = False) -> ParallelBackend:
+    """A backend of `ranks` ranks on this GPU; `two_shots`: their sums are made so, whatever costs less."""
     found = torch.cuda.get_device_properties(0)
     whole = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
     monkeypatch.setitem(TARGETS, PART, replace(whole, name=PART, num_sms=whole.num_sms // ranks))
     Rank.heap = Heap(ranks)
-    made = plan(load_spec(SPEC), size=SIZE, target=PART, tp=ranks, context=CONTEXT)
+    spec = load_spec(SPEC)
+    spec = replace(spec, schedule=[*spec.schedule, TWO_SHOTS]) if two_shots else spec
+    made = plan(spec, size=SIZE, target=PART, tp=ranks, context=CONTEXT)
     backend = ParallelBackend(made, tiny_checkpoint(), defines=defines, make=Rank, ranks=RanksHere(ranks))
     backend.ranks.call("configure", 3.0)
     return backend

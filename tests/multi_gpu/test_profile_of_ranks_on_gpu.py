@@ -33,4 +33,4 @@ def test_the_clocks_of_ranks_that_share_a_gpu(monkeypatch):
     rows = {row["name"]: row for row in data["sums"]["rows"]}
     assert {"gate_up", "qkv", "head", "next_ids"} == rows.keys()
     assert all(0 <= row["beyond"] <= row["waited"] < 100 for row in rows.values())
-    assert "sums of a layer together: " in shown
+    assert "the sums of a layer together, " in shown

@@ -42,7 +42,8 @@ def test_the_ranks_hold_the_same_bits(ranks):
     for new in (0, 9):
         ranks.launcher.start(IDS[:16], 0, new)
         ranks.launcher.finish()
-        for name in ("y", "next_ids"):
+        residual = "y.sum" if "y.sum" in ranks.plan.tensors else "y"
+        for name in (residual, "next_ids"):
             here, *others = ranks.ranks.call("value", name, 1)
             assert all(torch.equal(here, there) for there in others), name
 
@@ -72,10 +73,28 @@ def test_counters_that_wrap_around(ranks):
     ranks.ranks.call("reset_events", 0)
 
 
-@pytest.mark.gpu
-def test_random_delays_change_no_bit(monkeypatch):
+@pytest.fixture
+def gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, this machine has none")
-    slow = open_here(2, monkeypatch, ("MPK_DELAYS",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("two_shots", [False, True])
+def test_random_delays_change_no_bit(gpu, two_shots, monkeypatch):
+    slow = open_here(2, monkeypatch, ("MPK_DELAYS",), two_shots)
     same_bits_with_delays(slow)
     slow.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4])
+def test_two_shots_give_the_bits_of_one(gpu, count, monkeypatch):
+    found = []
+    for two_shots in (False, True):
+        backend = open_here(count, monkeypatch, two_shots=two_shots)
+        assert any(t.shares == "gathered" for t in backend.plan.tensors.values()) == two_shots
+        found.append((backend.logits(IDS), list(backend.stream(IDS[:20], max_new_tokens=30))))
+        backend.close()
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]

@@ -128,7 +128,7 @@ def test_the_simulation_says_what_the_sums_of_a_layer_cost(made, simulation):
 
 def test_the_report_and_the_trace_have_every_rank(simulation, alike):
     ranks, clocks, data, shown = judged(alike, simulation)
-    assert "the 2.0 sums of a layer together: " in shown and "added up by" in shown
+    assert "the sums of a layer together, 2.0 waits: " in shown and "added up by" in shown
     assert "rank" in shown and clocks in shown
     data = json.loads(json.dumps(data))
     assert len(data["ranks"]) == 2 and data["clocks"]["ahead"][1] == pytest.approx(250.0, abs=0.02)

@@ -148,3 +148,28 @@ def test_memory_that_another_process_takes_meanwhile():
     error = refused(load)
     assert error.message == "the GPU's memory ran out: CUDA out of memory. Tried to allocate 15.20 GiB"
     assert error.hint == HINTS["OUT_OF_MEMORY"]
+
+
+def test_what_lies_in_inboxes_is_found():
+    """Of addends a slot of each rank, of a sum in two shots one row, behind one another in symmetric memory."""
+    from types import SimpleNamespace
+
+    from tiny_specs import child
+
+    from mpk_spec.runtime.cuda_backend import value_of
+
+    spec = child("qwen3", schedule=[{"set": {"o_add": {"all_reduce": "two_shot"}}}])
+    made = plan(spec, size="tiny", target="h100", context=256, tp=2)
+    words = torch.arange(made.arena_bytes["nvshmem"] // 4, dtype=torch.float32)
+    memory = SimpleNamespace(symmetric={"inbox": words.view(torch.uint8)})
+    tokens = max(step.tokens for step in made.steps.values())
+    for name, shares in (("mlp.down", "all"), ("attention.o", "scattered"), ("attention.out", "gathered")):
+        tensor = made.tensors[name]
+        assert tensor.shares == shares
+        found = value_of(made, memory, name, 3)
+        assert found.shape == ((3, 96) if shares == "gathered" else (2, 3, 96))
+        assert (
+            found.flatten()[0] == tensor.offset // 4 and found.reshape(-1, 3, 96)[0, 2, 5] == tensor.offset // 4 + 197
+        )
+        if shares != "gathered":
+            assert found[1, 0, 0] == tensor.offset // 4 + tokens * 96

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import checkpoint_of, spec_of
 
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
+from mpk_spec.schema.models import Rule
 from mpk_spec.testing.bisect_gpu import STOP_AFTER, bisect_gpu, compare, examined, find_group, merged, reference
 from mpk_spec.testing.defects import find_defect
 
@@ -76,6 +79,16 @@ def test_values_spoilt_in_one_place_are_found_there(made, at, tensor, place):
 
     found, _ = run(made, spoil=spoil)
     assert found.first.place == place
+
+
+def test_sums_in_two_shots_are_compared_where_they_were_sent():
+    rule = Rule.model_validate({"set": {"*": {"all_reduce": "two_shot"}}})
+    spec = replace(spec_of("qwen3"), schedule=[*spec_of("qwen3").schedule, rule])
+    made, checkpoint = plan(spec, size="tiny", target="h100", context=128, tp=2), checkpoint_of("qwen3")
+    assert made.tensors["attention.o"].shares == "scattered"
+    found = compare("title", made, checkpoint, IDS, StandIn(made, checkpoint), None)
+    assert found.passed and max(entry.error for entry in found.entries) == 0
+    assert "mlp.out" in {entry.operator for entry in found.entries}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
