@@ -22,7 +22,7 @@ struct Scheduler {
 
   static __device__ __forceinline__ u32 look(const u32* counter, u32 event) {
     if constexpr (num_ranks > 1)
-      if (plan::from_peers(event)) return ptx::load_acquire_system(counter);
+      if (plan::from_peers(event)) return look_for_peers(counter);
     return ptx::load_acquire(counter);
   }
 
@@ -42,6 +42,7 @@ struct Scheduler {
       if (aborted()) return;
       seen = look(counter, wait.event);
     }
+    if (plan::from_peers(wait.event)) arrived_from_peers(counter);
     log.put(params, probe::scheduling, number, {probe::wait, step, stage, entry.group, entry.task, event, seen, wanted});
   }
 
@@ -71,8 +72,7 @@ struct Scheduler {
   }
 
   __device__ __forceinline__ u32 look_published() const {
-    return num_ranks > 1 ? ptx::load_acquire_system(&params.control->published)
-                         : ptx::load_acquire(&params.control->published);
+    return num_ranks > 1 ? look_for_peers(&params.control->published) : ptx::load_acquire(&params.control->published);
   }
 
   // The descriptor of the next step goes to shared memory. 0: stop or abort.
@@ -81,6 +81,7 @@ struct Scheduler {
     if (lane == 0) say({given, 0, step, plan::num_stages, 0, 0, 0, step + 1});
     while (static_cast<i32>(look_published() - (step + 1)) < 0)
       if (aborted()) return 0;
+    arrived_from_peers(&params.control->published);
     wait_taken();
     const u32* from = reinterpret_cast<const u32*>(&params.control->steps[step % step_slots]);
     u32* to = reinterpret_cast<u32*>(&shared.step[step % 2]);

@@ -36,15 +36,52 @@ struct Signaller {
     if (!shared_by_ranks && peer != 0) return;
     const u32 event = stage * plan::num_events + name;
     u32* counter = params.events + event * plan::event_stride;
-    const u32 found = probe::send(shared_by_ranks ? params.on(peer, counter) : counter, shared_by_ranks);
+    const u32 found = signal_rank(counter, peer, shared_by_ranks);
     if (!shared_by_ranks || peer == params.rank)
       log.put(params, probe::working, 1 + index, {probe::signal, step, stage, entry.group, entry.task, event, found});
   }
 
+  // In a build that records, returns what the counter was.
+  __device__ __forceinline__ u32 signal_rank(u32* counter, u32 rank, bool shared_by_ranks) const {
+#if MPK_NVSHMEM
+    static_assert(!MPK_CONFORM, "NVSHMEM's signals do not say what they find");
+    if (shared_by_ranks) {
+      shmem::signal(counter, rank);
+      return 0;
+    }
+#endif
+    return probe::send(shared_by_ranks ? params.on(rank, counter) : counter, shared_by_ranks);
+  }
+
+#if MPK_NVSHMEM
+  // All signals of a task to one rank, the first that peers wait for together with what they wait for.
+  __device__ __forceinline__ void post(const Entry& entry, u32 rank) {
+    Outgoing part = shared.outgoing[handled % ready_depth];
+    if (rank == params.rank) part.bytes = 0;
+    for (u32 index = 0; index < entry.num_signals; ++index) {
+      const u32 name = shared.program.signal[entry.first_signal + index];
+      if (part.bytes == 0 || !plan::from_peers(name)) {
+        send(entry, rank, index);
+        continue;
+      }
+      const u32 last = shared.step[step % 2].tokens - 1;
+      for (u32 token = 0; token < last; ++token) shmem::put(part.first + token * part.stride, part.bytes, rank);
+      if (last) shmem::order();
+      u32* counter = params.events + (stage * plan::num_events + name) * plan::event_stride;
+      shmem::put_and_signal(part.first + last * part.stride, part.bytes, counter, rank);
+      part.bytes = 0;
+    }
+  }
+#endif
+
   __device__ __forceinline__ void signal(const Entry& entry, u32 place) {
     probe::pause(params, probe::signalling, handled);
-    if (lane < entry.num_signals * num_ranks && !probe::drops_signals(params, stage, entry))
-      send(entry, lane % num_ranks, lane / num_ranks);
+    const bool silent = probe::drops_signals(params, stage, entry);
+#if MPK_NVSHMEM
+    if (lane < num_ranks && !silent) post(entry, lane);
+#else
+    if (lane < entry.num_signals * num_ranks && !silent) send(entry, lane % num_ranks, lane / num_ranks);
+#endif
     if (lane == 0) {
       log.put_start(params, shared.started(handled % ready_depth), {probe::start, step, stage, entry.group, entry.task});
       shared.mark_signalled(params, step, stage, place, plan::num_stages, plan::max_queue);
@@ -66,6 +103,14 @@ struct Signaller {
   }
 
   __device__ void run() {
+    run_steps();
+#if MPK_NVSHMEM
+    if (lane == 0) shmem::complete();  // once the kernels have ended, the ranks may set their events back
+#endif
+  }
+
+ private:
+  __device__ void run_steps() {
     for (;; ++step) {
       if (!wait_stored()) return;
       const bool more = shared.step[step % 2].tokens != 0;

@@ -22,12 +22,21 @@ struct Watched {
   u32 step, stage, group, task, event, wanted;
 };
 
+// What of a task's values peers get, where that goes through NVSHMEM: of each token `bytes` from `first` on, `stride` apart.
+struct Outgoing {
+  u8* first;
+  u32 bytes, stride;
+};
+
 struct Shared : probe::Recorder {
   u64 full[plan::ring_slots];
   u64 empty[plan::ring_slots];
   u64 ready[ready_depth];
   u64 stored[ready_depth];  // all warps have stored what they had to
   u64 taken[ready_depth];  // by the workers, and by the warp that signals
+#if MPK_NVSHMEM
+  Outgoing outgoing[ready_depth];
+#endif
   Step step[2];
   u32 stop;  // the loader may leave
   u32 abort;
@@ -146,11 +155,14 @@ struct Worker : Progress {
   }
 
   // The end of a task, whose values are stored.
-  __device__ __forceinline__ void signal(const Entry&) {
+  __device__ __forceinline__ void signal(const Entry&, const Outgoing& outgoing = {}) {
     if (thread == 0) shared.mark_stored();
     probe::pause(params, probe::working, ~taken);
     sync();
     if (thread == 0) shared.write_times(params, step_index, stage, place, plan::num_stages, plan::max_queue);
+#if MPK_NVSHMEM
+    if (thread == 0) shared.outgoing[(taken - 1) % ready_depth] = outgoing;
+#endif
     mark_stored();
   }
 };

@@ -57,7 +57,7 @@ struct ArgmaxPartial {
     }
     w.sync();
     w.release_ready();
-    w.signal(entry);
+    w.signal(entry, outgoing_pairs<Pairs>(w, entry.lo, entry.hi));
   }
 
  private:
@@ -99,7 +99,20 @@ struct TokenLoop {
       next.ids[0] = sampled;
     }
     if (w.aborted()) return;
-    Step& slot = p.control->steps[(step_index + 1) % step_slots];
+    publish(p, p.control->steps[(step_index + 1) % step_slots], next);
+    // The host last: it is far away, and the SMs wait for the step.
+    if (next.emitted != emitted) p.host->tokens[emitted] = sampled == no_id ? -1 : sampled;
+    ptx::store_host_release(&p.host->count, next.emitted);
+  }
+
+  // On every rank.
+  static __device__ __forceinline__ void publish(const Params& p, Step& slot, const Step& next) {
+#if MPK_NVSHMEM
+    slot = next;
+    for (u32 peer = 0; peer < num_ranks; ++peer)
+      if (peer != p.rank) shmem::put_and_signal(&slot, sizeof(Step), &p.control->published, peer);
+    shmem::signal(&p.control->published, p.rank);
+#else
     if constexpr (num_ranks > 1) {
       for (u32 peer = 0; peer < num_ranks; ++peer) *p.on(peer, &slot) = next;
       ptx::fence_system();
@@ -108,9 +121,7 @@ struct TokenLoop {
       slot = next;
       ptx::red_release(&p.control->published, 1);
     }
-    // The host last: it is far away, and the SMs wait for the step.
-    if (next.emitted != emitted) p.host->tokens[emitted] = sampled == no_id ? -1 : sampled;
-    ptx::store_host_release(&p.host->count, next.emitted);
+#endif
   }
 };
 

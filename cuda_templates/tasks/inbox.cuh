@@ -2,6 +2,7 @@
 //
 // Inbox: float32 [ranks][tokens][features] in symmetric memory. Readers add the slots in rank order, so that all ranks get the
 // same bits. A slot is written again only after every rank has read it: the plan's sums over ranks keep the ranks together.
+// Through NVSHMEM the same holds for what a put has not read yet.
 #pragma once
 #include "tasks/rmsnorm.cuh"
 
@@ -18,15 +19,24 @@ struct Inbox {
     return w.params.inbox + Offset + rank * Slot + (static_cast<u64>(token) * Features + feature) * sizeof(float);
   }
 
-  // Stores this rank's part, on every rank.
+  // Stores this rank's part, on every rank; through NVSHMEM only here, and the warp that signals puts it there.
   template <class T>
   static __device__ __forceinline__ void store_everywhere(const Worker& w, int token, int feature, T value) {
     T* here = reinterpret_cast<T*>(at(w, w.params.rank, token, feature));
+    if constexpr (through_nvshmem) {
+      *here = value;
+    } else {
 #pragma unroll
-    for (u32 peer = 0; peer < num_ranks; ++peer) *w.params.on(peer, here) = value;
+      for (u32 peer = 0; peer < num_ranks; ++peer) *w.params.on(peer, here) = value;
+    }
   }
   static __device__ __forceinline__ void store(const Worker& w, int token, int feature, float value) {
     store_everywhere(w, token, feature, value);
+  }
+
+  // The features [lo, hi) of this rank's part.
+  static __device__ __forceinline__ Outgoing outgoing(const Worker& w, int lo, int hi) {
+    return {at(w, w.params.rank, 0, lo), static_cast<u32>((hi - lo) * sizeof(float)), Features * sizeof(float)};
   }
 
   // The sum of all parts.
@@ -104,10 +114,20 @@ struct SumRow {
   }
 };
 
-template <class T>
-constexpr bool is_inbox = false;
 template <u64 Offset, int Features, u64 Slot>
 constexpr bool is_inbox<Inbox<Offset, Features, Slot>> = true;
+
+template <int Groups, class... Parts>
+struct ForPeers<Store<Groups, Parts...>> {
+  static_assert(!(is_inbox<typename Parts::out> || ...), "a weight whose results other ranks get is packed alone");
+  static __device__ __forceinline__ Outgoing of(const Worker&, const Entry&) { return {}; }
+};
+template <u64 Offset, int Features, u64 Slot, int Rows, class Bias>
+struct ForPeers<Store<1, Part<Inbox<Offset, Features, Slot>, Rows, Bias>>> {
+  static __device__ __forceinline__ Outgoing of(const Worker& w, const Entry& entry) {
+    return Inbox<Offset, Features, Slot>::outgoing(w, entry.lo * tile_rows, min_of(entry.hi * tile_rows, Rows));
+  }
+};
 
 template <class T>
 constexpr int parts_of = is_inbox<T> ? static_cast<int>(num_ranks) : 1;
@@ -119,6 +139,13 @@ __device__ __forceinline__ void store_pair(const Worker& w, int token, int slice
     Pairs::store_everywhere(w, token, slice * 2, pair);
   else
     *reinterpret_cast<float2*>(Pairs::at(w, token, slice * 2)) = pair;
+}
+
+// What of the pairs [tokens, lo to hi, 2] peers get.
+template <class Pairs>
+__device__ __forceinline__ Outgoing outgoing_pairs(const Worker& w, int lo, int hi) {
+  if constexpr (is_inbox<Pairs>) return Pairs::outgoing(w, lo * 2, hi * 2);
+  return {};
 }
 
 template <class Pairs>

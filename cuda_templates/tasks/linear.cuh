@@ -88,6 +88,12 @@ struct Block {
   }
 };
 
+// What of a linear's results peers get: see tasks/inbox.cuh.
+template <class Epilogue>
+struct ForPeers {
+  static __device__ __forceinline__ Outgoing of(const Worker&, const Entry&) { return {}; }
+};
+
 template <class Shape, class Prologue, class Epilogue>
 struct Linear {
   static __device__ void run(Worker& w, const Entry& entry) {
@@ -115,7 +121,7 @@ struct Linear {
     }
     if (w.lane == 0) w.shared.mark_waited(w.waits);
     w.release_ready();
-    w.signal(entry);
+    w.signal(entry, ForPeers<Epilogue>::of(w, entry));
   }
 
  private:

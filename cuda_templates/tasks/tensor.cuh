@@ -131,6 +131,10 @@ struct Turns {
   }
 };
 
+// Whether a tensor is an inbox: see tasks/inbox.cuh.
+template <class T>
+constexpr bool is_inbox = false;
+
 // A vector of a layer's small weights (gains, biases), bf16.
 template <u64 Offset, u64 LayerStride>
 struct Vector {

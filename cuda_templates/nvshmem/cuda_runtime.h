@@ -1,0 +1,2 @@
+// NVRTC declares what NVSHMEM's device headers take from here.
+#pragma once
