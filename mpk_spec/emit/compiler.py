@@ -16,6 +16,8 @@ from pathlib import Path
 from mpk_spec.errors import UserError
 from mpk_spec.paths import cache_dir, templates_dir
 
+SHIMS = "nvshmem"  # of the templates: what NVSHMEM's headers include
+NVSHMEM_VERSION = "non_abi/nvshmem_version.h"
 CUBIN, SOURCE, REPORT = "megakernel.cubin", "megakernel.cu", "report.json"
 _FUNCTION = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -40,15 +42,19 @@ class Compiled:
     cached: bool
 
 
-def compile_kernel(name: str, source: str, arch: str, defines: tuple[str, ...] = ()) -> Compiled:
+def compile_kernel(
+    name: str, source: str, arch: str, defines: tuple[str, ...] = (), nvshmem: Path | None = None
+) -> Compiled:
     """The cubin of generated `source` for `arch` ("sm_90a"); `name` begins the cache entry's name.
+
+    nvshmem: the folder of NVSHMEM's headers, for a kernel that includes them (`MPK_NVSHMEM`).
 
     Raises UserError where NVRTC is missing, does not know the architecture or needs registers to spill; a source that
     does not compile is a bug and comes with the compiler's log.
     """
     from filelock import FileLock
 
-    key = _key(source, arch, defines)
+    key = _key(source, arch, defines, nvshmem)
     folder = cache_dir() / "cubins" / f"{name}-{arch}-{key}"
     found = _read(folder)
     if found is not None:
@@ -58,7 +64,7 @@ def compile_kernel(name: str, source: str, arch: str, defines: tuple[str, ...] =
         found = _read(folder)  # another process may have built it meanwhile
         if found is not None:
             return found
-        cubin, report = _compile(source, arch, defines)
+        cubin, report = _compile(source, arch, defines, nvshmem)
         _check_spills(name, report)
         _write(folder, cubin, source, report)
     return Compiled(cubin, report, folder, False)
@@ -77,24 +83,28 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
-def _key(source: str, arch: str, defines: tuple[str, ...]) -> str:
+def _key(source: str, arch: str, defines: tuple[str, ...], nvshmem: Path | None = None) -> str:
     """A hash of everything that goes into the cubin. The source begins with the plan's own key."""
     digest = hashlib.sha256()
-    for path in sorted(templates_dir().rglob("*.cuh")):
+    used = sorted(templates_dir().rglob("*.cuh"))
+    if nvshmem is not None:
+        used += [*sorted(p for p in (templates_dir() / SHIMS).rglob("*") if p.is_file()), nvshmem / NVSHMEM_VERSION]
+    for path in used:
         digest.update(path.name.encode() + path.read_bytes())
     for text in (source, arch, *defines, nvrtc_version()):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _compile(source: str, arch: str, defines: tuple[str, ...]) -> tuple[bytes, Report]:
+def _compile(source: str, arch: str, defines: tuple[str, ...], nvshmem: Path | None) -> tuple[bytes, Report]:
     """Without the cache on disk that NVRTC has where there is a driver: cubins from it come without ptxas's log."""
     from cuda.core import Program, ProgramOptions
 
     log, started = io.StringIO(), time.perf_counter()
+    folders = [templates_dir()] + ([templates_dir() / SHIMS, nvshmem] if nvshmem is not None else [])
     options = ProgramOptions(
-        name=SOURCE, arch=arch, std="c++20", lineinfo=True, include_path=[str(templates_dir())], ptxas_options=["-v"],
-        define_macro=list(defines) or None, no_cache=True,
+        name=SOURCE, arch=arch, std="c++20", lineinfo=True, include_path=[str(f) for f in folders],
+        ptxas_options=["-v"], define_macro=list(defines) or None, no_cache=True,
     )  # fmt: skip
     cubin = bytes(Program(source, "c++", options).compile("cubin", logs=log).code)
     text = log.getvalue()
@@ -102,6 +112,8 @@ def _compile(source: str, arch: str, defines: tuple[str, ...]) -> tuple[bytes, R
     spills = [int(a) + int(b) for a, b in _SPILLS.findall(text)]
     if not registers:
         raise RuntimeError(f"the compiler did not report its registers:\n{text}")
+    if "'setmaxnreg' ignored" in text:
+        raise RuntimeError(f"the compiler does not move registers between warps:\n{text}")
     seconds = time.perf_counter() - started
     return cubin, Report(arch, f"NVRTC {nvrtc_version()}", max(registers), sum(spills), round(seconds, 2))
 

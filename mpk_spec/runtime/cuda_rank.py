@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpk_spec.runtime.nvshmem import Nvshmem
+    from mpk_spec.runtime.transport import Reach
 
 
 class CudaRank:
@@ -31,26 +32,45 @@ class CudaRank:
         self.cubin, self.compiled = cubin, None
         self.symmetric = self.launcher = None
 
-    def prepare(self) -> None:
-        """What fails where this rank's machine is not up to it, before any rank waits for another."""
+    def prepare(self, transport: str) -> None:
+        """What fails where this rank's machine is not up to it, before any rank waits for another.
+
+        transport: "nvshmem" if that is what it will be, else "peer", which `take` may change.
+        """
         from mpk_spec.emit.source import emit
         from mpk_spec.runtime.cuda_device import find_device
-        from mpk_spec.runtime.cuda_launch import KernelModule
 
-        number = self._take_gpu()
+        self.number = self._take_gpu()
         self.device = find_device()
         self.emitted = emit(self.plan)
-        cubin = self.cubin or self._compile()
-        self.module = KernelModule(self.emitted, cubin, number, whole_gpu=self.whole_gpu)
         self.library = self._library()
+        self._build(transport)
 
-    def _compile(self) -> bytes:
+    def _build(self, transport: str) -> None:
+        """Compiles the kernel for a transport, or takes that of a build, and loads it."""
+        from mpk_spec.runtime.cuda_launch import KernelModule
+
+        if self.cubin is not None and transport != "peer":
+            raise UserError(
+                "the kernel of a build writes to its peers' memory, which these GPUs cannot all reach",
+                "run the spec instead of the build: it is compiled for NVSHMEM's device API then",
+            )
+        cubin = self.cubin or self._compile(transport)
+        self.module = KernelModule(self.emitted, cubin, self.number, whole_gpu=self.whole_gpu)
+        self.transport = transport
+
+    def _compile(self, transport: str) -> bytes:
         from mpk_spec.emit.compiler import compile_kernel
         from mpk_spec.planner.targets import find_target
+        from mpk_spec.runtime.transport import DEFINES, check_device_api
 
+        headers = None
+        if transport == "nvshmem":
+            check_device_api()
+            headers = self.library.headers()
         self._say("compiling the kernel")
-        arch = find_target(self.plan.target).arch
-        self.compiled = compile_kernel(self.plan.name, self.emitted.source, arch, self.defines)
+        arch, defines = find_target(self.plan.target).arch, (*self.defines, *DEFINES[transport])
+        self.compiled = compile_kernel(self.plan.name, self.emitted.source, arch, defines, headers)
         return self.compiled.cubin
 
     def _take_gpu(self) -> int:
@@ -63,16 +83,16 @@ class CudaRank:
         return self.rank
 
     def _library(self) -> Nvshmem:
-        """What gives symmetric memory, if the GPUs can use it."""
+        """What gives symmetric memory."""
         from mpk_spec.runtime.nvshmem import Nvshmem
 
-        _check_atomics(self.rank, self.ranks)
         return Nvshmem()
 
     def unique_id(self) -> bytes:
         return self.library.unique_id() if self.rank == 0 else b""
 
-    def join(self, unique_id: bytes) -> None:
+    def join(self, unique_id: bytes) -> Reach:
+        """Blocks until all ranks have joined; what this one can reach then."""
         from mpk_spec.runtime.cuda_launch import symmetric_sizes
         from mpk_spec.runtime.symmetric import Symmetric
 
@@ -81,6 +101,19 @@ class CudaRank:
         self.symmetric = Symmetric(
             self.library, self.rank, self.ranks, symmetric_sizes(self.emitted), self.device
         )  # fmt: skip
+        return self._reach()
+
+    def _reach(self) -> Reach:
+        from mpk_spec.runtime.transport import Reach
+
+        return Reach(self.rank, self.symmetric.unmapped, _without_atomics(self.rank, self.ranks))
+
+    def take(self, transport: str) -> None:
+        """The transport that the ranks have agreed on."""
+        if transport != self.transport:
+            self._build(transport)
+        if transport == "nvshmem":
+            self.library.adopt(int(self.module.module))
 
     def load(self) -> None:
         """Weights and memory; when every rank has done it, the kernel can start."""
@@ -154,17 +187,16 @@ def _nothing() -> None:
     """Waiting for the kernel this way, Python sees signals, and the thread that watches the other ranks runs."""
 
 
-def _check_atomics(rank: int, ranks: int) -> None:
-    """Signals are additions in a peer's memory: they need more than peer access."""
+def _without_atomics(rank: int, ranks: int) -> tuple[int, ...]:
+    """Peers in whose memory this rank cannot add, as signals do: that needs more than peer access."""
     from cuda.bindings import driver
 
     from mpk_spec.runtime.cuda_launch import check
 
     wanted = driver.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
-    for peer in set(range(ranks)) - {rank}:
-        here, there = check(driver.cuDeviceGet(rank)), check(driver.cuDeviceGet(peer))
-        if not check(driver.cuDeviceGetP2PAttribute(wanted, here, there)):
-            raise UserError(
-                f"peer {peer} is not directly addressable from GPU {rank}: signals need atomic operations over NVLink",
-                "`nvidia-smi topo -m` shows how the GPUs are connected",
-            )
+    devices = [check(driver.cuDeviceGet(number)) for number in range(ranks)]
+    return tuple(
+        peer
+        for peer in range(ranks)
+        if peer != rank and not check(driver.cuDeviceGetP2PAttribute(wanted, devices[rank], devices[peer]))
+    )

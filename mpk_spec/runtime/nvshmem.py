@@ -1,6 +1,7 @@
 """NVSHMEM's host library through ctypes: a symmetric heap, and the addresses of the peers' parts of it.
 
-Only its host side is used: on one machine the peers' memory is mapped, and the kernel reaches it with ordinary stores.
+Where the peers' memory is mapped, the kernel reaches it with ordinary stores, and only the host side is used. Else the
+kernel is built with NVSHMEM's device API, and its module is told where the symmetric heap and the peers are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from mpk_spec.errors import UserError
 
 LIBRARY = "nvidia/nvshmem/lib/libnvshmem_host.so.3"
+HEADER = "device/nvshmem_defines.h"  # beside the library, in include
 WITH_UNIQUE_ID = 1 << 3  # NVSHMEMX_INIT_WITH_UNIQUEID
 INITIALISED = 2  # NVSHMEM_STATUS_IS_INITIALIZED; a larger status means that several processes share a GPU
 INVALID = 0x7FFFFFFF
@@ -42,11 +44,11 @@ class Nvshmem:
     in_use = False  # by this process: the library has one state
 
     def __init__(self, path: Path | None = None):
-        path = path or find_library()
+        self.path = Path(path or find_library())
         os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")  # multicast over NVLink is off on many machines
         os.environ.setdefault("NVSHMEM_DEBUG_FILE", "/dev/stderr")  # standard output is for answers
         try:
-            self._library = ctypes.CDLL(str(path))
+            self._library = ctypes.CDLL(str(self.path))
         except OSError as error:
             raise UserError(f"NVSHMEM cannot be loaded: {error}", "install its package again") from None
         self._library.nvshmem_malloc.restype = ctypes.c_void_p
@@ -54,7 +56,10 @@ class Nvshmem:
         self._library.nvshmem_free.argtypes = [ctypes.c_void_p]
         self._library.nvshmem_ptr.restype = ctypes.c_void_p
         self._library.nvshmem_ptr.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        self._library.nvshmemx_cumodule_init.argtypes = [ctypes.c_void_p]
+        self._library.nvshmemx_cumodule_finalize.argtypes = [ctypes.c_void_p]
         self.joined = False
+        self._module: int | None = None
 
     def unique_id(self) -> bytes:
         """What one rank makes and all ranks join with."""
@@ -96,20 +101,26 @@ class Nvshmem:
             )
         return address
 
-    def peer(self, address: int, rank: int) -> int:
-        """Where this rank sees `rank`'s copy of symmetric memory. UserError where it cannot be addressed directly."""
-        found = self._library.nvshmem_ptr(address, rank)
-        if not found:
-            raise UserError(
-                f"peer {rank} is not directly addressable from here: the GPUs need NVLink or peer access",
-                "`nvidia-smi topo -p2p n` shows which GPUs can reach one another",
-            )
-        return found
+    def peer(self, address: int, rank: int) -> int | None:
+        """Where this rank sees `rank`'s copy of symmetric memory. None where it is not mapped."""
+        return self._library.nvshmem_ptr(address, rank) or None
+
+    def headers(self) -> Path:
+        """What a kernel that uses the device API includes."""
+        return find_headers(self.path)
+
+    def adopt(self, module: int) -> None:
+        """Makes the device API work in a loaded CUmodule, which must stay until `leave`."""
+        self._check(self._library.nvshmemx_cumodule_init(module), "get to know the kernel")
+        self._module = module
 
     def leave(self, address: int | None) -> None:
         """Frees and finalises; all ranks call it."""
         if self.joined:
             self.joined = Nvshmem.in_use = False
+            if self._module is not None:
+                self._library.nvshmemx_cumodule_finalize(self._module)
+                self._module = None
             if address:
                 self._library.nvshmem_free(address)
             self._library.nvshmemx_hostlib_finalize()
@@ -140,3 +151,14 @@ def find_library() -> Path:
             f"pip install --force-reinstall nvidia-nvshmem-cu{major}",
         )
     return path
+
+
+def find_headers(library: Path) -> Path:
+    """The folder of the headers that belong to a library."""
+    folder = library.parent.parent / "include"
+    if not (folder / HEADER).is_file():
+        raise UserError(
+            f"NVSHMEM's headers are not in {folder}: a kernel that reaches peers through it needs them",
+            "install its package again",
+        )
+    return folder

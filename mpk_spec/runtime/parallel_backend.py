@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from mpk_spec.planner.plan import Plan
 from mpk_spec.runtime.cuda_backend import CudaBackend
 from mpk_spec.runtime.cuda_rank import CudaRank
 from mpk_spec.runtime.ranks import RankLost, Ranks
+from mpk_spec.runtime.transport import VARIABLE, choose, wanted_transport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,16 +31,19 @@ class ParallelBackend(CudaBackend):
         *,
         defines: tuple[str, ...] = (),
         build: Build | None = None,
+        transport: str | None = None,
         make: Callable[..., Any] = CudaRank,
         ranks: Ranks | None = None,
     ):
-        """`defines`, `build`: see `CudaBackend`. `make` makes each rank's object, in the processes `ranks`.
+        """`defines`, `build`: see `CudaBackend`. `transport`: see `runtime.transport`; None takes what the environment
+        says. `make` makes each rank's object, in the processes `ranks`.
 
         Raises UserError with what every rank says that cannot run its part, and RankLost where one ends.
         """
         self.plan, self.context = plan, plan.context
         if make is CudaRank:
             check_gpus(plan.tp)
+        wanted = transport or wanted_transport()
         if progress is not None:
             progress(f"starting {plan.tp} ranks", 0, 0)
         self.ranks = ranks or Ranks(plan.tp)
@@ -46,8 +51,11 @@ class ParallelBackend(CudaBackend):
             self.ranks.open(make, plan, checkpoint, defines, build.cubin if build else None)
             local = self.ranks.local
             local.progress = progress
-            self.ranks.call("prepare")
-            self.ranks.call("join", local.unique_id())
+            self.ranks.call("prepare", "nvshmem" if wanted == "nvshmem" else "peer")
+            self.transport, why = choose(wanted, self.ranks.call("join", local.unique_id()))
+            if self.transport != wanted and why:
+                print(f"transport: nvshmem, chosen since {why} ({VARIABLE} chooses)", file=sys.stderr)
+            self.ranks.call("take", self.transport)
             self.ranks.call("load")
         except BaseException:
             self.ranks.kill()
@@ -56,7 +64,7 @@ class ParallelBackend(CudaBackend):
         self.launcher = ParallelLauncher(self.ranks)
         self.description = (
             f"cuda, one persistent kernel on each of {plan.tp} GPUs, {plan.num_sms} SMs, "
-            f"{len(self.emitted.step.stages)} stages, context {plan.context}"
+            f"{len(self.emitted.step.stages)} stages, context {plan.context}, transport {self.transport}"
         )
         self._cached: list[int] = []
 

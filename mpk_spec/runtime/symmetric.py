@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Symmetric:
-    """Views of this rank's part, uint8 on `device`, and how far off each rank's part is.
+    """Views of this rank's part, uint8 on `device`, and how far off each rank's part is (0 where it is not mapped).
 
     The same sizes on every rank, so that a thing lies at the same distance from the start everywhere.
     """
@@ -25,9 +25,15 @@ class Symmetric:
             starts[name] = total
             total += -(-size // ALIGN) * ALIGN
         self.address: int | None = library.malloc(total)
-        self.distances = [library.peer(self.address, peer) - self.address for peer in range(ranks)]
+        seen = [library.peer(self.address, peer) for peer in range(ranks)]
+        self.distances, self.unmapped = self.distances_of(seen, self.address)
         for name, size in sizes.items():
             self._views[name] = view_of(self.address + starts[name], size, device)
+
+    @staticmethod
+    def distances_of(seen: list[int | None], here: int) -> tuple[list[int], tuple[int, ...]]:
+        """(how far off, which ranks are not mapped), from where this rank sees each rank's part."""
+        return [0 if at is None else at - here for at in seen], tuple(n for n, at in enumerate(seen) if at is None)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._views[name]

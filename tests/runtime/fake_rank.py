@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mpk_spec.errors import UserError
+from mpk_spec.runtime.transport import Reach
 
 
 class Plain:
@@ -87,14 +88,23 @@ class Cuda(Plain):
 
     progress = None
 
-    def prepare(self) -> None:
+    def prepare(self, transport: str) -> None:
+        self.built = [transport]
         self.emitted, self.compiled = SimpleNamespace(step=SimpleNamespace(stages=())), None
 
     def unique_id(self) -> bytes:
         return b"id"
 
-    def join(self, unique_id: bytes) -> None:
+    def join(self, unique_id: bytes) -> Reach:
         assert unique_id == b"id"
+        return Reach(self.rank)
+
+    def take(self, transport: str) -> None:
+        if transport != self.built[-1]:
+            self.built.append(transport)
+
+    def kernels(self) -> list[str]:
+        return self.built
 
     def load(self) -> None:
         self.memory = SimpleNamespace(ring=np.zeros(1000, np.int32))
@@ -111,3 +121,10 @@ class Cuda(Plain):
 
     def value(self, name: str, tokens: int) -> torch.Tensor:
         return torch.full((tokens, 258), float(self.rank))
+
+
+class CutOff(Cuda):
+    """Rank 1 does not see rank 0's memory."""
+
+    def join(self, unique_id: bytes) -> Reach:
+        return Reach(self.rank, unmapped=(0,)) if self.rank == 1 else Reach(self.rank)

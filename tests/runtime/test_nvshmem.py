@@ -11,6 +11,7 @@ from mpk_spec.cli.findings import Finding
 from mpk_spec.errors import UserError
 from mpk_spec.runtime import nvshmem
 from mpk_spec.runtime.nvshmem import Nvshmem
+from mpk_spec.runtime.symmetric import Symmetric
 
 
 class Function:
@@ -31,10 +32,14 @@ class Library:
         works = {
             "nvshmemx_get_uniqueid": 0, "nvshmemx_set_attr_uniqueid_args": self._take, "nvshmemx_hostlib_init_attr": 0,
             "nvshmemx_init_status": 2, "nvshmem_my_pe": 1, "nvshmem_n_pes": 2, "nvshmem_malloc": 0x1000,
-            "nvshmem_ptr": 0x2000, "nvshmem_free": None, "nvshmemx_hostlib_finalize": None,
+            "nvshmem_ptr": 0x2000, "nvshmemx_cumodule_init": 0, "nvshmemx_cumodule_finalize": self._forget, "nvshmem_free": None, "nvshmemx_hostlib_finalize": None,
         }  # fmt: skip
         for name, answer in {**works, **answers}.items():
             setattr(self, name, Function(answer))
+
+    def _forget(self, module):
+        self.seen["forgotten"] = module
+        return 0
 
     def _take(self, rank, ranks, identity, attributes):
         self.seen = {"rank": rank, "ranks": ranks, "id": identity.raw, "versions": versions(attributes._obj)}
@@ -103,12 +108,32 @@ def test_a_return_code_of_0_is_not_believed(loaded, answers, message):
     assert not binding.joined
 
 
-def test_what_cannot_be_addressed_is_refused(loaded):
+def test_what_is_not_mapped_has_no_address_and_what_is_not_there_is_refused(loaded):
     binding, _ = loaded(nvshmem_ptr=None, nvshmem_malloc=None)
-    with pytest.raises(UserError, match="peer 1 is not directly addressable from here"):
-        binding.peer(0x1000, 1)
+    assert binding.peer(0x1000, 1) is None
+    assert Symmetric.distances_of([0x1000, None, 0x9000], 0x1000) == ([0, 0, 0x8000], (1,))
     with pytest.raises(UserError, match=r"NVSHMEM has no 3\.0 MiB of symmetric memory"):
         binding.malloc(3 << 20)
+
+
+def test_a_module_is_made_known_and_forgotten_before_the_end(loaded):
+    binding, library = loaded()
+    binding.join(1, 2, b"x" * 128)
+    binding.adopt(0x77)
+    binding.leave(0x1000)
+    assert library.seen["forgotten"] == 0x77
+    unknown, _ = loaded(nvshmemx_cumodule_init=7)
+    with pytest.raises(UserError, match="NVSHMEM could not get to know the kernel: error 7"):
+        unknown.adopt(0x77)
+
+
+def test_headers_lie_beside_the_library(tmp_path):
+    library = tmp_path / "lib" / "libnvshmem_host.so.3"
+    with pytest.raises(UserError, match="NVSHMEM's headers are not in"):
+        nvshmem.find_headers(library)
+    (tmp_path / "include" / nvshmem.HEADER).parent.mkdir(parents=True)
+    (tmp_path / "include" / nvshmem.HEADER).touch()
+    assert nvshmem.find_headers(library) == tmp_path / "include"
 
 
 @pytest.mark.parametrize(
