@@ -111,16 +111,20 @@ class Nvshmem:
 
     def adopt(self, module: int) -> None:
         """Makes the device API work in a loaded CUmodule, which must stay until `leave`."""
+        self._forget()
         self._check(self._library.nvshmemx_cumodule_init(module), "get to know the kernel")
         self._module = module
+
+    def _forget(self) -> None:
+        if self._module is not None:
+            self._library.nvshmemx_cumodule_finalize(self._module)
+            self._module = None
 
     def leave(self, address: int | None) -> None:
         """Frees and finalises; all ranks call it."""
         if self.joined:
             self.joined = Nvshmem.in_use = False
-            if self._module is not None:
-                self._library.nvshmemx_cumodule_finalize(self._module)
-                self._module = None
+            self._forget()
             if address:
                 self._library.nvshmem_free(address)
             self._library.nvshmemx_hostlib_finalize()

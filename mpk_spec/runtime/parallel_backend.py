@@ -52,19 +52,25 @@ class ParallelBackend(CudaBackend):
             local = self.ranks.local
             local.progress = progress
             self.ranks.call("prepare", "nvshmem" if wanted == "nvshmem" else "peer")
-            self.transport, why = choose(wanted, self.ranks.call("join", local.unique_id()))
-            if self.transport != wanted and why:
-                print(f"transport: nvshmem, chosen since {why} ({VARIABLE} chooses)", file=sys.stderr)
-            self.ranks.call("take", self.transport)
-            self.ranks.call("load")
+            chosen, why = choose(wanted, self.ranks.call("join", local.unique_id()))
+            if chosen != wanted and why:
+                print(f"transport: {chosen}, chosen since {why} ({VARIABLE} chooses)", file=sys.stderr)
+            self.load(chosen)
         except BaseException:
             self.ranks.kill()
             raise
+
+    def load(self, transport: str) -> None:
+        """Loads kernel and weights on every rank, once the ranks have joined; again, for another transport."""
+        self.transport = transport
+        self.ranks.call("take", transport)
+        self.ranks.call("load")
+        local, plan = self.ranks.local, self.plan
         self.emitted, self.compiled, self.memory = local.emitted, local.compiled, local.memory
         self.launcher = ParallelLauncher(self.ranks)
         self.description = (
             f"cuda, one persistent kernel on each of {plan.tp} GPUs, {plan.num_sms} SMs, "
-            f"{len(self.emitted.step.stages)} stages, context {plan.context}, transport {self.transport}"
+            f"{len(self.emitted.step.stages)} stages, context {plan.context}, transport {transport}"
         )
         self._cached: list[int] = []
 

@@ -1,4 +1,4 @@
-"""How ranks reach one another's memory: through peer pointers, or through NVSHMEM's device API where those do not reach.
+"""How ranks reach one another's memory: through peer pointers, or NVSHMEM's device API where those do not reach.
 
 `peer`: the peers' memory is mapped, and the kernel stores and signals there itself. `nvshmem`: the kernel is built with
 `MPK_NVSHMEM` and puts everything with NVSHMEM's device API, which takes a network card where nothing shorter leads to

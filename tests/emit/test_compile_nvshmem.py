@@ -1,4 +1,7 @@
-"""The kernel with NVSHMEM's device API compiles without a spill, and only it knows of NVSHMEM. Needs NVRTC and the wheel."""
+"""The kernel with NVSHMEM's device API compiles without a spill, and only it knows of NVSHMEM.
+
+Needs NVRTC and NVSHMEM's package, but no GPU.
+"""
 
 from __future__ import annotations
 

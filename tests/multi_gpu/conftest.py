@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from one_gpu import open_here
-from tiny_ranks import missing, open_tiny, tiny_checkpoint
+from tiny_ranks import missing, on_transport, open_tiny, skip_without_gpu, tiny_checkpoint
+
+from mpk_spec.runtime.transport import DEFINES, VARIABLE
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +21,14 @@ def checkpoint():
     return tiny_checkpoint()
 
 
+@pytest.fixture(params=DEFINES)
+def transport(request, monkeypatch):
+    """For processes that a test starts."""
+    monkeypatch.setenv(VARIABLE, request.param)
+
+
 @pytest.fixture(scope="session")
-def backend(two_gpus):
+def joined(two_gpus):
     """Two ranks on two GPUs; once for all tests, since a process joins NVSHMEM once."""
     made = open_tiny(2)
     yield made
@@ -28,24 +36,35 @@ def backend(two_gpus):
     assert all(process.poll() is not None for process in made.ranks.processes)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("two GPUs", marks=pytest.mark.multi_gpu),
-        *(pytest.param(f"{ranks} ranks on one GPU", marks=pytest.mark.gpu) for ranks in (2, 4)),
-        *(pytest.param(f"{ranks} ranks on one GPU, two shots", marks=pytest.mark.gpu) for ranks in (2, 4)),
-    ],
-)
+@pytest.fixture(scope="module", params=DEFINES)
+def backend(joined, request):
+    """Two ranks on two GPUs, once for each transport."""
+    return on_transport(joined, request.param)
+
+
+PLACES = [
+    *(pytest.param((None, t, False), id=f"two GPUs, {t}", marks=pytest.mark.multi_gpu) for t in DEFINES),
+    *(
+        pytest.param((n, t, False), id=f"{n} ranks on one GPU, {t}", marks=pytest.mark.gpu)
+        for t in DEFINES
+        for n in (2, 4)
+    ),
+    *(
+        pytest.param((n, "peer", True), id=f"{n} ranks on one GPU, two shots", marks=pytest.mark.gpu)
+        for n in (2, 4)
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=PLACES)
 def ranks(request):
     """Two ranks on two GPUs, or as many as wanted that share one."""
-    if request.param == "two GPUs":
-        yield request.getfixturevalue("backend")
+    ranks, transport, two_shots = request.param
+    if ranks is None:
+        yield on_transport(request.getfixturevalue("joined"), transport)
         return
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU, this machine has none")
+    skip_without_gpu(transport)
     with pytest.MonkeyPatch.context() as patches:
-        made = open_here(int(request.param[0]), patches, two_shots="two shots" in request.param)
+        made = open_here(ranks, patches, transport=transport, two_shots=two_shots)
         yield made
         made.close()

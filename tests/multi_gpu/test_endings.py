@@ -64,7 +64,7 @@ except RankLost as error:
 """
 
 
-def test_a_rank_killed_in_the_middle_of_an_answer(two_gpus):
+def test_a_rank_killed_in_the_middle_of_an_answer(two_gpus, transport):
     done = run(sys.executable, "-c", KILL)
     assert done.returncode == 0, done.stderr
     seconds, _, said = done.stdout.strip().partition(" ")
@@ -82,7 +82,7 @@ while True:
 """
 
 
-def test_no_rank_outlives_rank_0(two_gpus):
+def test_no_rank_outlives_rank_0(two_gpus, transport):
     process = subprocess.Popen([sys.executable, "-c", FOREVER], env=environment(), text=True, stdout=subprocess.PIPE)
     try:
         other = int(process.stdout.readline())
@@ -105,12 +105,12 @@ backend.close()
 """
 
 
-def test_random_delays_change_no_bit(two_gpus):
+def test_random_delays_change_no_bit(two_gpus, transport):
     done = run(sys.executable, "-c", DELAYS)
     assert done.returncode == 0, done.stderr
 
 
-def test_chat_starts_its_own_ranks_and_so_does_torchrun(two_gpus):
+def test_chat_starts_its_own_ranks_and_so_does_torchrun(two_gpus, transport):
     ours = run(*MPK, *CHAT, "-n", "12", "--tp", "2")
     assert ours.returncode == 0, ours.stderr
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
@@ -133,7 +133,7 @@ def test_a_build_answers_as_its_spec_does(two_gpus, tmp_path):
     assert ours.stdout.strip()
 
 
-def test_no_further_from_float32_than_hugging_face_in_bf16(two_gpus):
+def test_no_further_from_float32_than_hugging_face_in_bf16(two_gpus, transport):
     options = ["--weights", "random:0", "--backend", "cuda", "--tp", "2", "--positions", "1000"]
     done = run(*MPK, "compare", "qwen3", "--size", "tiny", *options)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,7 +6,9 @@ import pytest
 import torch
 from nearness import IDS, SAME_BUT_SUMS_OVER_RANKS, SAME_ROUNDING, apart, reference_logits, true_logits, verdict
 from one_gpu import open_here
-from tiny_ranks import open_tiny, same_bits_with_delays
+from tiny_ranks import open_tiny, same_bits_with_delays, skip_without_gpu
+
+from mpk_spec.runtime.transport import DEFINES
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +75,19 @@ def test_counters_that_wrap_around(ranks):
     ranks.ranks.call("reset_events", 0)
 
 
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU, this machine has none")
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("two_shots", [False, True])
-def test_random_delays_change_no_bit(gpu, two_shots, monkeypatch):
-    slow = open_here(2, monkeypatch, ("MPK_DELAYS",), two_shots)
+@pytest.mark.parametrize(("transport", "two_shots"), [*((t, False) for t in DEFINES), ("peer", True)])
+def test_random_delays_change_no_bit(monkeypatch, transport, two_shots):
+    skip_without_gpu(transport)
+    slow = open_here(2, monkeypatch, ("MPK_DELAYS",), transport, two_shots)
     same_bits_with_delays(slow)
     slow.close()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [2, 4])
-def test_two_shots_give_the_bits_of_one(gpu, count, monkeypatch):
+def test_two_shots_give_the_bits_of_one(count, monkeypatch):
+    skip_without_gpu("peer")
     found = []
     for two_shots in (False, True):
         backend = open_here(count, monkeypatch, two_shots=two_shots)

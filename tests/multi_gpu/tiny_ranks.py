@@ -15,6 +15,10 @@ def missing() -> str | None:
 
     if torch.cuda.device_count() < 2:
         return f"needs two GPUs, this machine has {torch.cuda.device_count()}"
+    return missing_library()
+
+
+def missing_library() -> str | None:
     from mpk_spec.runtime.nvshmem import find_library
 
     try:
@@ -22,6 +26,18 @@ def missing() -> str | None:
     except UserError as error:
         return error.message
     return None
+
+
+def skip_without_gpu(transport: str) -> None:
+    """Where ranks on one GPU are to use a transport."""
+    import pytest
+    import torch
+
+    reason = missing_library() if transport == "nvshmem" else None
+    if not torch.cuda.is_available():
+        reason = "needs a GPU, this machine has none"
+    if reason:
+        pytest.skip(reason)
 
 
 def open_tiny(tp: int, defines: tuple[str, ...] = ()):
@@ -38,6 +54,14 @@ def open_tiny(tp: int, defines: tuple[str, ...] = ()):
         backend.ranks.call("configure", 3.0)
     else:
         backend.launcher.timeout_s = 3.0
+    return backend
+
+
+def on_transport(backend, transport: str):
+    """The backend, whose ranks have joined, with the kernel for a transport."""
+    if backend.transport != transport:
+        backend.load(transport)
+        backend.ranks.call("configure", 3.0)
     return backend
 
 

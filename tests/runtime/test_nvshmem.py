@@ -32,7 +32,8 @@ class Library:
         works = {
             "nvshmemx_get_uniqueid": 0, "nvshmemx_set_attr_uniqueid_args": self._take, "nvshmemx_hostlib_init_attr": 0,
             "nvshmemx_init_status": 2, "nvshmem_my_pe": 1, "nvshmem_n_pes": 2, "nvshmem_malloc": 0x1000,
-            "nvshmem_ptr": 0x2000, "nvshmemx_cumodule_init": 0, "nvshmemx_cumodule_finalize": self._forget, "nvshmem_free": None, "nvshmemx_hostlib_finalize": None,
+            "nvshmem_ptr": 0x2000, "nvshmem_free": None, "nvshmemx_hostlib_finalize": None,
+            "nvshmemx_cumodule_init": 0, "nvshmemx_cumodule_finalize": self._forget,
         }  # fmt: skip
         for name, answer in {**works, **answers}.items():
             setattr(self, name, Function(answer))
