@@ -87,7 +87,7 @@ class Nvshmem:
             raise UserError(
                 f"NVSHMEM did not start: its status is {status}, and it calls this rank {found} of {size} "
                 f"instead of {rank} of {ranks}",
-                "NVSHMEM_DEBUG=INFO makes it say more",
+                "NVSHMEM_DEBUG=INFO makes it say more; GPUs that cannot reach one another's memory need a network card",
             )
         self.joined = Nvshmem.in_use = True
 
