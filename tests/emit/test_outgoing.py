@@ -1,4 +1,4 @@
-"""What the kernel puts on peers through NVSHMEM is what the plan says that a task writes: Outbox in tasks/inbox.cuh."""
+"""What the kernel puts on peers through NVSHMEM is what the plan says that a task writes: tasks/inbox.cuh."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mpk_spec.schema import load_spec
 TILE_ROWS = 8  # of program.cuh
 
 
-def outbox(emitted, group, task) -> tuple[int, int]:
-    """Features that `Outgoing` and `outgoing_pairs` make of the task's entry."""
+def outgoing(emitted, group, task) -> tuple[int, int]:
+    """Features that `ForPeers` and `outgoing_pairs` make of the task's entry."""
     lo, hi = bounds(group, task, emitted.layout)
     if group.task == "argmax_partial":
         return lo * 2, hi * 2
@@ -33,7 +33,7 @@ def test_every_part_goes_out_once(spec, size, tp):
                 continue
             assert len({s.tensor for s, _ in written}) == 1 and len(written) == len(group.tasks)
             for span, task in written:
-                assert outbox(emitted, group, task) == (span.lo, span.hi), f"{group.name}, task {task.index}"
+                assert outgoing(emitted, group, task) == (span.lo, span.hi), f"{group.name}, task {task.index}"
             covered = sum(s.hi - s.lo for s, _ in written)
             assert covered == inboxes[written[0][0].tensor].extent
             seen.add(written[0][0].tensor)
