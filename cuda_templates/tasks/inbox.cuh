@@ -97,16 +97,20 @@ struct SumRow {
     return {Residual::at(w, token, 0), Parts::at(w, 0, token, 0)};
   }
   static __device__ __forceinline__ float4 load(From row, int feature) {
-    const uint4 residual = ptx::load_l2_16(row.residual + feature * 4);
+    uint4 residual;
+    Residual::look(row.residual + feature * 4, residual);
     uint4 part[num_ranks];
 #pragma unroll
     for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = ptx::load_l2_16(row.parts + rank * Parts::slot_bytes + feature * 4);
     float4 total = floats(part[0]);
 #pragma unroll
     for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
-    return sum(floats(residual), total);
+    total = sum(floats(residual), total);
+    if (Residual::is_missing(residual)) total.x = __uint_as_float(0xffffffffu);
+    return total;
   }
-  static __device__ __forceinline__ bool is_missing(float4) { return false; }
+  // The parts are there by an event; the residual may cross as data, and what is not there yet shows in the first value.
+  static __device__ __forceinline__ bool is_missing(float4 x) { return Residual::is_missing(__float_as_uint(x.x)); }
 
  private:
   static __device__ __forceinline__ float4 sum(float4 a, float4 b) {

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ SHIMS = "nvshmem"  # of the templates: what NVSHMEM's headers include
 NVSHMEM_VERSION = "non_abi/nvshmem_version.h"
 CUBIN, SOURCE, REPORT = "megakernel.cubin", "megakernel.cu", "report.json"
 _FUNCTION = re.compile(r"Used (\d+) registers")
+_IMPORTING = threading.Lock()
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -98,7 +100,8 @@ def _key(source: str, arch: str, defines: tuple[str, ...], nvshmem: Path | None 
 
 def _compile(source: str, arch: str, defines: tuple[str, ...], nvshmem: Path | None) -> tuple[bytes, Report]:
     """Without the cache on disk that NVRTC has where there is a driver: cubins from it come without ptxas's log."""
-    from cuda.core import Program, ProgramOptions
+    with _IMPORTING:  # cuda.core is half there for a second thread while a first one imports it
+        from cuda.core import Program, ProgramOptions
 
     log, started = io.StringIO(), time.perf_counter()
     folders = [templates_dir()] + ([templates_dir() / SHIMS, nvshmem] if nvshmem is not None else [])

@@ -278,7 +278,7 @@ def _cross(
     scheduler: Scheduler, wanted: str,
 ) -> Crossing:  # fmt: skip
     """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
-    if wanted == "event" or (wanted == "auto" and (request.target.name == "cpu" or request.tp > 1)):
+    if wanted == "event" or (wanted == "auto" and request.target.name == "cpu"):
         return Crossing(steps)
     crossing = cross_as_data(steps, tensors, model.states, request.tp)
     if crossing.refused and wanted == "data":
@@ -288,9 +288,8 @@ def _cross(
 
 
 def _crossing_note(crossing: Crossing) -> list[str]:
-    if crossing.turns:
-        return [f"{', '.join(sorted(crossing.turns))}: cross between SMs as data in steps of one token"]
-    return [f"values cross between SMs by events: {crossing.refused}"] if crossing.refused else []
+    names = ", ".join(sorted(crossing.turns))
+    return [f"{names}: cross between SMs as data in steps of one token"] if names else []
 
 
 def _tensors(spec: Spec, lowered: dict[str, _Lowering], request: Request) -> tuple[dict[str, Tensor], set[str]]:

@@ -33,9 +33,10 @@ class Crossing:
 
 
 def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: Iterable[str], tp: int) -> Crossing:
-    """The steps with their layers' values crossing as data, or unchanged and the reason."""
-    if tp > 1:
-        return Crossing(steps, refused="values that other ranks write are announced by events")
+    """The steps with their layers' values crossing as data, or unchanged and the reason.
+
+    Of several ranks that is what stays on a rank; what others write into its inboxes is announced by events.
+    """
     first = next(iter(steps.values()))
     if first.stages[0].layer is None or first.stages[-1].layer is not None:
         return Crossing(steps, refused="a step does not begin with its layers and end with something else")
@@ -43,10 +44,11 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
     everywhere = [_written(step) for step in made.values()]
     if any(w != everywhere[0] for w in everywhere) or everywhere[0] is None:
         return Crossing(steps, refused="not every layer writes the same values on the same SMs")
-    turns: Turns = dict.fromkeys((t for t in everywhere[0] if t not in states), "layer")
+    by_event = {*states, *(t.name for t in tensors.values() if t.inbox and tp > 1)}
+    turns: Turns = dict.fromkeys((t for t in everywhere[0] if t not in by_event), "layer")
     turns |= dict.fromkeys((t for step in made.values() for t in _once(step, turns)), "step")
     for step in made.values():
-        refused = _why_not(step, turns, tensors, set(states))
+        refused = _why_not(step, turns, tensors, by_event)
         if refused:
             return Crossing(steps, refused=refused)
     return Crossing({kind: _marked(step, turns) for kind, step in made.items()}, turns)
@@ -109,7 +111,7 @@ def _once(step: Step, turns: Turns) -> set[str]:
     return {t for t in _parts(step.templates[step.stages[0].template]) if t.endswith(FIRST) and t not in turns}
 
 
-def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], states: set[str]) -> str | None:
+def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], by_event: set[str]) -> str | None:
     for name in turns:
         if (placement := tensors[name.removesuffix(FIRST)].placement) != "cuda":
             return f"'{name}' is placed in {placement} memory"
@@ -118,7 +120,7 @@ def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], states: set[s
             if group.launch != "static":
                 return f"the tasks of '{group.name}' are claimed at run time"
             for span in (s for task in group.tasks for s in (*task.reads, *task.writes)):
-                if span.tensor in tensors and span.tensor not in turns and span.tensor not in states:
+                if span.tensor in tensors and span.tensor not in turns and span.tensor not in by_event:
                     return f"'{span.tensor}' of group '{group.name}' is not written once in every layer"
     return None
 
@@ -128,17 +130,15 @@ def _marked(step: Step, turns: Turns) -> Step:
     templates = list(step.templates)
     for number in {s.template for s in step.stages if s.layer is not None}:
         before = [step.stages[at - 1] for at, s in enumerate(step.stages) if s.template == number]
-        follows = all(
-            s.layer is not None for s in before
-        )  # else it is the first layer, which reads what a step is given
+        follows = all(s.layer is not None for s in before)  # else it is the first, which reads what a step is given
         earlier = step.templates[before[0].template] if follows else None
         templates[number] = _as_data(step.templates[number], earlier, turns)
     at = next(n for n, s in enumerate(step.stages) if s.layer is None)
-    events = templates[step.stages[at - 1].template].events
+    last = templates[step.stages[at - 1].template]
     stages = list(step.stages)
-    ender = _ended(templates[stages[-1].template], events, at - len(stages))
-    templates.append(ender)
-    stages[-1] = Stage(len(templates) - 1, stages[-1].layer)
+    for place, change in ((at, _told), (len(stages) - 1, _ended)):
+        templates.append(change(templates[stages[place].template], last, at - 1 - place, turns))
+        stages[place] = Stage(len(templates) - 1)
     return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
 
 
@@ -149,13 +149,14 @@ def _as_data(template: Template, before: Template | None, turns: Turns) -> Templ
         makers = {t: (maker.name, template, 0) for maker in template.groups[:g] for t in maker.outputs}
         if before is not None:
             makers = {t: (maker.name, before, -1) for maker in before.groups for t in maker.outputs} | makers
-        tasks = tuple(_waiting(task, before is not None, makers, turns) for task in group.tasks)
+        tasks = tuple(_waiting(task, makers, turns) for task in group.tasks)
         groups.append(replace(group, tasks=tasks))
     return replace(template, groups=tuple(groups))
 
 
-def _waiting(task: Task, follows: bool, makers: dict[str, tuple[str, Template, int]], turns: Turns) -> Task:
-    waits = [replace(w, data=w.stage == 0 or follows) for w in task.waits]
+def _waiting(task: Task, makers: dict[str, tuple[str, Template, int]], turns: Turns) -> Task:
+    turning = {(maker, stage) for tensor, (maker, _, stage) in makers.items() if tensor in turns}
+    waits = [replace(w, data=(w.event.partition(".done")[0], w.stage) in turning) for w in task.waits]
     for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in turns and s.tensor in makers):
         maker, source, stage = makers[tensor]
         known = any(w.stage == stage and w.event.partition(".done")[0] == maker for w in waits)
@@ -164,12 +165,27 @@ def _waiting(task: Task, follows: bool, makers: dict[str, tuple[str, Template, i
     return replace(task, waits=tuple(waits))
 
 
-def _ended(template: Template, events: dict[str, int], back: int) -> Template:
-    """With the last group's tasks waiting for these events of the layer `back` stages away."""
+def _told(template: Template, layer: Template, back: int, turns: Turns) -> Template:
+    """Readers after the layers wait for events: those of the last layer, `back` stages away, whose values they read."""
+    makers = {t: group.name for group in layer.groups for t in group.outputs if t in turns}
+
+    def told(task: Task) -> Task:
+        names = {f"{makers[s.tensor]}.done" for s in task.reads if s.tensor in makers} & layer.events.keys()
+        return _with_waits(task, [Wait(name, layer.events[name], back) for name in sorted(names)])
+
+    groups = tuple(replace(g, tasks=tuple(told(t) for t in g.tasks)) for g in template.groups)
+    return replace(template, groups=groups)
+
+
+def _ended(template: Template, layer: Template, back: int, _: Turns) -> Template:
+    """The tasks of the last group wait for all events of the last layer, `back` stages away."""
     *groups, last = template.groups
-    more = tuple(Wait(name, count, back) for name, count in events.items())
-    tasks = tuple(replace(t, waits=(*t.waits, *(w for w in more if w not in t.waits))) for t in last.tasks)
-    return replace(template, groups=(*groups, replace(last, tasks=tasks)))
+    more = [Wait(name, count, back) for name, count in layer.events.items()]
+    return replace(template, groups=(*groups, replace(last, tasks=tuple(_with_waits(t, more) for t in last.tasks))))
+
+
+def _with_waits(task: Task, more: list[Wait]) -> Task:
+    return replace(task, waits=(*task.waits, *(w for w in more if w not in task.waits)))
 
 
 def _without_unused(step: Step) -> Step:

@@ -39,6 +39,10 @@ class _Write:
             self._found[key] = mask
         return self._found[key]
 
+    def by(self, sm: int) -> int:
+        """The tasks of an SM."""
+        return sum(bit for (_, _, bit), at in zip(self.parts, self.sms, strict=True) if at == sm)
+
     def where(self) -> list[tuple[int, int, int]]:
         return [(lo, hi, sm) for (lo, hi, _), sm in zip(self.parts, self.sms, strict=True)]
 
@@ -138,7 +142,7 @@ class _Walk:
                 for span in task.reads:
                     self._check_read(stage, n, group, span, seen, layer)
                 for span in task.writes:
-                    self._check_write(stage, n, span, seen)
+                    self._check_write(stage, n, span, seen, done)
             bit = 1 << (stage.base + n)
             self.seen[code.sms[n]], self.done[code.sms[n]] = seen | bit, done | bit
             for event in task.signals:
@@ -210,11 +214,15 @@ class _Walk:
                 stage, n, f"reads '{tensor}' [{span.lo}, {span.hi}), and no event says that it is written by", late
             )
 
-    def _check_write(self, stage: _Stage, n: int, span: Span, seen: int) -> None:
-        """What does not cross as data is overwritten in the order of events. A page of the cache is one task's."""
+    def _check_write(self, stage: _Stage, n: int, span: Span, seen: int, done: int) -> None:
+        """What does not cross as data is overwritten in the order of events or by who wrote it, after its readers.
+
+        A page of the cache is one task's.
+        """
         if span.tensor in self.turning or span.tensor in self.plan.states or not self.past.get(span.tensor):
             return
-        late = (self.past[span.tensor][-1].touching(span) | self.readers.get(span.tensor, 0)) & ~seen
+        before = self.past[span.tensor][-1]
+        late = before.touching(span) & ~seen & ~before.by(stage.code.sms[n]) | self.readers.get(span.tensor, 0) & ~done
         if late:
             what = f"writes '{span.tensor}' [{span.lo}, {span.hi}), and"
             self._tell(stage, n, f"{what} no event says that the value before is done with by", late)
