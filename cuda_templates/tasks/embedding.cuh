@@ -7,6 +7,7 @@ namespace mpk {
 template <u64 Offset, int Features, float Scale>
 struct EmbeddingRow {
   static constexpr int features = Features;
+  static constexpr bool adds_up = false;
 
   using From = const u8*;
   static __device__ __forceinline__ From of(const Worker& w, int token) {

@@ -8,15 +8,20 @@
 
 namespace mpk {
 
-// `Slot`: bytes of one rank's part.
-template <u64 Offset, int Features, u64 Slot>
+// `Slot`: bytes of one rank's part. `Copy`: where there is one, the inbox lies twice and its values cross as data, as those of
+// Turns (tasks/tensor.cuh) do; who clears a rank's part of the other copy is that rank. Through NVSHMEM, whose puts come in
+// any order, readers wait for events all the same, and nothing needs to be cleared.
+template <u64 Offset, int Features, u64 Slot, u64 Copy = 0, Turn When = of_layer>
 struct Inbox {
   static constexpr int features = Features;
   static constexpr u64 slot_bytes = Slot;
+  static constexpr bool crosses = Copy != 0 && !through_nvshmem;
   using type = float;
 
+  static __device__ __forceinline__ bool second(const Worker& w) { return Copy != 0 && is_second_copy<When>(w); }
   static __device__ __forceinline__ u8* at(const Worker& w, u32 rank, int token, int feature) {
-    return w.params.inbox + Offset + rank * Slot + (static_cast<u64>(token) * Features + feature) * sizeof(float);
+    return w.params.inbox + Offset + (second(w) ? Copy : 0) + rank * Slot +
+           (static_cast<u64>(token) * Features + feature) * sizeof(float);
   }
 
   // Stores this rank's part, on every rank; through NVSHMEM only here, and the warp that signals puts it there.
@@ -31,7 +36,17 @@ struct Inbox {
     }
   }
   static __device__ __forceinline__ void store(const Worker& w, int token, int feature, float value) {
-    store_everywhere(w, token, feature, value);
+    if constexpr (!crosses) {
+      store_everywhere(w, token, feature, value);
+    } else {
+      u8* here = at(w, w.params.rank, token, feature);
+      u8* other = second(w) ? here - Copy : here + Copy;
+#pragma unroll
+      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(w.params.on(peer, here), __float_as_uint(value));
+      if (token != 0) return;
+#pragma unroll
+      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(w.params.on(peer, other), 0xffffffffu);
+    }
   }
 
   // The features [lo, hi) of this rank's part.
@@ -39,14 +54,34 @@ struct Inbox {
     return {at(w, w.params.rank, 0, lo), static_cast<u32>((hi - lo) * sizeof(float)), Features * sizeof(float)};
   }
 
+  static __device__ __forceinline__ void look(const u8* from, u32& v) {
+    if constexpr (crosses)
+      ptx::look_system(from, v);
+    else
+      v = ptx::load_l2_4(from);
+  }
+  static __device__ __forceinline__ void look(const u8* from, uint4& v) {
+    if constexpr (crosses)
+      ptx::look_system(from, v);
+    else
+      v = ptx::load_l2_16(from);
+  }
+  template <class V>
+  static __device__ __forceinline__ bool is_missing(V v) {
+    return crosses && is_cleared<float>(v);
+  }
+
   // The sum of all parts.
   static __device__ __forceinline__ float load(const Worker& w, int token, int feature) {
-    float part[num_ranks];
+    u32 part[num_ranks];
 #pragma unroll
-    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = __uint_as_float(ptx::load_l2_4(at(w, rank, token, feature)));
-    float total = part[0];
+    for (u32 rank = 0; rank < num_ranks; ++rank) look(at(w, rank, token, feature), part[rank]);
 #pragma unroll
-    for (u32 rank = 1; rank < num_ranks; ++rank) total += part[rank];
+    for (u32 rank = 0; rank < num_ranks; ++rank)
+      while (is_missing(part[rank]) && w.keeps_looking()) look(at(w, rank, token, feature), part[rank]);
+    float total = __uint_as_float(part[0]);
+#pragma unroll
+    for (u32 rank = 1; rank < num_ranks; ++rank) total += __uint_as_float(part[rank]);
     return total;
   }
 };
@@ -88,6 +123,7 @@ struct Gathered : Tensor<Offset, Features, float> {
 template <class Residual, class Parts>
 struct SumRow {
   static constexpr int features = Parts::features;
+  static constexpr bool adds_up = true;
   static_assert(sizeof(typename Residual::type) == 4 && Residual::features == features, "the residual stream is float32");
 
   struct From {
@@ -101,16 +137,21 @@ struct SumRow {
     Residual::look(row.residual + feature * 4, residual);
     uint4 part[num_ranks];
 #pragma unroll
-    for (u32 rank = 0; rank < num_ranks; ++rank) part[rank] = ptx::load_l2_16(row.parts + rank * Parts::slot_bytes + feature * 4);
+    for (u32 rank = 0; rank < num_ranks; ++rank) Parts::look(row.parts + rank * Parts::slot_bytes + feature * 4, part[rank]);
     float4 total = floats(part[0]);
 #pragma unroll
     for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
     total = sum(floats(residual), total);
-    if (Residual::is_missing(residual)) total.x = __uint_as_float(0xffffffffu);
+    bool missing = Residual::is_missing(residual);
+#pragma unroll
+    for (u32 rank = 0; rank < num_ranks; ++rank) missing |= Parts::is_missing(part[rank]);
+    if (missing) total.x = __uint_as_float(0xffffffffu);
     return total;
   }
-  // The parts are there by an event; the residual may cross as data, and what is not there yet shows in the first value.
-  static __device__ __forceinline__ bool is_missing(float4 x) { return Residual::is_missing(__float_as_uint(x.x)); }
+  // What is not there yet shows in the first value: no sum has these bits.
+  static __device__ __forceinline__ bool is_missing(float4 x) {
+    return Residual::is_missing(__float_as_uint(x.x)) || Parts::is_missing(__float_as_uint(x.x));
+  }
 
  private:
   static __device__ __forceinline__ float4 sum(float4 a, float4 b) {
@@ -118,18 +159,18 @@ struct SumRow {
   }
 };
 
-template <u64 Offset, int Features, u64 Slot>
-constexpr bool is_inbox<Inbox<Offset, Features, Slot>> = true;
+template <u64 Offset, int Features, u64 Slot, u64 Copy, Turn When>
+constexpr bool is_inbox<Inbox<Offset, Features, Slot, Copy, When>> = true;
 
 template <int Groups, class... Parts>
 struct ForPeers<Store<Groups, Parts...>> {
   static_assert(!(is_inbox<typename Parts::out> || ...), "a weight whose results other ranks get is packed alone");
   static __device__ __forceinline__ Outgoing of(const Worker&, const Entry&) { return {}; }
 };
-template <u64 Offset, int Features, u64 Slot, int Rows, class Bias>
-struct ForPeers<Store<1, Part<Inbox<Offset, Features, Slot>, Rows, Bias>>> {
+template <u64 Offset, int Features, u64 Slot, u64 Copy, Turn When, int Rows, class Bias>
+struct ForPeers<Store<1, Part<Inbox<Offset, Features, Slot, Copy, When>, Rows, Bias>>> {
   static __device__ __forceinline__ Outgoing of(const Worker& w, const Entry& entry) {
-    return Inbox<Offset, Features, Slot>::outgoing(w, entry.lo * tile_rows, min_of(entry.hi * tile_rows, Rows));
+    return Inbox<Offset, Features, Slot, Copy, When>::outgoing(w, entry.lo * tile_rows, min_of(entry.hi * tile_rows, Rows));
   }
 };
 

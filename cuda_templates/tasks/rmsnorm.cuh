@@ -15,6 +15,7 @@ __device__ __forceinline__ float4 floats(uint4 v) {
 template <class Activation>
 struct Row {
   static constexpr int features = Activation::features;
+  static constexpr bool adds_up = false;
   static_assert(sizeof(typename Activation::type) == 4, "the residual stream is float32");
 
   using From = const u8*;
@@ -145,10 +146,15 @@ struct RmsNorm {
       missing = false;
 #pragma unroll
       for (int n = 0; n < per_thread; ++n) {
-        if (!Source::is_missing(x[n])) continue;
-        missing = true;
-        x[n] = Source::load(row, (w.thread + n * worker_threads) * 4);
+        if (!Source::adds_up && !Source::is_missing(x[n])) continue;
+        missing |= Source::is_missing(x[n]);
+        if (!Source::adds_up) x[n] = Source::load(row, (w.thread + n * worker_threads) * 4);
       }
+      if (!Source::adds_up || !missing) continue;
+      // Of several parts all again, at once: a sum waits for its parts, and must not keep the next one from asking for its own.
+#pragma unroll
+      for (int n = 0; n < per_thread; ++n)
+        if (w.thread + n * worker_threads < vectors) x[n] = Source::load(row, (w.thread + n * worker_threads) * 4);
     }
   }
 

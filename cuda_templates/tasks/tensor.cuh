@@ -74,6 +74,12 @@ __device__ __forceinline__ void clear(uint4& v) { v = make_uint4(0xffffffffu, 0x
 // Which copy of a tensor that lies twice: of the write in this layer, in the layer before, or in this step's first layer.
 enum Turn : u32 { of_layer, of_layer_before, of_step };
 
+template <Turn When>
+__device__ __forceinline__ bool is_second_copy(const Worker& w) {
+  if (When == of_step) return w.step_index & 1;
+  return (w.layers_run() + (When == of_layer_before)) & 1;
+}
+
 // A tensor whose values cross as data: in a step of one token its readers look at them until all are there. It lies twice,
 // `Copy` bytes apart, and writes take turns: whoever writes a part of one copy clears it in the other, where it will write the
 // next time. That is done of the first token only, since steps of several wait for events. Memory is cleared before a launch.
@@ -82,10 +88,7 @@ struct Turns {
   static constexpr int features = Features;
   using type = T;
 
-  static __device__ __forceinline__ bool second(const Worker& w) {
-    if (When == of_step) return w.step_index & 1;
-    return (w.layers_run() + (When == of_layer_before)) & 1;
-  }
+  static __device__ __forceinline__ bool second(const Worker& w) { return is_second_copy<When>(w); }
   static __device__ __forceinline__ u8* at(const Worker& w, int token, int feature) {
     return w.params.arena + Offset + (second(w) ? Copy : 0) + (static_cast<u64>(token) * Features + feature) * sizeof(T);
   }

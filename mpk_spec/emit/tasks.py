@@ -77,7 +77,9 @@ class _Writer:
             return f"Gathered<{tensor.offset}ull, {tensor.extent}>"
         if tensor.inbox:
             kind = "Scattered" if tensor.shares == "scattered" else "Inbox"
-            return f"{kind}<{tensor.offset}ull, {tensor.extent}, {tensor.bytes // self.plan.tp}ull>"
+            copy = tensor.bytes // tensor.turns
+            turns = f", {copy}ull, {self.turn(name, write)}" if tensor.turns > 1 else ""
+            return f"{kind}<{tensor.offset}ull, {tensor.extent}, {copy // self.plan.tp}ull{turns}>"
         if tensor.placement != "cuda":
             raise Refused(self.group, f"'{name}' is placed in {tensor.placement} memory")
         where = f"{tensor.offset}ull, {tensor.extent}, {DTYPES[tensor.dtype]}"

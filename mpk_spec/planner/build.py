@@ -280,7 +280,7 @@ def _cross(
     """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
     if wanted == "event" or (wanted == "auto" and request.target.name == "cpu"):
         return Crossing(steps)
-    crossing = cross_as_data(steps, tensors, model.states, request.tp)
+    crossing = cross_as_data(steps, tensors, model.states)
     if crossing.refused and wanted == "data":
         said = f"values cannot cross as data here: {crossing.refused}"
         raise SpecError(spec.problem(scheduler.pins("*")["crossing"][1], said, "write 'auto' or 'event'"))
@@ -327,10 +327,8 @@ def _place(tensors: dict[str, Tensor], kept: set[str], crossing: Crossing, draft
     orders = {id(order): order for d in drafts for _, _, order in d.stages}
     plain = {name: t for name, t in tensors.items() if name not in crossing.turns}
     placed, arenas = place(plain, orders.values(), frozenset(kept | _crossing(drafts)), tokens, request.tp)
-    if crossing.turns:
-        turning, arenas["cuda"] = in_turns(tensors, crossing.turns, arenas.get("cuda", 0), tokens)
-        placed |= turning
-    return placed, arenas
+    turning, arenas = in_turns(tensors, crossing.turns, arenas, tokens, request.tp)
+    return placed | turning, arenas
 
 
 def _shares(name: str, exchanged: set[str], gathered: set[str], model: Model) -> str | None:

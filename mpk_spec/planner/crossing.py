@@ -32,10 +32,10 @@ class Crossing:
     refused: str | None = None
 
 
-def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: Iterable[str], tp: int) -> Crossing:
+def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: Iterable[str]) -> Crossing:
     """The steps with their layers' values crossing as data, or unchanged and the reason.
 
-    Of several ranks that is what stays on a rank; what others write into its inboxes is announced by events.
+    Sums over ranks in two shots are announced by events, where nothing else is but a step's end.
     """
     first = next(iter(steps.values()))
     if first.stages[0].layer is None or first.stages[-1].layer is not None:
@@ -44,7 +44,7 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
     everywhere = [_written(step) for step in made.values()]
     if any(w != everywhere[0] for w in everywhere) or everywhere[0] is None:
         return Crossing(steps, refused="not every layer writes the same values on the same SMs")
-    by_event = {*states, *(t.name for t in tensors.values() if t.inbox and tp > 1)}
+    by_event = {*states, *(t.name for t in tensors.values() if t.inbox and t.shares != "all")}
     turns: Turns = dict.fromkeys((t for t in everywhere[0] if t not in by_event), "layer")
     turns |= dict.fromkeys((t for step in made.values() for t in _once(step, turns)), "step")
     for step in made.values():
@@ -54,15 +54,19 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
     return Crossing({kind: _marked(step, turns) for kind, step in made.items()}, turns)
 
 
-def in_turns(tensors: dict[str, Tensor], turns: Turns, arena: int, tokens: int) -> tuple[dict[str, Tensor], int]:
-    """The tensors of `turns`, both copies of each behind the arena's `arena` bytes; and its new size."""
+def in_turns(
+    tensors: dict[str, Tensor], turns: Turns, arenas: dict[str, int], tokens: int, tp: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of `turns`, both copies of each behind what is placed in `arenas` already; and their new sizes."""
     placed: dict[str, Tensor] = {}
+    arenas = dict(arenas)
     for name, per in sorted(turns.items()):
         like = tensors[name.removesuffix(FIRST)]
-        copy = -(-bytes_of(like, tokens) // ALIGN) * ALIGN
-        placed[name] = replace(like, name=name, offset=arena, bytes=2 * copy, turns=2, per=per)
-        arena += 2 * copy
-    return placed, arena
+        copy = -(-bytes_of(like, tokens, tp) // (ALIGN * tp)) * ALIGN * tp
+        offset = arenas.get(like.placement, 0)
+        placed[name] = replace(like, name=name, offset=offset, bytes=2 * copy, turns=2, per=per)
+        arenas[like.placement] = offset + 2 * copy
+    return placed, arenas
 
 
 def layered(step: Step) -> list[Template]:
@@ -113,8 +117,9 @@ def _once(step: Step, turns: Turns) -> set[str]:
 
 def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], by_event: set[str]) -> str | None:
     for name in turns:
-        if (placement := tensors[name.removesuffix(FIRST)].placement) != "cuda":
-            return f"'{name}' is placed in {placement} memory"
+        tensor = tensors[name.removesuffix(FIRST)]
+        if tensor.placement != ("nvshmem" if tensor.inbox else "cuda"):
+            return f"'{name}' is placed in {tensor.placement} memory"
     for template in layered(step):
         for group in template.groups:
             if group.launch != "static":

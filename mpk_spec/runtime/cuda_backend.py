@@ -173,14 +173,14 @@ def value_of(plan: Plan, memory, name: str, tokens: int, step: int = 0, layer: i
     import torch
 
     tensor = plan.tensors[name]
+    layers = sum(s.layer is not None for s in plan.steps["decode"].stages)
+    writes, copy = step if tensor.per == "step" else step * layers + layer, tensor.bytes // tensor.turns
+    offset = tensor.offset + writes % tensor.turns * copy
     if tensor.inbox:
-        held = memory.symmetric["inbox"][tensor.offset : tensor.offset + tensor.bytes].view(torch.float32)
+        held = memory.symmetric["inbox"][offset : offset + copy].view(torch.float32)
         held = held.view(plan.tp if tensor.slots else 1, -1)[:, : tokens * tensor.extent]
         values = held.unflatten(1, (tokens, -1)).clone()
         return values if tensor.slots else values[0]
-    layers = sum(s.layer is not None for s in plan.steps["decode"].stages)
-    writes = step if tensor.per == "step" else step * layers + layer
-    offset = tensor.offset + writes % tensor.turns * (tensor.bytes // tensor.turns)
     dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32}[tensor.dtype]
     size = tokens * tensor.extent * torch.empty((), dtype=dtype).element_size()
     values = memory.arena[offset : offset + size].view(dtype).view(tokens, -1)

@@ -252,7 +252,11 @@ class Launcher:
         self.ended.record(self.stream)
 
     def _clear_turning(self) -> None:
-        """What crosses as data, as the kernel leaves all of it but what its last step wrote."""
+        """What crosses as data, as the kernel leaves all of it but what its last step wrote.
+
+        Attention's parts need it: those that a shorter context has no use for keep what a longer one left. Inboxes do
+        not, and peers may write into them already.
+        """
         from cuda.bindings import driver
 
         memory = self.memory.turning
@@ -346,6 +350,10 @@ class Launcher:
         self.memory.events.copy_(((counters + 2**31) % 2**32 - 2**31).to(torch.int32).flatten())
         self.memory.control.zero_()
         self.memory.reports.zero_()
+        if (
+            self.memory.symmetric is not None
+        ):  # what crosses as data is cleared; on every rank before any of them starts
+            self.memory.symmetric["inbox"].fill_(0xFF)
         self.steps = steps
         torch.cuda.synchronize()
 

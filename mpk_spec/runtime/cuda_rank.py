@@ -162,11 +162,12 @@ class CudaRank:
         if self.launcher is not None:
             self.launcher.abort()
 
-    def value(self, name: str, tokens: int) -> torch.Tensor:
-        """What this rank has of a tensor after the last step, on the CPU, see `value_of`."""
+    def value(self, name: str, tokens: int, layer: int | None = None) -> torch.Tensor:
+        """What this rank has of a tensor after the last step, on the CPU; see `CudaBackend.value` and `value_of`."""
         from mpk_spec.runtime.cuda_backend import value_of
 
-        return value_of(self.plan, self.memory, name, tokens).cpu()
+        step, last = self.launcher.steps - (layer is None), self.emitted.layout.layers - 1
+        return value_of(self.plan, self.memory, name, tokens, step, last if layer is None else layer).cpu()
 
     def fill_cache(self, seed: int) -> None:
         from mpk_spec.runtime.cuda_backend import fill_cache

@@ -54,8 +54,8 @@ class StoppedKernel:
         launcher.start(self.ids, self.start, 0)
         launcher.finish()
         launcher.module.write(STOP, (RUN_ON, RUN_ON))
-        layers = [s.layer for s in self.backend.plan.steps["prefill"].stages[: stage + 1] if s.layer is not None]
-        found = {name: self.backend.value(name, len(self.ids), layers[-1] if layers else 0).cpu() for name in names}
+        layer = layer_of(self.backend.plan, stage)
+        found = {name: self.backend.value(name, len(self.ids), layer).cpu() for name in names}
         launcher.reset_events()  # the rest of the step has not signalled
         return [found]
 
@@ -69,7 +69,8 @@ class StoppedRanks(StoppedKernel):
         ranks.call("start", self.ids, self.start, 0, frozenset())
         ranks.call("finish")
         ranks.call("write", STOP, (RUN_ON, RUN_ON))
-        by_name = {name: ranks.call("value", name, len(self.ids)) for name in names}
+        layer = layer_of(self.backend.plan, stage)
+        by_name = {name: ranks.call("value", name, len(self.ids), layer) for name in names}
         ranks.call("reset_events")
         return [{name: by_name[name][rank] for name in names} for rank in range(self.backend.plan.tp)]
 
@@ -236,6 +237,12 @@ def _input(step_input, ids: list[int], start: int):
 def _maker(made: dict[str, Node], tensor: str) -> Node:
     """The operator whose value a tensor holds. Buffers that take turns have names of their own."""
     return made[tensor] if tensor in made else list(made.values())[-1]
+
+
+def layer_of(plan: Plan, stage: int) -> int:
+    """The layer that a stage of a prefill step belongs to, or comes after."""
+    layers = [s.layer for s in plan.steps["prefill"].stages[: stage + 1] if s.layer is not None]
+    return layers[-1] if layers else 0
 
 
 def _owned(plan: Plan, name: str, value: torch.Tensor, rank: int) -> torch.Tensor:
