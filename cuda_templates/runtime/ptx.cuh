@@ -34,19 +34,27 @@ __device__ __forceinline__ void barrier_arrive(u64* bar) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(bar)) : "memory");
 }
 
-// Whether the phase of that parity is complete. On sm_90 it may sleep in hardware for a while before it says no.
+// On sm_90 and later it may sleep in hardware for a while before it says no.
+#if MPK_BULK_COPY
+#define MPK_PHASE_DONE "mbarrier.try_wait.parity.shared.b64"
+#else
+#define MPK_PHASE_DONE "mbarrier.test_wait.parity.shared.b64"
+#endif
+
+// Whether the phase of that parity is complete.
 __device__ __forceinline__ bool barrier_try(u64* bar, u32 parity) {
   u32 done;
-#if MPK_BULK_COPY
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-      : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-#else
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-      : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-#endif
+  asm volatile("{ .reg .pred p; " MPK_PHASE_DONE " p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
   return done != 0;
+}
+
+// Until the phase of that parity is complete or the flag in shared memory is set. A loop that the compiler does not see: it
+// has dozens of these inside its other loops, and those would cost it a fifth of its time.
+__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity, const u32* flag) {
+  asm volatile("{ .reg .pred p; .reg .u32 set; AGAIN: " MPK_PHASE_DONE " p, [%0], %1; @p bra DONE; "
+               "ld.volatile.shared.u32 set, [%2]; setp.eq.u32 p, set, 0; @p bra AGAIN; DONE: }"
+               ::"r"(shared_address(bar)), "r"(parity), "r"(shared_address(flag)) : "memory");
 }
 
 // Makes freshly initialised mbarriers visible to the copy engine.

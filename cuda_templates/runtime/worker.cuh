@@ -63,8 +63,7 @@ static_assert(scratch_bytes + sizeof(Shared) + 2 * plan::slot_bytes <= plan::sha
 
 // Waits for a phase of an mbarrier. After an abort it returns at once.
 __device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32 parity) {
-  while (!ptx::barrier_try(bar, parity))
-    if (ptx::load_shared_flag(&shared.abort)) return;
+  ptx::barrier_wait(bar, parity, &shared.abort);
 }
 
 extern __shared__ __align__(128) u8 shared_memory[];
@@ -177,6 +176,18 @@ __device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
   progress.slot = w.slot;
   progress.slot_parity = w.slot_parity;
   progress.taken = w.taken;
+}
+
+// The same as a function of its own, for tasks of one stage of a step: they do not lie between those of every layer, and the
+// compiler takes far less time for several functions than for all in one.
+template <u32 Number, class Task>
+__device__ __noinline__ Progress run_task_called(Progress progress, u32 entry) {
+  run_task_as<Number, Task>(progress, entry);
+  return progress;
+}
+template <u32 Number, class Task>
+__device__ __forceinline__ void run_task_apart(Progress& progress, u32 entry) {
+  progress = run_task_called<Number, Task>(progress, entry);
 }
 
 }  // namespace mpk

@@ -98,28 +98,10 @@ template <class Shape, class Prologue, class Epilogue>
 struct Linear {
   static __device__ void run(Worker& w, const Entry& entry) {
     w.wait_ready();
-    const int panel_chunks = whole_panel(w.tokens) ? Shape::chunks : max_of(1, chunks_that_fit(w.tokens));
-    const bool whole = panel_chunks == Shape::chunks;
-    Panel panel{0, Shape::k};
-    const bool filled = Prologue::prepare(w, entry, whole);
-    if (whole) {
-      if (!filled) Prologue::fill(w, panel);
-      w.sync();
-    }
-    for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
-      const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
-      if (w.tokens == 1) {
-        typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
-        Epilogue::load_early(w, block, early);
-        one_token(w, block.tiles, panel, panel_chunks, whole);
-        w.sync();
-        Epilogue::finish(w, block, early);
-      } else {
-        many_tokens(w, block, panel, panel_chunks, whole);
-      }
-      if (tile + tiles_per_block < entry.hi) w.sync();
-    }
-    if (w.lane == 0) w.shared.mark_waited(w.waits);
+    if (w.tokens == 1)
+      run_one(w, entry);
+    else
+      static_cast<Progress&>(w) = run_many(w, entry);
     w.release_ready();
     w.signal(entry, ForPeers<Epilogue>::of(w, entry));
   }
@@ -127,11 +109,10 @@ struct Linear {
  private:
   static constexpr int per_warp = Shape::blocks_per_warp;
 
-  static __device__ __forceinline__ bool whole_panel(u32 tokens) {
-    return tokens * Panel::row_bytes(Shape::k) <= activation_bytes;
-  }
-  static __device__ __forceinline__ int chunks_that_fit(u32 tokens) {
-    return (activation_bytes / tokens - 64) / 128 * 128 / (Shape::tile_k * 2);
+  // Chunks whose activations fit at once.
+  static __device__ __forceinline__ int panel_chunks_of(u32 tokens) {
+    if (tokens * Panel::row_bytes(Shape::k) <= activation_bytes) return Shape::chunks;
+    return max_of<int>(1, (activation_bytes / tokens - 64) / 128 * 128 / (Shape::tile_k * 2));
   }
 
   // The columns from `chunk` on take the place of those before, if that is where they end.
@@ -164,19 +145,40 @@ struct Linear {
     }
   };
 
-  // --- one token: lanes 0 to 3 have the results of two rows each
+  // --- one token
+
+  static __device__ __forceinline__ void run_one(Worker& w, const Entry& entry) {
+    constexpr bool whole = Panel::fits_one_token(Shape::k);
+    Panel panel{0, Shape::k};
+    const bool filled = Prologue::prepare(w, entry, whole);
+    if constexpr (whole) {
+      if (!filled) Prologue::fill(w, panel);
+      w.sync();
+    }
+    for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
+      const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
+      typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
+      Epilogue::load_early(w, block, early);
+      one_token(w, block.tiles, panel);
+      w.sync();
+      Epilogue::finish(w, block, early);
+      if (tile + tiles_per_block < entry.hi) w.sync();
+    }
+    if (w.lane == 0) w.shared.mark_waited(w.waits);
+  }
+
+  // Lanes 0 to 3 have the results of two rows each.
   //
   // The operand's rows 8 to 15, which no token needs, take the other half of a block's columns: the first chain is in row 0 of
   // one multiplication and the second one in row 8 of the other. Between chunks the chains lie behind the partial sums.
 
-  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel, int panel_chunks, bool whole) {
+  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel) {
     float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
     float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
     u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
 #pragma unroll 1
     for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-      if constexpr (!Panel::fits_one_token(Shape::k))
-        if (!whole) next_panel(w, panel, chunk, panel_chunks);
+      if constexpr (!Panel::fits_one_token(Shape::k)) next_panel(w, panel, chunk, panel_chunks_of(1));
       const u32 row = operand(w, panel, chunk, 0);
 #pragma unroll
       for (int j = 0; j < per_warp; ++j)
@@ -229,15 +231,38 @@ struct Linear {
   }
 
   // --- several tokens: a block's sums stay in registers while its activations pass by
+  //
+  // A function of its own: seldom run, it neither lies between the instructions of one token's steps nor takes part in how
+  // the compiler shares out their registers, and takes it half as long.
 
-  static __device__ __forceinline__ void many_tokens(
-      Worker& w, const Block& block, Panel& panel, int panel_chunks, bool whole) {
-    float sums[tiles_per_block][2][4] = {};
-    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-      if (!whole) next_panel(w, panel, chunk, panel_chunks);
-      multiply_chunks(w, sums, block.tiles, chunk, panel);
+  static __device__ __noinline__ Progress run_many(Progress progress, const Entry& entry) {
+    Worker w(progress, ptx::thread_in_block<~0u>());
+    __builtin_assume(w.tokens > 1);
+    w.group = entry.group;
+    const int panel_chunks = panel_chunks_of(w.tokens);
+    const bool whole = panel_chunks == Shape::chunks;
+    Panel panel{0, Shape::k};
+    Prologue::prepare(w, entry, whole);
+#pragma unroll 1
+    for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
+      float sums[tiles_per_block][2][4] = {};
+      const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
+#pragma unroll 1
+      for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
+        if (!whole || tile == entry.lo) next_panel(w, panel, chunk, panel_chunks);
+        multiply_chunks(w, sums, block.tiles, chunk, panel);
+      }
+      finish_many(w, block, sums);
+      if (tile + tiles_per_block < entry.hi) w.sync();
     }
+    if (w.lane == 0) w.shared.mark_waited(w.waits);
+    return w;
+  }
+
+  static __device__ __forceinline__ void finish_many(
+      const Worker& w, const Block& block, const float (&sums)[tiles_per_block][2][4]) {
     const int per_round = w.tokens <= 8 ? tiles_per_block : tiles_per_block / 2;  // as there is room for
+#pragma unroll 1
     for (int first = 0; first < block.tiles; first += per_round) {
       const Block part{block.first + first, min_of(per_round, block.tiles - first)};
       typename Epilogue::Early early{};
@@ -249,7 +274,7 @@ struct Linear {
     }
   }
 
-  // One chunk of each tile of the block.
+  // One chunk of each tile of the block. The tiles take turns in the first place of `sums`, so that there is code for one.
   static __device__ __forceinline__ void multiply_chunks(
       Worker& w, float (&sums)[tiles_per_block][2][4], int tiles, int chunk, const Panel& panel) {
     const u32 token = w.lane / 4;
@@ -261,9 +286,8 @@ struct Linear {
       ptx::load_shared_16(a[j][0], low + j * worker_warps * 64, mine && token < w.tokens);
       ptx::load_shared_16(a[j][1], high + j * worker_warps * 64, mine && token + 8 < w.tokens);
     }
-#pragma unroll
-    for (int t = 0; t < tiles_per_block; ++t) {
-      if (t >= tiles) continue;
+#pragma unroll 1
+    for (int t = 0; t < tiles; ++t) {
       Weights weights;
       weights.load(w, chunk);
 #pragma unroll
@@ -271,9 +295,22 @@ struct Linear {
         if (!Shape::has_block(w, chunk, j)) continue;
         const u32(&lo)[4] = a[j][0], (&hi)[4] = a[j][1];
         const u32 first[4] = {lo[0], hi[0], lo[2], hi[2]}, second[4] = {lo[1], hi[1], lo[3], hi[3]};
-        ptx::mma(sums[t][0], first, weights.b[j][0], weights.b[j][1]);
-        ptx::mma(sums[t][1], second, weights.b[j][2], weights.b[j][3]);
+        ptx::mma(sums[0][0], first, weights.b[j][0], weights.b[j][1]);
+        ptx::mma(sums[0][1], second, weights.b[j][2], weights.b[j][3]);
       }
+      take_turns(sums, tiles);
+    }
+  }
+
+  // The first of `count` goes last.
+  static __device__ __forceinline__ void take_turns(float (&sums)[tiles_per_block][2][4], int count) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float first = sums[0][i / 4][i % 4];
+#pragma unroll
+      for (int t = 0; t + 1 < tiles_per_block; ++t)
+        sums[t][i / 4][i % 4] = t + 1 < count ? sums[t + 1][i / 4][i % 4] : first;
+      if (count == tiles_per_block) sums[tiles_per_block - 1][i / 4][i % 4] = first;
     }
   }
 

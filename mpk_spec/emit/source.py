@@ -61,13 +61,14 @@ def _tasks(plan: Plan, layout: Layout, step: Step) -> tuple[list[TaskType], list
     """Distinct task types, and for each template and group the one it uses."""
     found: dict[str, TaskType] = {}
     runs: list[list[int]] = []
-    for template in step.templates:
+    for number, template in enumerate(step.templates):
         runs.append([])
         for group in template.groups:
             body = task_type(plan, layout, group, template)
             task = found.setdefault(body, TaskType(f"{identifier(group.name)}_{len(found)}", ""))
             task.names.append(f"{template.name}: {group.name}")
             task.source = f"using {task.symbol} = {body};"
+            task.stages += sum(stage.template == number for stage in step.stages)
             runs[-1].append(list(found).index(body))
     return list(found.values()), runs
 

@@ -18,11 +18,12 @@ HEADERS = ("linear", "plain", "rmsnorm", "embedding", "attention_merge", "add", 
 
 @dataclass
 class TaskType:
-    """One instantiated task: `source` defines `symbol`; `names` are the plan's groups that it serves."""
+    """One instantiated task: `source` defines `symbol`; `names` are the groups that it serves, `stages` how often."""
 
     symbol: str
     source: str
     names: list[str] = field(default_factory=list)
+    stages: int = 0
 
 
 class Refused(UserError):

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 4fe34735c1a127ef: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 23bf8e08ffd4e079: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -12,6 +12,7 @@ constexpr mpk::u32 copies_in_flight = 24;
 constexpr mpk::u32 prefetch_chunks = 64;
 constexpr mpk::u32 prefetch_clocks = 128;
 constexpr mpk::u32 num_stages = 4;
+constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;
 constexpr mpk::u32 num_events = 24;
 constexpr mpk::u32 event_stride = 32;
@@ -22,7 +23,7 @@ using Program = mpk::SmProgram<3, 3, 3, 3, 3>;
 static_assert(sizeof(Program) == 180, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
-__constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 0};
+__constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
 __constant__ const mpk::u32 event_total[num_templates][num_events] = {
     {4, 24, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24},  // y.0
     {4, 24, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24},  // y.1
@@ -75,7 +76,7 @@ using attend_1 = Attention<
 // y.0: o_add, y.1: o_add
 using o_add_2 = Linear<
     Tiles<128, 96, 128>,
-    AttentionMerge<0ull, 4, 32, 4, 64>,
+    AttentionMerge<Tensor<0ull, 544, float>, 4, 32, 4, 64>,
     Store<1, Part<Inbox<0ull, 96, 6144ull>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
@@ -112,15 +113,15 @@ using next_ids_8 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<69888ull, 1
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
-    case 0: return run_task_as<0, qkv_0>(progress, entry);
+    case 0: return run_task_apart<0, qkv_0>(progress, entry);
     case 1: return run_task_as<1, attend_1>(progress, entry);
     case 2: return run_task_as<2, o_add_2>(progress, entry);
     case 3: return run_task_as<3, gate_up_3>(progress, entry);
     case 4: return run_task_as<4, down_add_4>(progress, entry);
     case 5: return run_task_as<5, qkv_5>(progress, entry);
-    case 6: return run_task_as<6, head_6>(progress, entry);
-    case 7: return run_task_as<7, next_ids_partial_7>(progress, entry);
-    case 8: return run_task_as<8, next_ids_8>(progress, entry);
+    case 6: return run_task_apart<6, head_6>(progress, entry);
+    case 7: return run_task_apart<7, next_ids_partial_7>(progress, entry);
+    case 8: return run_task_apart<8, next_ids_8>(progress, entry);
   }
 }
 
