@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CUBIN, SOURCE, PLAN, MANIFEST = "megakernel.cubin", "megakernel.cu", "plan.json", "manifest.json"
 FILES = (CUBIN, SOURCE, PLAN, MANIFEST)
 FORMAT = 1
+SAYS = {"plan": str, "cubin": str, "source": str, "mpk_spec": str, "weights": list, "config": dict}  # of the manifest
 AGAIN = "build it again: mpk-spec build SPEC --size NAME -o FOLDER"
 
 
@@ -40,7 +41,7 @@ class Build:
 def is_build(name: str) -> bool:
     """Whether `name` is a folder that `mpk-spec build` made, perhaps a damaged one."""
     folder = Path(name).expanduser()
-    return (folder / MANIFEST).is_file() and (folder / PLAN).exists()
+    return (folder / CUBIN).is_file() or ((folder / MANIFEST).is_file() and (folder / PLAN).exists())
 
 
 def open_build(name: str) -> Build:
@@ -50,10 +51,17 @@ def open_build(name: str) -> Build:
 
     folder = Path(name).expanduser()
     manifest = _manifest(folder)
-    plan = read_plan(folder / PLAN)
+    try:
+        plan = read_plan(folder / PLAN)
+    except UserError as error:
+        raise UserError(error.message, AGAIN) from None
     cubin = _read(folder / CUBIN)
     if plan.key != manifest["plan"]:
-        raise UserError(f"{folder / PLAN} is not the plan that the manifest names", AGAIN)
+        raise UserError(
+            f"{folder / PLAN} is not the plan that the manifest names, or mpk-spec {manifest['mpk_spec']} wrote it "
+            "otherwise than this one reads it",
+            AGAIN,
+        )
     if digest(cubin) != manifest["cubin"]:
         raise UserError(f"{folder / CUBIN} is not the kernel that the manifest names, or is cut short", AGAIN)
     emitted = emit(plan)
@@ -73,9 +81,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(f"{folder} is a build of format {found}, this mpk-spec reads format {FORMAT}", AGAIN)
-    missing = {"plan", "cubin", "source", "mpk_spec", "weights", "config"} - manifest.keys()
+    missing = SAYS.keys() - manifest.keys()
     if missing:
         raise UserError(f"{folder / MANIFEST} does not say: {', '.join(sorted(missing))}", AGAIN)
+    wrong = sorted(key for key, kind in SAYS.items() if not isinstance(manifest[key], kind))
+    if wrong or not all(isinstance(source, str) for source in manifest["weights"]):
+        raise UserError(f"{folder / MANIFEST} is damaged: {', '.join(wrong or ['weights'])}", AGAIN)
     return manifest
 
 
