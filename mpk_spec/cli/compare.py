@@ -88,6 +88,8 @@ def command(
         _check_applies(defect, target)
         tp = choose_degree(tp, target.build)
         length = _length(target, context)
+        if backend == "cuda":
+            _check_runs(target, tp, length)
         if stop_after is not None:
             result = _bisect(target, stop_after, tp, length, defect, backend, report)
         else:
@@ -134,6 +136,18 @@ def _length(target: Target, context: int | None) -> int:
     if context is not None and context > most:
         raise UserError(f"a context of {context} is more than the {most} positions that this model was made for")
     return context or min(SEQUENCE, most)
+
+
+def _check_runs(target: Target, tp: int, length: int) -> None:
+    """What the kernel cannot run is said before the truth is worked out, which may take minutes."""
+    from mpk_spec.emit.source import emit
+    from mpk_spec.runtime import cuda_device
+    from mpk_spec.runtime.select import plan_for_gpu
+
+    if target.build is not None:
+        cuda_device.find_device()
+    else:
+        emit(plan_for_gpu(target.spec, target.size, target.checkpoint, length, tp))
 
 
 class Result:

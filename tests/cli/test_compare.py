@@ -48,6 +48,17 @@ def test_hugging_face_itself_is_as_far_as_itself(capsys):
     assert json.loads(capsys.readouterr().out)["kl_ratio"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("more", [[], ["--stop-after", "all"], ["--tp", "2"]])
+def test_without_a_gpu_no_truth_is_worked_out_first(more, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("mpk_spec.weights.load_hf_model", lambda *_, **__: pytest.fail("it was asked for the truth"))
+    assert main(["compare", "qwen3", *FEW, "--backend", "cuda", *more]) == errors.EXIT_BAD_INPUT
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("error: ") == 1
+    assert "--backend cpu" in shown.err and "running" not in shown.err
+
+
 def test_stop_after_names_the_operator(capsys):
     arguments = ["compare", "qwen3", "--size", "tiny", "--stop-after", "attention.a", "--plant", "late-position"]
     assert main(arguments) == errors.EXIT_VERDICT
