@@ -254,6 +254,19 @@ def another_process(gpu, patch):
     gpu.free, gpu.reserved = 100 << 20, 0
 
 
+def small_memory(gpu, patch):
+    gpu.free = gpu.total = 256 << 20
+
+
+def held_alone(gpu, patch):
+    def busy():
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore lines")
+
+    patch.undo()
+    patch.setattr("torch.cuda.is_available", lambda: True)
+    patch.setattr("torch.cuda.synchronize", busy)
+
+
 @pytest.mark.parametrize(
     ("luck", "message"),
     [
@@ -262,6 +275,8 @@ def another_process(gpu, patch):
             old_driver,
             "the NVIDIA driver is too old: it supports CUDA 12.2, this torch is built for 13.0\n  hint: update",
         ),
+        (small_memory, "the GPU has 0.2 of 0.2 GiB free\n  hint: a smaller model would fit"),
+        (held_alone, "the GPU cannot be used: CUDA error: CUDA-capable device(s) is/are busy or unavailable\n  hint: "),
         (another_process, "of 85.0 GiB free, other processes hold 84.9\n  hint: end what else uses the GPU"),
         (
             lambda gpu, patch: gpu.driver.attributes.update(COMPUTE_CAPABILITY_MAJOR=10),
@@ -285,6 +300,6 @@ def test_bad_luck_is_one_message_and_exit_code_1(folder, fake_gpu, monkeypatch, 
     luck(fake_gpu, monkeypatch)
     assert chat(folder, "--backend", "cuda") == errors.EXIT_BAD_INPUT
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.count("error: ") == 1
+    assert shown.out == "" and sum(line.startswith("error: ") for line in shown.err.splitlines()) == 1
     assert message in shown.err
     assert not fake_gpu.launchers
