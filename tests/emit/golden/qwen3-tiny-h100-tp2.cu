@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 23bf8e08ffd4e079: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 2ff1bf7891556eb6: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -19,8 +19,8 @@ constexpr mpk::u32 event_stride = 32;
 constexpr mpk::u32 sampling_sm = 50;
 constexpr mpk::u32 max_queue = 1;  // tasks of one SM in one stage
 
-using Program = mpk::SmProgram<3, 3, 3, 3, 3>;
-static_assert(sizeof(Program) == 180, "the host packs programs as the kernel reads them");
+using Program = mpk::SmProgram<3, 3, 3, 10, 3>;
+static_assert(sizeof(Program) == 236, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
@@ -60,56 +60,56 @@ namespace mpk {
 // y.0: qkv
 using qkv_0 = Linear<
     Tiles<96, 192, 96>,
-    RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<57600ull, 96, float>>>,
-    Store<1, Part<Tensor<63744ull, 128, bf16>, 128, NoVector>,
-          Part<Tensor<67840ull, 32, bf16>, 32, NoVector>,
-          Part<Tensor<68864ull, 32, bf16>, 32, NoVector>>>;
+    RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
+          Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
+          Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
 
 // y.0: attend, y.1: attend
 using attend_1 = Attention<
     AttentionShape<4, 1, 32, 4, 64>,
-    Tensor<63744ull, 128, bf16>, Tensor<67840ull, 32, bf16>, Tensor<68864ull, 32, bf16>,
+    Turns<100864ull, 128, bf16, 4096ull, of_layer>, Turns<86528ull, 32, bf16, 1024ull, of_layer>, Turns<109056ull, 32, bf16, 1024ull, of_layer>,
     HeadNorms<Vector<556288ull, 256ull>, Vector<557056ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
-    Tensor<0ull, 544, float>, 0.1767766952966369f>;
+    Turns<16896ull, 544, float, 34816ull, of_layer>, 0.1767766952966369f>;
 
 // y.0: o_add, y.1: o_add
 using o_add_2 = Linear<
     Tiles<128, 96, 128>,
-    AttentionMerge<Tensor<0ull, 544, float>, 4, 32, 4, 64>,
+    AttentionMerge<Turns<16896ull, 544, float, 34816ull, of_layer>, 4, 32, 4, 64>,
     Store<1, Part<Inbox<0ull, 96, 6144ull>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 256, 96>,
-    RmsNorm<SumRow<Tensor<57600ull, 96, float>, Inbox<0ull, 96, 6144ull>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<51456ull, 96, float>>>,
-    GatedAct<Silu, Tensor<0ull, 128, bf16>, NoVector, NoVector>>;
+    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
+    GatedAct<Silu, Turns<111104ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<128, 96, 128>,
-    Plain<Tensor<0ull, 128, bf16>>,
+    Plain<Turns<111104ull, 128, bf16, 4096ull, of_layer>>,
     Store<1, Part<Inbox<12288ull, 96, 6144ull>, 96, NoVector>>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 192, 96>,
-    RmsNorm<SumRow<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Tensor<57600ull, 96, float>>>,
-    Store<1, Part<Tensor<63744ull, 128, bf16>, 128, NoVector>,
-          Part<Tensor<67840ull, 32, bf16>, 32, NoVector>,
-          Part<Tensor<68864ull, 32, bf16>, 32, NoVector>>>;
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<12288ull, 96, 6144ull>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
+          Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
+          Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
 
 // head: head
 using head_6 = Linear<
     Tiles<96, 258, 96>,
-    RmsNorm<SumRow<Tensor<51456ull, 96, float>, Inbox<12288ull, 96, 6144ull>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
-    Store<1, Part<Tensor<34816ull, 258, float>, 258, NoVector>>>;
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<12288ull, 96, 6144ull>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    Store<1, Part<Tensor<0ull, 258, float>, 258, NoVector>>>;
 
 // head: next_ids.partial
-using next_ids_partial_7 = ArgmaxPartial<Tensor<34816ull, 258, float>, Inbox<24576ull, 34, 2176ull>, 16, 515, 258>;
+using next_ids_partial_7 = ArgmaxPartial<Tensor<0ull, 258, float>, Inbox<24576ull, 34, 2176ull>, 16, 515, 258>;
 
 // head: next_ids
-using next_ids_8 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<69888ull, 1, i32>, 17>;
+using next_ids_8 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<16640ull, 1, i32>, 17>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 8bd375cd0cca21f5: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 8f36333d166235d3: generated, do not edit.
 // 4 stages, 10 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
