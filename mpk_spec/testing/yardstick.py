@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpk_spec.errors import UserError
 from mpk_spec.runtime.cuda_device import free_gpu
+from mpk_spec.runtime.torch_backend import cache_name
 from mpk_spec.testing.metrics import Metrics, Verdict, tally
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 POSITIONS, SEEDS = 2000, 4
 SPARE_BYTES = 2 << 30  # of GPU memory: libraries and what torch keeps for later
+AT_ONCE = 4096  # tokens; longer sequences are read in pieces, since scores of all of their positions would not fit
+PIECE = 1024
 SMALL = 5_000_000  # parameters: threads that wait for one another cost more than they save
 
 
@@ -126,16 +129,31 @@ def _huggingface(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype:
     whole = fits_here(checkpoint, ids, last, dtype)
     model = (load_hf_model if whole else stream_hf_model)(checkpoint, dtype=dtype, device=device)
 
-    def logits(batch: list[list[int]]) -> torch.Tensor:
-        with torch.inference_mode():
-            given = torch.tensor(batch, device=device)
-            return model(input_ids=given, use_cache=False, logits_to_keep=last).logits.float().cpu()
-
     if whole:
-        yield from _each(lambda sequence: logits([sequence])[0], ids, what, progress)
+        yield from _each(lambda sequence: _last_logits(model, [sequence], last, device)[0], ids, what, progress)
     else:  # all in one batch: the weights are read once
         progress(f"{what}, layer by layer", 0, 0)
-        yield from logits(ids)
+        yield from _last_logits(model, ids, last, device)
+
+
+def _last_logits(model, batch: list[list[int]], last: int, device: str) -> torch.Tensor:
+    """float32 `[sequences, last, vocab]` on the CPU. Long sequences are read in pieces, whose scores fit."""
+    import torch
+    from transformers import DynamicCache
+
+    with torch.inference_mode():
+        given = torch.tensor(batch, device=device)
+        length, parts = given.shape[1], []
+        if length <= AT_ONCE:
+            return model(input_ids=given, use_cache=False, logits_to_keep=last).logits.float().cpu()
+        cache = {cache_name(model): DynamicCache(config=model.config)}
+        for lo in range(0, length, PIECE):
+            piece = given[:, lo : lo + PIECE]
+            wanted = min(piece.shape[1], lo + piece.shape[1] - (length - last))
+            out = model(input_ids=piece, use_cache=True, logits_to_keep=max(1, wanted), **cache)
+            if wanted > 0:
+                parts.append(out.logits[:, -wanted:].float().cpu())
+        return torch.cat(parts, 1)
 
 
 def fits_here(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str) -> bool:
@@ -154,7 +172,15 @@ def fits(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str) ->
     size = {"float32": 4, "bfloat16": 2}[dtype]
     config = text_config(checkpoint.config)
     wide = 4 * config.get("intermediate_size", 0) + 12 * config["hidden_size"]  # values of a token alive at once
-    needed = count_parameters(checkpoint) * (size + 2) + len(ids[0]) * wide * size + last * config["vocab_size"] * 8
+    length = len(ids[0])
+    in_pieces = length > AT_ONCE
+    needed = count_parameters(checkpoint) * (size + 2) + last * config["vocab_size"] * 8
+    needed += (PIECE if in_pieces else length) * wide * size
+    if in_pieces:
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        kept = 2 * config.get("num_key_value_heads", heads) * head_dim * config["num_hidden_layers"]
+        needed += length * (kept * size + PIECE * heads * (size + 4))  # the cache, and scores before and after softmax
     free, _ = torch.cuda.mem_get_info()
     return needed + SPARE_BYTES < free
 

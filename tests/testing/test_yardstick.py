@@ -7,7 +7,7 @@ from tiny import SHORT, checkpoint_of, spec_of, yardstick_of
 from mpk_spec.errors import UserError
 from mpk_spec.testing import yardstick
 from mpk_spec.testing.yardstick import sequences
-from mpk_spec.weights import load_hf_model
+from mpk_spec.weights import load_hf_model, text_config
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,36 @@ def test_what_does_not_fit_is_streamed_and_gives_the_same_truth(name, monkeypatc
     streamed = list(yardstick._huggingface(checkpoint, ids, 6, "float32", lambda *_: None))
     for one, other in zip(whole, streamed, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("last", [3, 14, 23])
+@pytest.mark.parametrize("whole", [True, False])
+def test_long_sequences_are_read_in_pieces_and_give_the_same_truth(name, last, whole, monkeypatch):
+    ids = sequences(515, 46, 2, 23)
+    checkpoint = checkpoint_of(name)
+    at_once = list(yardstick._huggingface(checkpoint, ids, last, "float32", lambda *_: None))
+    monkeypatch.setattr(yardstick, "fits_here", lambda *asked: whole)
+    monkeypatch.setattr(yardstick, "AT_ONCE", 20)
+    monkeypatch.setattr(yardstick, "PIECE", 5)
+    in_pieces = list(yardstick._huggingface(checkpoint, ids, last, "float32", lambda *_: None))
+    for one, other in zip(at_once, in_pieces, strict=True):
+        assert one.shape == other.shape == (last, 515)
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_of_a_long_sequence_the_cache_and_the_scores_of_a_piece_must_fit(monkeypatch):
+    free = {"bytes": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["bytes"], 0))
+    checkpoint, length = checkpoint_of("qwen3"), yardstick.AT_ONCE + 1
+    config = text_config(checkpoint.config)
+    cache = 2 * config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"] * 4
+    needed = yardstick.count_parameters(checkpoint) * 6 + 10 * 515 * 8 + yardstick.PIECE * (4 * 256 + 12 * 96) * 4
+    needed += length * (cache + yardstick.PIECE * config["num_attention_heads"] * 8)
+    free["bytes"] = yardstick.SPARE_BYTES + needed
+    assert not yardstick.fits(checkpoint, [[0] * length], 10, "float32")
+    free["bytes"] += 1
+    assert yardstick.fits(checkpoint, [[0] * length], 10, "float32")
 
 
 def test_a_model_fits_if_its_weights_and_activations_do(monkeypatch):
