@@ -42,6 +42,10 @@ __device__ __forceinline__ bool take_step(Progress& progress) {
   return more;
 }
 
+// Left to the compiler on Hopper, where that is how it was timed; on Blackwell a function of its own, or registers spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+__noinline__
+#endif
 __device__ void run_worker(const Params& params, Shared& shared) {
   Progress progress;
   for (progress.step_index = params.first_step; take_step(progress); ++progress.step_index) {

@@ -1,6 +1,6 @@
 """Every task compiles for every architecture that plans are made for, without a spill. Needs NVRTC, but no GPU.
 
-A compilation takes 10 to 30 seconds. The everyday run has the tiny model for every architecture, two numbers of ranks
+A compilation takes 5 to 15 seconds. The everyday run has the tiny model for every architecture, two numbers of ranks
 and one real size for Hopper; the other real sizes and the builds for profiling and testing are `exhaustive`:
 `pytest -m exhaustive tests/emit`.
 """
