@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 2ff1bf7891556eb6: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan c6a2f6dfc9464f51: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -77,24 +77,24 @@ using attend_1 = Attention<
 using o_add_2 = Linear<
     Tiles<128, 96, 128>,
     AttentionMerge<Turns<16896ull, 544, float, 34816ull, of_layer>, 4, 32, 4, 64>,
-    Store<1, Part<Inbox<0ull, 96, 6144ull>, 96, NoVector>>>;
+    Store<1, Part<Inbox<4352ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 256, 96>,
-    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<4352ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
     GatedAct<Silu, Turns<111104ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<128, 96, 128>,
     Plain<Turns<111104ull, 128, bf16, 4096ull, of_layer>>,
-    Store<1, Part<Inbox<12288ull, 96, 6144ull>, 96, NoVector>>>;
+    Store<1, Part<Inbox<28928ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 192, 96>,
-    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<12288ull, 96, 6144ull>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<28928ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
           Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
@@ -102,14 +102,14 @@ using qkv_5 = Linear<
 // head: head
 using head_6 = Linear<
     Tiles<96, 258, 96>,
-    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<12288ull, 96, 6144ull>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<28928ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     Store<1, Part<Tensor<0ull, 258, float>, 258, NoVector>>>;
 
 // head: next_ids.partial
-using next_ids_partial_7 = ArgmaxPartial<Tensor<0ull, 258, float>, Inbox<24576ull, 34, 2176ull>, 16, 515, 258>;
+using next_ids_partial_7 = ArgmaxPartial<Tensor<0ull, 258, float>, Inbox<0ull, 34, 2176ull>, 16, 515, 258>;
 
 // head: next_ids
-using next_ids_8 = ArgmaxReduce<Inbox<24576ull, 34, 2176ull>, Tensor<16640ull, 1, i32>, 17>;
+using next_ids_8 = ArgmaxReduce<Inbox<0ull, 34, 2176ull>, Tensor<16640ull, 1, i32>, 17>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
