@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from mpk_spec.planner.plan import Plan, Span, Task
 from mpk_spec.planner.verify.code import Code
@@ -83,6 +84,21 @@ def _check_alone(plan: Plan, turning: set[str], report: Report) -> None:
                 report.add(f"'{name}' crosses as data and shares bytes with '{other.name}'")
 
 
+KEPT = 8
+"""Of a run of like layers so many are walked. What a task knows it has from the two layers before, and hands on: it is
+the same in every layer of the run but the first ones, and what reaches the run's end from its middle reaches it from
+further back in the same way."""
+
+
+def shortened(templates: list[int]) -> list[int]:
+    """Which stages to walk: of each run with one template the first and the last ones."""
+    kept: list[int] = []
+    for _, run in groupby(enumerate(templates), key=lambda numbered: numbered[1]):
+        stages = [stage for stage, _ in run]
+        kept += stages if len(stages) <= KEPT else [*stages[: KEPT // 2], *stages[-KEPT // 2 :]]
+    return kept
+
+
 @dataclass
 class _Stage:
     """`seen`, `done`: by event, what is visible to whoever waits for it, and what has been run."""
@@ -107,8 +123,11 @@ class _Walk:
     """`past[tensor]`: its writes in order; `readers[tensor]`: all its readers; `seen`, `done`: what each SM knows."""
 
     def __init__(self, plan: Plan, turning: set[str], codes: list[Code], report: Report):
-        self.plan, self.turning, self.codes, self.report = plan, turning, codes, report
-        self.layers = [s.layer is not None for s in next(iter(plan.steps.values())).stages]
+        self.plan, self.turning, self.report = plan, turning, report
+        stages = next(iter(plan.steps.values())).stages
+        walked = shortened([s.template for s in stages])
+        self.codes = [codes[n] for n in walked]
+        self.layers = [stages[n].layer is not None for n in walked]
         self.seen, self.done = [0] * plan.num_sms, [0] * plan.num_sms
         self.stages: list[_Stage] = []
         self.past: dict[str, list[_Write]] = {}
