@@ -350,9 +350,7 @@ class Launcher:
         self.memory.events.copy_(((counters + 2**31) % 2**32 - 2**31).to(torch.int32).flatten())
         self.memory.control.zero_()
         self.memory.reports.zero_()
-        if (
-            self.memory.symmetric is not None
-        ):  # what crosses as data is cleared; on every rank before any of them starts
+        if self.memory.symmetric is not None:  # cleared for what crosses as data, on every rank before any starts
             self.memory.symmetric["inbox"].fill_(0xFF)
         self.steps = steps
         torch.cuda.synchronize()
@@ -360,25 +358,52 @@ class Launcher:
     def _blame(self) -> str:
         """The SM that is furthest behind, in the plan's names."""
         reports = np.frombuffer(self.memory.reports.cpu().numpy().tobytes(), REPORT)
-        order = sorted(
-            (int(r["step"]), int(r["stage"]), int(r["group"]), sm) for sm, r in enumerate(reports) if r["set"]
+        return blame(self.emitted, reports, self.steps)
+
+
+def blame(emitted: Emitted, reports: np.ndarray, first_step: int) -> str:
+    """What SMs' reports (one `REPORT` per SM) say of why a launch that began with step `first_step` stood still.
+
+    An SM whose workers have all that they were given waits for the event that its scheduler names. Others are at the
+    task that they took last, and may look for values that never come.
+    """
+    stuck = []
+    for sm, report in enumerate({name: int(r[name]) for name in REPORT_FIELDS} for r in reports):
+        if report["set"]:
+            waits = report["given"] == report["taken"]
+            at = tuple(report[k] for k in ("step", "stage", "group", "task"))
+            stuck.append((at if waits else place_of(emitted, sm, report["taken"], first_step), not waits, sm, report))
+    if not stuck:
+        return "no SM left a report"
+    (step, stage, group, task), working, sm, report = min(stuck, key=lambda s: s[:3])
+    where, stages = f"SM {sm} in step {step}", emitted.step.stages
+    if stage in (-1, len(stages)):
+        return f"{where} waits for the next step's descriptor"
+    template = emitted.step.templates[stages[stage].template]
+    made = template.groups[group]
+    where += f", stage {stage} ({template.name}, layer {stages[stage].layer})"
+    what = f"{where}, task {task} of '{made.name}'"
+    if working:
+        makers = [w.event.partition(".done")[0] for w in made.tasks[task].waits if w.data]
+        looking = (
+            f", or look for values of {', '.join(map(repr, dict.fromkeys(makers)))} that do not come" if makers else ""
         )
-        if not order:
-            return "no SM left a report"
-        sm = order[0][3]
-        report = {name: int(reports[sm][name]) for name in REPORT_FIELDS}
-        step = self.emitted.step
-        where = f"SM {sm} in step {report['step']}"
-        if report["stage"] >= len(step.stages):
-            return f"{where} waits for the next step's descriptor"
-        stage = step.stages[report["stage"]]
-        template = step.templates[stage.template]
-        group = template.groups[report["group"]].name
-        at, event = divmod(report["event"], len(self.emitted.programs.events))
-        where = f"{where}, stage {report['stage']} ({template.name}, layer {stage.layer})"
-        what = f"{where}, task {report['task']} of '{group}'"
-        if report["given"] > report["taken"]:
-            return f"{what}: its workers do not move"
-        seen, wanted = report["seen"], report["wanted"]
-        name = self.emitted.programs.events[event]
-        return f"{what}: event '{name}' of stage {at} stands at {seen}, wanted {wanted}"
+        return f"{what}: its workers do not move{looking}"
+    at, event = divmod(report["event"], len(emitted.programs.events))
+    name = emitted.programs.events[event]
+    return f"{what}: event '{name}' of stage {at} stands at {report['seen']}, wanted {report['wanted']}"
+
+
+def place_of(emitted: Emitted, sm: int, taken: int, first_step: int) -> tuple[int, int, int, int]:
+    """(step, stage, group, task) of what an SM's workers take after `taken` hand-overs; stage -1: a step's descriptor."""
+    queues = [emitted.step.templates[s.template].queues[sm] for s in emitted.step.stages]
+    steps, at = divmod(taken, 1 + sum(map(len, queues)))
+    step = (first_step + steps) & 0xFFFFFFFF
+    if at == 0:
+        return step, -1, 0, 0
+    at -= 1
+    for stage, queue in enumerate(queues):
+        if at < len(queue):
+            return step, stage, *queue[at]
+        at -= len(queue)
+    raise AssertionError("a step has as many hand-overs as it has tasks, and one")
