@@ -395,7 +395,7 @@ def blame(emitted: Emitted, reports: np.ndarray, first_step: int) -> str:
 
 
 def place_of(emitted: Emitted, sm: int, taken: int, first_step: int) -> tuple[int, int, int, int]:
-    """(step, stage, group, task) of what an SM's workers take after `taken` hand-overs; stage -1: a step's descriptor."""
+    """(step, stage, group, task) of what an SM's workers take after `taken` hand-overs; stage -1: a descriptor."""
     queues = [emitted.step.templates[s.template].queues[sm] for s in emitted.step.stages]
     steps, at = divmod(taken, 1 + sum(map(len, queues)))
     step = (first_step + steps) & 0xFFFFFFFF
