@@ -69,7 +69,8 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         scheduler = _scheduler(kind, spec, model, request, ring, problems)
         schedulers.append(scheduler)
         lowered[kind] = _lowering(sections, scheduler)
-    loader = resolve_loader(schedulers, chunk)
+    slots = _slots(lowered, ring)
+    loader = resolve_loader(schedulers, chunk, slots)
     splits = _kv_splits(spec, lowered, problems)
     _check_sums(spec, lowered[request.steps[0]], problems)
     if problems:
@@ -88,7 +89,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         config=model.config, architecture=architecture, steps=crossing.steps, tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
         notes=(*(n for s in sections for n in s.notes), *_crossing_note(crossing)),
-        schedule=_resolved(first), ring_bytes=ring * chunk,
+        schedule=_resolved(first), ring_bytes=slots * chunk,
         chunk_bytes=chunk, in_flight_bytes=loader.in_flight, prefetch_bytes=loader.prefetch,
         crossing="data" if crossing.turns else "event",
         prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
@@ -148,6 +149,12 @@ def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple
     widest = max((smem_bytes(g, model, tokens) for g in groups), default=FIXED_SMEM)
     chunk = max((chunk_bytes(g, model) for g in groups if g.kind == "linear"), default=CHUNK_BYTES)
     return max(1, (request.target.smem_bytes - widest) // chunk), chunk
+
+
+def _slots(lowered: dict[str, _Lowering], ring: int) -> int:
+    """Of the ring, which all tasks share: what the group with the most `stages` asks for."""
+    items = [i for lowering in lowered.values() for s in lowering.sections for i in [*s.items, *s.first]]
+    return max((i.settings.stages for i in items if i.group.kind == "linear"), default=ring)
 
 
 def _kv_splits(spec: Spec, lowered: dict[str, _Lowering], problems: list) -> dict[str, int]:

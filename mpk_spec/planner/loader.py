@@ -27,9 +27,12 @@ class Loader:
     crossing: str
 
 
-def resolve_loader(schedulers: Iterable[Scheduler], chunk: int) -> Loader:
-    """The loader of a plan, which serves all its steps. What cannot be goes to the schedulers' problems."""
-    found = [(scheduler, _of(scheduler, chunk)) for scheduler in schedulers]
+def resolve_loader(schedulers: Iterable[Scheduler], chunk: int, slots: int) -> Loader:
+    """The loader of a plan with a ring of `slots` chunks, which serves all its steps.
+
+    What cannot be goes to the schedulers' problems.
+    """
+    found = [(scheduler, _of(scheduler, chunk, slots)) for scheduler in schedulers]
     (first, loader), *others = found
     for other, wanted in others:
         for key in WHOLE_KERNEL:
@@ -42,8 +45,8 @@ def resolve_loader(schedulers: Iterable[Scheduler], chunk: int) -> Loader:
     return loader
 
 
-def _of(scheduler: Scheduler, chunk: int) -> Loader:
-    target, ring = scheduler.target, scheduler.ring_stages * chunk
+def _of(scheduler: Scheduler, chunk: int, slots: int) -> Loader:
+    target, ring = scheduler.target, slots * chunk
     share = max(chunk, target.l2_bytes // target.num_sms)
     return Loader(
         _whole_chunks(scheduler, "in_flight", IN_FLIGHT_BYTES, chunk, (chunk, ring), f"the ring's {ring}"),

@@ -212,7 +212,10 @@ class Settings(Section):
     block: GridDims | None = Field(default=None, description="threads along x, y, z")
     split_k: CountOrAuto | None = Field(default=None, description="tasks that share one sum of a linear")
     kv_splits: CountOrAuto | None = Field(default=None, description="tasks that share one head's KV cache")
-    stages: CountOrAuto | None = Field(default=None, description="tiles in flight in shared memory")
+    stages: CountOrAuto | None = Field(
+        default=None,
+        description="chunks of weights that shared memory holds: the most that a group asks for, shared by all",
+    )
     launch: Literal["static", "dynamic"] | None = Field(
         default=None, description="static: each SM has its list of tasks; dynamic: SMs claim them at run time"
     )
