@@ -1,5 +1,5 @@
 // What builds for profiling and testing add to the runtime. Each macro is off by default, and then nothing of it is compiled:
-//   MPK_PROFILE  when each task asked, was ready, had its data, was done (TaskTimes)
+//   MPK_PROFILE  when each task asked, was ready, had seen its inputs, had its data, was done (TaskTimes)
 //   MPK_CONFORM  which counter values the waits saw and which the signals found (LogEntry), in the order it happened
 //   MPK_DELAYS   random pauses in scheduler, workers and loader, from a seed
 //   MPK_DEFECTS  mistakes chosen at launch, which comparison, conformance or watchdog must find
@@ -29,6 +29,7 @@ struct TaskTimes {
   u64 global_ns;
   u64 asked;  // the task before it is over
   u64 ready;  // its events have come
+  u64 seen;  // its inputs have all been seen and prepared; 0: when it was ready
   u64 opened;  // asks for its first chunk of weights; 0: needs none
   u64 waited;  // how long the warp that waited most waited for chunks
   u64 computed;  // its last chunk is used up; 0: it had none
@@ -164,6 +165,11 @@ struct Recorder {
     return 0;
 #endif
   }
+  __device__ __forceinline__ void mark_seen() {
+#if MPK_PROFILE
+    if (times.seen == 0) times.seen = ptx::cycles();
+#endif
+  }
   __device__ __forceinline__ void mark_opened() {
 #if MPK_PROFILE
     if (times.opened == 0) times.opened = ptx::cycles();
@@ -207,8 +213,8 @@ struct Recorder {
   __device__ __forceinline__ void write_times(Place... place) {
 #if MPK_PROFILE
     if (TaskTimes* to = times_at(place...)) {
-      to->global_ns = times.global_ns, to->asked = times.asked, to->ready = times.ready, to->opened = times.opened;
-      to->waited = times.waited, to->computed = times.computed, to->stored = times.stored;
+      to->global_ns = times.global_ns, to->asked = times.asked, to->ready = times.ready, to->seen = times.seen;
+      to->opened = times.opened, to->waited = times.waited, to->computed = times.computed, to->stored = times.stored;
     }
 #endif
   }

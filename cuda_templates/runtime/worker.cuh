@@ -115,6 +115,11 @@ struct Worker : Progress {
     if (thread == 0) shared.mark_synced();
   }
 
+  // After the barrier at which all threads had seen the task's inputs.
+  __device__ __forceinline__ void mark_seen() const {
+    if (thread == 0) shared.mark_seen();
+  }
+
   // The events of the next task (or the next step's descriptor) have arrived.
   __device__ __forceinline__ void wait_ready() {
     wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);

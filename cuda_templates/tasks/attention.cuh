@@ -70,6 +70,7 @@ struct Attention {
       turn_vectors(w, s, head, worker, row, used, idle);
       if (idle) break;
       w.sync();
+      w.mark_seen();
       one_pass(w, s, head, worker, row, used, cached);
       w.sync();
       store(w, s, head, worker, row, used);

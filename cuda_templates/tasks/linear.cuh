@@ -122,6 +122,7 @@ struct Linear {
     w.sync();
     Prologue::fill(w, panel);
     w.sync();
+    w.mark_seen();
   }
 
   // This lane's first 16 bytes of the activations of a token in a chunk.
@@ -154,6 +155,7 @@ struct Linear {
     if constexpr (whole) {
       if (!filled) Prologue::fill(w, panel);
       w.sync();
+      w.mark_seen();
     }
     for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
       const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};

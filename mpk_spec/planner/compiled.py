@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mpk_spec.errors import UserError
 from mpk_spec.planner.cost import CostModel, TaskCost, experts_of, task_cost
-from mpk_spec.planner.plan import Plan, Step, Task, Template
+from mpk_spec.planner.crossing import makers, signallers
+from mpk_spec.planner.plan import Plan, Span, Step, Task, Template, Wait
+
+
+class ReadyWait(NamedTuple):
+    """`back`: 0 or -1, the stage it is about. `peers` signal the event too. `makers`: whose values are looked at
+    instead of the event, an index into `ReadyStage.makers`; None: nobody's."""
+
+    event: str
+    count: int
+    back: int
+    peers: bool
+    makers: int | None
 
 
 @dataclass
 class ReadyTask:
-    """A task with its costs. `waits`: (event, count, stages back, whether peers signal it too)."""
+    """A task with its costs."""
 
     group: int
     index: int
     cost: TaskCost
-    waits: tuple[tuple[str, int, int, bool], ...]
+    waits: tuple[ReadyWait, ...]
     signals: tuple[str, ...]
     idle: bool = False  # an expert's task that nobody chose in this step
 
@@ -39,27 +52,56 @@ class ReadyStage:
     order: list[tuple[int, ReadyTask] | Pool] = field(default_factory=list)
     partial: frozenset[str] = frozenset()
     """Events that some task waits for with fewer signals than there are."""
+    makers: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    """Sets of (group, task) whose values some task looks at."""
 
 
-def compile_stage(plan: Plan, step: Step, template: Template, context: int, cost: CostModel) -> ReadyStage:
-    """The `ReadyStage` of a template. Raises UserError for queues that cannot run to their end."""
+def compile_stage(
+    plan: Plan, step: Step, template: Template, context: int, cost: CostModel, before: Template | None = None
+) -> ReadyStage:
+    """The `ReadyStage` of a template that follows `before`. Raises UserError for queues that cannot run to the end."""
+    looks = _Looks(step, template, before)
     peers = set().union(*(_events_of_peers(one) for one in step.templates))  # also of the stage before
     tasks = [
-        [_ready(plan, step, template, g, task, peers, cost, context) for task in group.tasks]
+        [_ready(plan, step, template, g, task, peers, looks, cost, context) for task in group.tasks]
         for g, group in enumerate(template.groups)
     ]
     _check_loads(template)
-    ready = ReadyStage(template, partial=_partial(template))
+    ready = ReadyStage(template, partial=_partial(template), makers=looks.found)
     routed = [bool(experts_of(plan, group)) for group in template.groups]
     _order(template, tasks, routed, ready)
     return ready
 
 
-def _ready(plan, step, template, g, task: Task, peers: set[str], cost, context) -> ReadyTask:
+class _Looks:
+    """Whose values the tasks of a template look at; most tasks of a group look at the same."""
+
+    def __init__(self, step: Step, template: Template, before: Template | None):
+        self.signalling = {0: signallers(template), -1: signallers(before) if before else {}}
+        self.crossing = step.tokens == 1  # steps of several tokens wait for events
+        self.found: list[tuple[tuple[int, int], ...]] = []
+        self._known: dict[tuple[str, int, tuple[Span, ...]], int] = {}
+        self._numbers: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+
+    def of(self, task: Task, wait: Wait) -> int | None:
+        """The index of the set in `found`; None for a wait that is for its event."""
+        if not wait.data or not self.crossing:
+            return None
+        key = wait.event, wait.stage, task.reads
+        if key not in self._known:
+            made = makers(self.signalling[wait.stage].get(wait.event, ()), task.reads)
+            number = self._numbers.setdefault((wait.stage, made), len(self.found))
+            if number == len(self.found):
+                self.found.append(made)
+            self._known[key] = number
+        return self._known[key]
+
+
+def _ready(plan, step, template, g, task: Task, peers: set[str], looks: _Looks, cost, context) -> ReadyTask:
     group = template.groups[g]
     found = task_cost(plan, step, group, task, cost, context)
     idle = group.launch == "dynamic" and task.load_bytes > 0 and found.weight_bytes == 0
-    waits = tuple((w.event, w.count, w.stage, w.event in peers) for w in task.waits)
+    waits = tuple(ReadyWait(w.event, w.count, w.stage, w.event in peers, looks.of(task, w)) for w in task.waits)
     return ReadyTask(g, task.index, found, waits, task.signals, idle)
 
 
@@ -97,8 +139,9 @@ def _order(template: Template, tasks: list[list[ReadyTask]], routed: list[bool],
     parked: dict[str, list[int]] = {}
     work = list(range(len(template.queues)))[::-1]
 
-    def missing(waits) -> str | None:
-        return next((e for e, _, back, _ in waits if back == 0 and seen.get(e, 0) < needed.get(e, 0)), None)
+    def missing(waits: tuple[ReadyWait, ...]) -> str | None:
+        short = (w.event for w in waits if w.back == 0 and seen.get(w.event, 0) < needed.get(w.event, 0))
+        return next(short, None)
 
     def signal(task: ReadyTask) -> None:
         for event in task.signals:

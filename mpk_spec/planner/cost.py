@@ -29,6 +29,8 @@ class CostModel:
     num_sms: int
     hop_us: float
     """One event, from the producer's signal to the consumer's seeing it; measured: 0.66 (H100), 0.62 (H200)."""
+    data_hop_us: float
+    """Values that cross as data, from their being stored to a reader's having seen and prepared all; see `targets`."""
     peer_hop_us: float
     """One flag to a peer GPU through its pointer; measured: 1.23 (two H200s)."""
     peer_gbps: float = 363.0
@@ -37,8 +39,10 @@ class CostModel:
     """Sum a task's partial results over warps and store them; the part of the measured 1.4 that is no signal."""
     signal_us: float = 1.0
     """Barrier of the block and `red.release`; measured: "each boundary costs about 1 us to signal"."""
+    signaller: bool = True
+    """Whether a warp of its own signals while the workers go on, as the kernel has it."""
     activation_us: float = 1.0
-    """Load a task's activations after its event; measured."""
+    """Load a task's activations after its event, or where all values that cross as data are there; measured."""
     activation_free_bytes: int = 24 * KIB
     """Activations that the time above covers: batch 1 of the widest row (12288 bf16) in that measurement."""
     activation_gbps: float = 40.0
@@ -90,6 +94,7 @@ def cost_model(target: str | Target, overrides: dict[str, Any] | None = None) ->
         stream_gbps=machine.stream_gbps,
         num_sms=machine.num_sms,
         hop_us=machine.hop_us,
+        data_hop_us=machine.data_hop_us,
         peer_hop_us=machine.peer_hop_us,
         tflops=machine.tflops_bf16,
     )
@@ -142,7 +147,8 @@ class TaskCost:
     fetch_us: float  # memory trips after the event, for what no loader streams
     activation_us: float
     compute_us: float
-    finish_us: float  # reduce, store, signal
+    finish_us: float  # reduce, store
+    signal_us: float
 
 
 def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel, context: int) -> TaskCost:
@@ -165,6 +171,7 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
         cost.activation_us,
         compute,
         _finish(plan, step, task, cost),
+        cost.signal_us if task.signals else 0.0,
     )
 
 
@@ -239,14 +246,14 @@ def _copies(plan: Plan, tensor: str) -> int:
 
 
 def _finish(plan: Plan, step: Step, task: Task, cost: CostModel) -> float:
-    """Reduce and store, to the peers too where the tensor is an inbox, and signal."""
+    """Reduce and store, to the peers too where the tensor is an inbox."""
     sent = 0
     for span in task.writes:
         tensor = plan.tensors.get(span.tensor)
         if tensor is not None and tensor.inbox:
             size = (span.hi - span.lo) * DTYPE_BYTES[tensor.dtype] * step.tokens
             sent += size * (plan.tp - 1) / (1 if tensor.shares == "all" else plan.tp)
-    return cost.reduce_us + (cost.signal_us if task.signals else 0.0) + sent / (cost.peer_gbps / cost.num_sms * 1e3)
+    return cost.reduce_us + sent / (cost.peer_gbps / cost.num_sms * 1e3)
 
 
 def sum_us(cost: CostModel, ranks: int, features: int, tokens: int, two_shots: bool) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mpk_spec.planner.memory import ALIGN, bytes_of
-from mpk_spec.planner.plan import Stage, Step, Task, Template, Tensor, Wait
+from mpk_spec.planner.plan import Span, Stage, Step, Task, Template, Tensor, Wait
 from mpk_spec.planner.tile import renamed
 
 FIRST = ".first"
@@ -67,6 +67,28 @@ def in_turns(
         placed[name] = replace(like, name=name, offset=offset, bytes=2 * copy, turns=2, per=per)
         arenas[like.placement] = offset + 2 * copy
     return placed, arenas
+
+
+def signallers(template: Template) -> dict[str, list[tuple[int, Task]]]:
+    """Of each event the tasks that signal it, and the numbers of their groups."""
+    found: dict[str, list[tuple[int, Task]]] = {}
+    for g, group in enumerate(template.groups):
+        for task in group.tasks:
+            for event in task.signals:
+                found.setdefault(event, []).append((g, task))
+    return found
+
+
+def makers(signalling: Iterable[tuple[int, Task]], reads: Iterable[Span]) -> tuple[tuple[int, int], ...]:
+    """Of the tasks that signal an event, those that write something of `reads`: (group, task)."""
+    spans: dict[str, list[Span]] = {}
+    for span in reads:
+        spans.setdefault(span.tensor, []).append(span)
+    return tuple(
+        (g, task.index)
+        for g, task in signalling
+        if any(w.lo < r.hi and r.lo < w.hi for w in task.writes for r in spans.get(w.tensor, ()))
+    )
 
 
 def layered(step: Step) -> list[Template]:

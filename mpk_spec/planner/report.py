@@ -128,7 +128,7 @@ def _critical(simulation: Simulation) -> str:
     for name in sorted(found, key=order.index):
         parts = [found[name].get(what, 0.0) for what in ("data", "work", "hop")]
         rows.append([name, *(f"{p:.0f}" for p in parts), f"{sum(parts) / simulation.us:.1%}"])
-    title = "critical path in us: the stream (data), arithmetic and signals (work), events on their way (hop)"
+    title = "critical path in us: the stream (data), arithmetic and signals (work), events or values on their way (hop)"
     return f"{title}\n{table(('group', 'data', 'work', 'hop', 'of step'), rows, LEFT)}"
 
 

@@ -2,8 +2,9 @@
 
 Every SM has a loader and workers. The loader streams the bytes of the SM's tasks in queue order, ahead of events, never
 more than the ring ahead of what is consumed. The workers take their queue in order: wait for events, load activations,
-consume what has arrived, reduce, store, signal. Claim pools give their next task to the SM that is free first. Stages
-that end a step run once before the one measured, so that the loaders' run-ahead across its start is in steady state.
+consume what has arrived, reduce, store; a warp of its own signals meanwhile. Where values cross as data they look at
+those instead of waiting for events. Claim pools give their next task to the SM that is free first. Stages that end a
+step run once before the one measured, so that the loaders' run-ahead across its start is in steady state.
 
 A stream is followed at the ends of tasks, not chunk by chunk: within a task the workers consume evenly.
 """
@@ -14,6 +15,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from mpk_spec.errors import UserError, did_you_mean
 from mpk_spec.planner.compiled import Pool, ReadyStage, ReadyTask, compile_stage
@@ -21,15 +23,17 @@ from mpk_spec.planner.cost import CostModel, cost_model
 from mpk_spec.planner.plan import Plan, Stage, Step
 
 WARM_UP_STAGES = 6
+NEVER = (-1.0, -1)  # when, and by which record
 
 
 @dataclass(slots=True)
 class Ran:
     """What one task did, in microseconds from the start of the measured step (negative: the step before).
 
-    free: the SM had nothing else to do; start: events seen; ready: activations there; consumed: all data used; done:
-    signalled. `stalled` is the part of ready..consumed spent waiting for data. `after` is the index of the record that
-    start waited for, -1 for none, and `by_event` whether as a signal (else as the task before it on the SM).
+    free: the SM had nothing else to do; start: events seen; ready: activations there; consumed: all data used; stored:
+    its values are; done: signalled. `stalled` is the part of ready..consumed spent waiting for data. `after` is the
+    index of the record that start waited for, -1 for none, and `by` what of it: its signal (`event`), its values
+    (`data`; start is when they have been seen, and the activations are there then), or its SM (`queue`).
     """
 
     stage: int
@@ -40,10 +44,11 @@ class Ran:
     start: float
     ready: float
     consumed: float
+    stored: float
     done: float
     stalled: float
     after: int
-    by_event: bool
+    by: Literal["event", "data", "queue"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class GroupTime:
     name: str
     stages: int
     span_us: float  # first start to last signal
-    event_us: float  # mean wait for events, of a task
-    data_us: float  # mean wait for data, of a task
+    event_us: float  # mean wait for events, or values that cross as data, of a task
+    data_us: float  # mean wait for weights and cache, of a task
     busy_us: float  # mean work of a task
     critical_us: float  # of the step's critical path, in all its stages together
     stream_bytes: float  # from memory, in one stage
@@ -115,13 +120,21 @@ class Simulation:
             start = max(0.0, ran.start)
             data = min(ran.stalled, max(0.0, end - start))
             pieces = [("data", data), ("work", max(0.0, end - start) - data)]
-            before = self.records[ran.after].done if ran.after >= 0 else 0.0
+            before = self.before(ran)
             pieces.append(("hop", max(0.0, start - max(0.0, before))))
             for what, us in pieces:
                 if us > 0:
                     found[name, what] = found.get((name, what), 0.0) + us
             at, end = ran.after, before
         return found
+
+    def before(self, ran: Ran) -> float:
+        """When that was over which a task's start waited for; 0 for none."""
+        if ran.after < 0:
+            return 0.0
+        cause = self.records[ran.after]
+        alone = ran.by == "queue" and not self.cost.signaller
+        return cause.done if ran.by == "event" or alone else cause.stored
 
     @cached_property
     def groups(self) -> list[GroupTime]:
@@ -134,7 +147,7 @@ class Simulation:
             total[0] += 1
             total[1] += ran.start - ran.free
             total[2] += ran.stalled
-            total[3] += ran.done - ran.start - ran.stalled
+            total[3] += ran.stored - ran.start - ran.stalled
             lo, hi = bounds.get((ran.stage, ran.group), (ran.start, ran.done))
             bounds[ran.stage, ran.group] = (min(lo, ran.start), max(hi, ran.done))
         spans: dict[tuple[int, int], list[float]] = {}
@@ -161,7 +174,7 @@ class Simulation:
         """Of every SM, the part of the step in which its workers worked."""
         busy = [0.0] * self.plan.num_sms
         for ran in self.records[self.first :]:
-            busy[ran.sm] += ran.done - ran.start - ran.stalled
+            busy[ran.sm] += ran.stored - ran.start - ran.stalled
         return [b / self.us for b in busy]
 
     def group_of(self, ran: Ran):
@@ -196,14 +209,15 @@ class _Machine:
         self.records: list[Ran] = []
         self.fired: list[dict[str, tuple[float, int]]] = []  # per stage: event -> (time of its last signal, record)
         self.signals: list[dict[str, list[tuple[float, int]]]] = []  # likewise, all signals of partial events
-        self.ready: dict[int, ReadyStage] = {}  # by template
+        self.values: list[dict[tuple[int, int], int]] = []  # likewise, (group, task) -> its record
+        self.ready: dict[tuple[int, int], ReadyStage] = {}  # by template and the one before it
         self.rates: list[float] = []
 
     def run(self) -> Simulation:
         all_stages = self.step.stages
         warm = len(all_stages) if len(all_stages) <= WARM_UP_STAGES else WARM_UP_STAGES
         stages = [*all_stages[-warm:], *all_stages]
-        readies = [self._ready(stage) for stage in stages]
+        readies = [self._ready(stage, stages[at - 1]) for at, stage in enumerate(stages)]
         loads = self._loads(readies[warm:])
         self.rates = self._rates(loads)
         first = 0
@@ -211,32 +225,34 @@ class _Machine:
             if number == warm:
                 first = len(self.records)
             self.fired.append({})
+            self.values.append({})
             self.signals.append({event: [] for event in ready.partial})
             self._run_stage(number, ready)
         ends = [self._end(0, first), self._end(first, len(self.records))]
-        began = self.records[ends[0]].done
+        began = self.records[ends[0]].stored
         for ran in self.records:
             ran.free -= began
             ran.start -= began
             ran.ready -= began
             ran.consumed -= began
+            ran.stored -= began
             ran.done -= began
         weights, kv, streamed = self._bytes(readies, warm)
         return Simulation(
-            self.plan, self.step, self.context, self.cost, self.records[ends[1]].done, weights, kv, stages, warm,
+            self.plan, self.step, self.context, self.cost, self.records[ends[1]].stored, weights, kv, stages, warm,
             self.records, first, ends[1], streamed, loads,
         )  # fmt: skip
 
-    def _ready(self, stage: Stage) -> ReadyStage:
-        number = stage.template
-        if number not in self.ready:
-            template = self.step.templates[number]
-            self.ready[number] = compile_stage(self.plan, self.step, template, self.context, self.cost)
-        return self.ready[number]
+    def _ready(self, stage: Stage, before: Stage) -> ReadyStage:
+        key = stage.template, before.template
+        if key not in self.ready:
+            templates = (self.step.templates[number] for number in key)
+            self.ready[key] = compile_stage(self.plan, self.step, next(templates), self.context, self.cost, *templates)
+        return self.ready[key]
 
     def _end(self, lo: int, hi: int) -> int:
         """The record of the task that ended last."""
-        return max(range(lo, hi), key=lambda n: self.records[n].done)
+        return max(range(lo, hi), key=lambda n: self.records[n].stored)
 
     def _loads(self, readies: list[ReadyStage]) -> list[float]:
         """Bytes that each SM streams in the step; a pool's are shared evenly by those who claim from it."""
@@ -291,32 +307,33 @@ class _Machine:
                 self._run_pool(number, entry, seen)
             else:
                 sm, task = entry
-                when, whom = self._events(number, task, seen)
-                self._run_task(number, sm, task, when, whom, None)
+                self._run_task(
+                    number, sm, task, self._events(number, task, seen), self._values(number, task, ready, seen)
+                )
 
     def _run_pool(self, number: int, pool: Pool, seen: dict) -> None:
         """The SM that is free first claims the next task; a loader claims one task ahead of its workers."""
         claim = [(self.free[sm], sm) for sm in pool.sms]
         heapq.heapify(claim)
         for task in pool.tasks:
-            when, whom = self._events(number, task, seen)
+            event = when, whom = self._events(number, task, seen)
             if task.idle:  # skipped tasks signal too
                 for event in task.signals:
                     self._signal(number, event, when, whom)
                 continue
             claimed, sm = heapq.heappop(claim)
             known = max(claimed, when) if pool.routed else claimed  # which expert it is, the events say
-            self._run_task(number, sm, task, when, whom, known)
+            self._run_task(number, sm, task, event, NEVER, known)
             heapq.heappush(claim, (self.records[-1].ready, sm))
 
     def _events(self, number: int, task: ReadyTask, seen: dict) -> tuple[float, int]:
-        """When the task's waits are over (hops included), and the record of the signal that came last."""
+        """When the task's events have come (hops included), and the record of the signal that came last."""
         waits = task.waits
         if waits in seen:
             return seen[waits]
         when, whom, final = -1.0, -1, True
-        for event, count, back, peers in waits:
-            if number + back < 0:
+        for event, count, back, peers, made in waits:
+            if number + back < 0 or made is not None:
                 continue  # before the warm-up: long ago
             signals = self.signals[number + back].get(event)
             if signals is None:
@@ -331,6 +348,19 @@ class _Machine:
             seen[waits] = (when, whom)
         return when, whom
 
+    def _values(self, number: int, task: ReadyTask, ready: ReadyStage, seen: dict) -> tuple[float, int]:
+        """When the task has seen and prepared all values that it looks at, and the record of those that came last."""
+        when, whom = NEVER
+        for _, _, back, _, made in task.waits:
+            if made is None or number + back < 0:
+                continue
+            if made not in seen:
+                records = (self.values[number + back][maker] for maker in ready.makers[made])
+                seen[made] = max(((self.records[n].stored, n) for n in records), default=NEVER)
+            if seen[made][0] > when:
+                when, whom = seen[made]
+        return when + self.cost.data_hop_us, whom
+
     def _signal(self, number: int, event: str, when: float, record: int) -> None:
         events = self.fired[number]
         if event not in events or when > events[event][0]:
@@ -338,26 +368,32 @@ class _Machine:
         if event in self.signals[number]:
             self.signals[number][event].append((when, record))
 
-    def _run_task(self, number: int, sm: int, task: ReadyTask, when: float, whom: int, claimed: float | None) -> None:
+    def _run_task(
+        self, number: int, sm: int, task: ReadyTask, event: tuple[float, int], values: tuple[float, int],
+        claimed: float | None = None,
+    ) -> None:  # fmt: skip
         cost, free = task.cost, self.free[sm]
-        by_event = when > free
-        start = when if by_event else free
+        start, after, by = (*event, "event") if event[0] > free else (free, self.behind[sm], "queue")
         ready = start + self.cost.start_us + cost.fetch_us
         if self.loaded_for[sm] != (number, task.group):
             self.loaded_for[sm] = (number, task.group)
             ready += cost.activation_us
+        if values[1] >= 0 and values[0] > ready:
+            start, after, by = *values, "data"
+            ready = start
         consumed = ready + cost.compute_us
         if cost.stream_bytes:
             consumed = self._stream(number, sm, task, ready, consumed, claimed)
-        done = consumed + cost.finish_us
-        after = whom if by_event else self.behind[sm]
+        stored = consumed + cost.finish_us
+        done = stored + cost.signal_us
         stalled = consumed - ready - cost.compute_us
         index = len(self.records)
         self.records.append(
-            Ran(number, sm, task.group, task.index, free, start, ready, consumed, done, stalled, after, by_event)
+            Ran(number, sm, task.group, task.index, free, start, ready, consumed, stored, done, stalled, after, by)
         )
-        self.free[sm] = done
+        self.free[sm] = stored if self.cost.signaller else done
         self.behind[sm] = index
+        self.values[number][task.group, task.index] = index
         for event in task.signals:
             self._signal(number, event, done, index)
 

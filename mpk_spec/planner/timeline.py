@@ -23,13 +23,14 @@ def middle(simulation: Simulation, count: int = 2) -> tuple[int, int]:
 def svg(simulation: Simulation, stages: tuple[int, int] | None = None) -> str:
     """The tasks of the stages `[lo, hi)` of the step (default: two in its middle) as an SVG document.
 
-    One row per SM; a colour per group; pale: waiting for data; hatched: waiting for an event. The axis counts
+    One row per SM; a colour per group; pale: waiting for data; hatched: waiting for an event, or for values that
+    cross as data until they are seen. The axis counts
     microseconds from the start of the step. Raises UserError for stages that the step does not have.
     """
     lo, hi = stages or middle(simulation)
     shown = _of_stages(simulation, lo, hi)
     begin = min(r.free for r in shown)
-    end = max(r.done for r in shown)
+    end = max(r.stored for r in shown)
     scale = WIDTH / (end - begin)
     names = list(dict.fromkeys(simulation.group_of(r).name for r in shown))
     colours = {name: PALETTE[n % len(PALETTE)] for n, name in enumerate(names)}
@@ -60,7 +61,7 @@ def _of_stages(simulation: Simulation, lo: int, hi: int) -> list[Ran]:
 
 def _legend(colours: dict[str, str]) -> Iterator[str]:
     at = LEFT
-    for name, colour in [*colours.items(), ("waits for an event", "url(#wait)")]:
+    for name, colour in [*colours.items(), ("waits for an event or values", "url(#wait)")]:
         yield f'<rect x="{at}" y="26" width="12" height="12" fill="{colour}"/>'
         yield f'<text x="{at + 16}" y="36">{escape(name)}</text>'
         at += 32 + 7 * len(name)
@@ -82,12 +83,12 @@ def _axis(simulation: Simulation, begin: float, end: float, scale: float, height
 def _bars(simulation: Simulation, ran: Ran, begin: float, scale: float, colours: dict[str, str]) -> Iterator[str]:
     group = simulation.group_of(ran)
     colour = colours[group.name]
-    tip = f"{group.name}[{ran.task}] on SM {ran.sm}: {ran.start:.1f} to {ran.done:.1f} µs"
+    tip = f"{group.name}[{ran.task}] on SM {ran.sm}: {ran.start:.1f} to {ran.stored:.1f} µs"
     parts = [
         (ran.free, ran.start, 'fill="url(#wait)"'),
         (ran.start, ran.consumed - ran.stalled, f'fill="{colour}"'),
         (ran.consumed - ran.stalled, ran.consumed, f'fill="{colour}" fill-opacity="0.35"'),
-        (ran.consumed, ran.done, f'fill="{colour}"'),
+        (ran.consumed, ran.stored, f'fill="{colour}"'),
     ]
     for start, end, fill in parts:
         if (end - start) * scale >= 0.1:
@@ -100,7 +101,8 @@ def _bars(simulation: Simulation, ran: Ran, begin: float, scale: float, colours:
 def chrome_trace(simulation: Simulation) -> str:
     """The whole step in Chrome's trace format, for ui.perfetto.dev: a process per rank, a thread per SM.
 
-    Tasks are named `group[task]`, waits for events `wait group[task]`; `args` hold the stage, its layer and the waits.
+    Tasks are named `group[task]`, waits for events `wait group[task]`, for values that cross as data
+    `look group[task]`; `args` hold the stage, its layer and the waits.
     """
     events: list[dict] = [
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": f"{simulation.plan.name} (simulated)"}}
@@ -112,11 +114,12 @@ def chrome_trace(simulation: Simulation) -> str:
         stage = simulation.stages[ran.stage]
         name = f"{group.name}[{ran.task}]"
         if ran.start > ran.free:
-            events.append(_slice(f"wait {name}", "wait", ran.sm, ran.free, ran.start, {}))
+            what = "look" if ran.by == "data" else "wait"
+            events.append(_slice(f"{what} {name}", what, ran.sm, ran.free, ran.start, {}))
         arguments = {"stage": ran.stage - simulation.warm, "data_wait_us": round(ran.stalled, 3)}
         if stage.layer is not None:
             arguments["layer"] = stage.layer
-        events.append(_slice(name, "task", ran.sm, ran.start, ran.done, arguments))
+        events.append(_slice(name, "task", ran.sm, ran.start, ran.stored, arguments))
     return json.dumps({"displayTimeUnit": "ns", "traceEvents": events})
 
 

@@ -34,21 +34,21 @@ def fit(times: Times, steps: list[Simulation]) -> list[Fit]:
     """`times` and the measured steps made from them; constants without enough tasks to tell are left out."""
     cost, tasks = steps[0].cost, _tasks(times, steps[0])
     streamed = [t for t in tasks if t.chunks]
-    activation = _median("activation_us", (t.open - cost.start_us for t in streamed))
+    activation = _median("activation_us", (t.open - cost.start_us for t in streamed if not t.looks))
     reduce = _median("reduce_us", (t.epilogue for t in streamed))
     # of a task without weights, whose results come out of one piece of work
-    around = (
-        cost.start_us + (activation or _same("activation_us", cost)).value + (reduce or _same("reduce_us", cost)).value
-    )
+    after = (reduce or _same("reduce_us", cost)).value
+    before = cost.start_us + (activation or _same("activation_us", cost)).value
     rate = _median("consume_gbps", _rates(streamed, cost))
     found = [
         _median("hop_us", _hops(steps)),
+        _median("data_hop_us", _data_hops(steps)),
         activation,
         reduce,
         _median("signal_us", (t.signal for t in tasks)),
         rate,
-        _median("row_op_us", (t.work - around for t in tasks if not t.chunks and t.blocks is None)),
-        _median("kv_block_us", _kv_blocks(tasks, around, (rate or _same("consume_gbps", cost)).value)),
+        _median("row_op_us", _row_ops(tasks, before, after)),
+        _median("kv_block_us", _kv_blocks(tasks, before, after, (rate or _same("consume_gbps", cost)).value)),
     ]
     return [one for one in found if one is not None]
 
@@ -67,10 +67,12 @@ def save(target: str, fits: Iterable[Fit], **given: float) -> Path:
 
 @dataclass(frozen=True)
 class _Timed:
-    """One task's phases in microseconds. `blocks`: of the KV cache, None for what is no attention."""
+    """One task's phases in microseconds. `looks`: at values that cross as data. `blocks`: of the KV cache, None for what
+    is no attention."""
 
+    looks: bool
     open: float  # from its events to its first weights
-    work: float  # from its events to its results, without waits for weights
+    work: float  # from its events to its results, without waits for weights; where it looks, from its inputs on
     consume: float  # from its first weights to its last, likewise
     waited: float
     epilogue: float
@@ -100,11 +102,12 @@ def _tasks(times: Times, measured: Simulation) -> list[_Timed]:
 
 
 def _timed(times: Times, at: tuple, task, blocks: int | None, kv_bytes: float) -> _Timed:
-    ready, opened, computed, stored = (float(t[at]) for t in (times.ready, times.opened, times.computed, times.stored))
-    waited = float(times.waited[at])
+    ready, seen, opened = (float(t[at]) for t in (times.ready, times.seen, times.opened))
+    computed, stored = float(times.computed[at]), float(times.stored[at])
+    waited, looks = float(times.waited[at]), any(w.data for w in task.waits)
     return _Timed(
-        opened - ready, stored - ready - waited, computed - opened - waited, waited, stored - computed,
-        float(times.signalled[at]) - stored, task.load_bytes, task.load_chunks, blocks, kv_bytes,
+        looks, opened - ready, stored - (seen if looks else ready) - waited, computed - opened - waited, waited,
+        stored - computed, float(times.signalled[at]) - stored, task.load_bytes, task.load_chunks, blocks, kv_bytes,
     )  # fmt: skip
 
 
@@ -112,8 +115,16 @@ def _hops(steps: list[Simulation]) -> Iterable[float]:
     """From the last signal to its being seen, of tasks that had nothing else to wait for."""
     for step in steps:
         for ran in step.records:
-            if ran.by_event and ran.after >= 0:
-                yield ran.start - step.records[ran.after].done
+            if ran.by == "event" and ran.after >= 0:
+                yield ran.start - step.before(ran)
+
+
+def _data_hops(steps: list[Simulation]) -> Iterable[float]:
+    """From the last values to all of them seen and prepared, of tasks that looked before they were there."""
+    for step in steps:
+        for ran in step.records:
+            if ran.by == "data" and step.before(ran) > ran.free:
+                yield ran.start - step.before(ran)
 
 
 def _rates(tasks: list[_Timed], cost: CostModel) -> Iterable[float]:
@@ -124,10 +135,18 @@ def _rates(tasks: list[_Timed], cost: CostModel) -> Iterable[float]:
             yield task.bytes / own / 1e3
 
 
-def _kv_blocks(tasks: list[_Timed], around: float, gbps: float) -> Iterable[float]:
+def _row_ops(tasks: list[_Timed], before: float, after: float) -> Iterable[float]:
+    """Arithmetic of tasks that stream nothing, without what lies `before` (unless they look) and `after` it."""
+    for task in tasks:
+        if not task.chunks and task.blocks is None:
+            yield task.work - after - (0.0 if task.looks else before)
+
+
+def _kv_blocks(tasks: list[_Timed], before: float, after: float, gbps: float) -> Iterable[float]:
     """What a block of the cache takes beside the reading of its bytes, where there are enough to share all else."""
     for task in tasks:
         if task.blocks is not None and task.blocks >= MANY_BLOCKS:
+            around = after + (0.0 if task.looks else before)
             yield (task.work - around - task.kv_bytes / (gbps * 1e3)) / task.blocks
 
 

@@ -14,18 +14,21 @@ from mpk_spec.errors import UserError
 
 FINE_NS = 64  # a timer that ticks this often is used as it is
 NEIGHBOURS = 8  # tasks before and after that a coarse one is averaged with
-PHASES = ("wait event", "wait weights", "compute", "epilogue", "signal")
+PHASES = ("wait event", "wait values", "wait weights", "compute", "epilogue", "signal")
+OFF_PATH = ("signal",)  # phases during which the SM's workers are with their next task
 
 
 @dataclass(frozen=True)
 class Times:
     """float64 `[step, SM, stage, place]`, NaN where the SM has no such task. Microseconds from the first record on.
 
+    `seen`: the inputs are there, prepared; values that cross as data were looked at from `ready` on until then.
     `waited` is a duration, what the task waited for weights; it lies between `opened` and `computed`.
     """
 
     asked: np.ndarray
     ready: np.ndarray
+    seen: np.ndarray
     opened: np.ndarray
     waited: np.ndarray
     computed: np.ndarray
@@ -42,8 +45,9 @@ class Times:
         return np.stack(
             [
                 self.ready - self.asked,
+                self.seen - self.ready,
                 self.waited,
-                self.computed - self.ready - self.waited,
+                self.computed - self.seen - self.waited,
                 self.stored - self.computed,
                 self.signalled - self.stored,
             ]
@@ -63,17 +67,20 @@ def common_clock(raw: np.ndarray) -> Times:
         apart = _smooth(apart, there)
     origin = asked + apart
 
-    def at(name: str, instead: str) -> np.ndarray:
-        """`name`, or `instead` where a task without weights did not come by it."""
-        cycles = np.where(raw[name] != 0, raw[name], raw[instead]) - raw["asked"]
-        return np.where(there, origin + cycles.astype(np.float64) * us_per_cycle, np.nan)
+    def at(name: str, *instead: str) -> np.ndarray:
+        """`name`, or the first of `instead` that a task came by which did not come by `name`."""
+        cycles = raw[name]
+        for other in instead:
+            cycles = np.where(cycles != 0, cycles, raw[other])
+        return np.where(there, origin + (cycles - raw["asked"]).astype(np.float64) * us_per_cycle, np.nan)
 
     return Times(
         asked=np.where(there, origin, np.nan),
         ready=at("ready", "asked"),
-        opened=at("opened", "ready"),
+        seen=at("seen", "ready", "asked"),
+        opened=at("opened", "seen", "ready", "asked"),
         waited=np.where(there, raw["waited"].astype(np.float64) * us_per_cycle, np.nan),
-        computed=at("computed", "stored"),
+        computed=at("computed", "stored", "signalled"),
         stored=at("stored", "signalled"),
         signalled=at("signalled", "asked"),
     )

@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from mpk_spec.errors import UserError
-from mpk_spec.planner.plan import Step
+from mpk_spec.planner.cost import CostModel
+from mpk_spec.planner.crossing import makers, signallers
+from mpk_spec.planner.plan import Step, Task
 from mpk_spec.planner.simulate import Ran, Simulation
 from mpk_spec.profiler.clock import Times
 
+NOTHING = (-np.inf, -1)  # when, and by which record
 AT_ONCE_US = 0.15  # from one task to the next where nothing has to be waited for
 
 
@@ -22,74 +25,96 @@ def measured_steps(times: Times, simulated: Simulation) -> list[Simulation]:
     steps.
     """
     steps = times.asked.shape[0]
-    recorded = [n for n in range(steps) if np.isfinite(times.signalled[n]).any()]
+    recorded = [n for n in range(steps) if np.isfinite(times.stored[n]).any()]
     if len(recorded) < 2:
         raise UserError(f"{len(recorded)} steps were recorded, at least 2 are needed", "run more tokens")
     return [_step(times, n, simulated) for n in recorded if n - 1 in recorded]
 
 
 def _step(times: Times, number: int, simulated: Simulation) -> Simulation:
-    step, began = simulated.step, float(np.nanmax(times.signalled[number - 1]))
+    step, began = simulated.step, float(np.nanmax(times.stored[number - 1]))
     records = sorted(_records(times, number, step, began), key=lambda ran: (ran.stage, ran.group, ran.task))
-    _link(records, step)
-    last = max(range(len(records)), key=lambda n: records[n].done)
+    _Links(records, step, simulated.cost).fill_in()
+    last = max(range(len(records)), key=lambda n: records[n].stored)
     streamed = {(stage - simulated.warm, group): size for (stage, group), size in simulated.streamed.items()}
     return replace(
-        simulated, us=records[last].done, stages=list(step.stages), warm=0, records=records, first=0, last=last,
+        simulated, us=records[last].stored, stages=list(step.stages), warm=0, records=records, first=0, last=last,
         streamed=streamed,
     )  # fmt: skip
 
 
 def _records(times: Times, number: int, step: Step, began: float) -> Iterator[Ran]:
-    names = ("asked", "ready", "opened", "computed", "signalled", "waited")
+    names = ("asked", "ready", "seen", "computed", "stored", "signalled", "waited")
     columns = [getattr(times, name)[number].tolist() for name in names]
     for stage, made in enumerate(step.stages):
         for sm, queue in enumerate(step.templates[made.template].queues):
             for place, (group, task) in enumerate(queue):
-                asked, ready, opened, computed, signalled, waited = (c[sm][stage][place] for c in columns)
-                if signalled != signalled:
+                *at, waited = (c[sm][stage][place] for c in columns)
+                if at[0] != at[0]:
                     continue  # not run: it is shown as missing by the number of tasks
-                at = [t - began for t in (asked, ready, opened, computed, signalled)]
-                yield Ran(stage, sm, group, task, *at, waited, -1, False)
+                yield Ran(stage, sm, group, task, *(t - began for t in at), waited, -1, "queue")
 
 
-def _link(records: list[Ran], step: Step) -> None:
-    """Fills in what each task's start waited for: the last of its signals, or the task before it on its SM.
+class _Links:
+    """What each task's start waited for: the last of its signals, the last values that it saw, or the task before it on
+    its SM.
 
-    A signal sent before the SM was free counts too if it was still on its way.
+    A signal sent before the SM was free counts too if it was still on its way, and so do values.
     """
-    index = {(r.stage, r.group, r.task): n for n, r in enumerate(records)}
-    senders = _senders(step)
-    fired: dict[tuple[int, str, int], tuple[float, int]] = {}
 
-    def signal(stage: int, event: str, count: int) -> tuple[float, int]:
+    def __init__(self, records: list[Ran], step: Step, cost: CostModel):
+        self.records, self.cost = records, cost
+        self.templates = [step.templates[stage.template] for stage in step.stages]
+        known = [signallers(template) for template in step.templates]
+        self.signallers = [known[stage.template] for stage in step.stages]
+        self.index = {(r.stage, r.group, r.task): n for n, r in enumerate(records)}
+        self._fired: dict[tuple[int, str, int], tuple[float, int]] = {}
+        self._made: dict[tuple, tuple[float, int]] = {}
+
+    def fill_in(self) -> None:
+        """`after` and `by` of all records; `start` becomes when values were seen, where a task waited for those."""
+        behind: dict[int, int] = {}
+        for n in sorted(range(len(self.records)), key=lambda n: self.records[n].free):
+            ran = self.records[n]
+            task = self.templates[ran.stage].groups[ran.group].tasks[ran.task]
+            event, values = self._event(ran, task), self._values(ran, task)
+            if self._looked_for(ran, values):
+                ran.start, ran.after, ran.by = ran.ready, values[1], "data"
+            elif event[1] >= 0 and (event[0] > ran.free or ran.start - ran.free > AT_ONCE_US):
+                ran.after, ran.by = event[1], "event"
+            else:
+                ran.after = behind.get(ran.sm, -1)
+            behind[ran.sm] = n
+
+    def _looked_for(self, ran: Ran, values: tuple[float, int]) -> bool:
+        """Whether a task waited for its values: had they been there, it would have seen them earlier, as the simulation
+        reckons. It did not where it had seen all it needed before: parts of an attention without positions read nothing.
+        """
+        at_once = ran.free + self.cost.start_us + self.cost.activation_us
+        return at_once < values[0] + self.cost.data_hop_us and values[0] < ran.ready
+
+    def _event(self, ran: Ran, task: Task) -> tuple[float, int]:
+        waits = (w for w in task.waits if not w.data and ran.stage + w.stage >= 0)
+        return max((self._signal(ran.stage + w.stage, w.event, w.count) for w in waits), default=NOTHING)
+
+    def _values(self, ran: Ran, task: Task) -> tuple[float, int]:
+        waits = (w for w in task.waits if w.data and ran.stage + w.stage >= 0)
+        return max((self._stored(ran.stage + w.stage, w.event, task) for w in waits), default=NOTHING)
+
+    def _signal(self, stage: int, event: str, count: int) -> tuple[float, int]:
         """When the event had `count` signals, and whose was the last."""
-        key = (stage, event, count)
-        if key not in fired:
-            sent = (index.get((stage, *sender)) for sender in senders[step.stages[stage].template].get(event, ()))
-            order = sorted((records[n].done, n) for n in sent if n is not None)
-            fired[key] = order[min(count, len(order)) - 1] if order else (-np.inf, -1)
-        return fired[key]
+        key = stage, event, count
+        if key not in self._fired:
+            sent = (self.index.get((stage, g, task.index)) for g, task in self.signallers[stage].get(event, ()))
+            order = sorted((self.records[n].done, n) for n in sent if n is not None)
+            self._fired[key] = order[min(count, len(order)) - 1] if order else NOTHING
+        return self._fired[key]
 
-    behind: dict[int, int] = {}
-    for n in sorted(range(len(records)), key=lambda n: records[n].free):
-        ran = records[n]
-        waits = step.templates[step.stages[ran.stage].template].groups[ran.group].tasks[ran.task].waits
-        inside = [signal(ran.stage + w.stage, w.event, w.count) for w in waits if ran.stage + w.stage >= 0]
-        when, whom = max(inside, default=(-np.inf, -1))
-        ran.by_event = whom >= 0 and (when > ran.free or ran.start - ran.free > AT_ONCE_US)
-        ran.after = whom if ran.by_event else behind.get(ran.sm, -1)
-        behind[ran.sm] = n
-
-
-def _senders(step: Step) -> list[dict[str, list[tuple[int, int]]]]:
-    """Of each template: event -> the (group, task) that signal it."""
-    found = []
-    for template in step.templates:
-        events: dict[str, list[tuple[int, int]]] = {}
-        for g, group in enumerate(template.groups):
-            for task in group.tasks:
-                for event in task.signals:
-                    events.setdefault(event, []).append((g, task.index))
-        found.append(events)
-    return found
+    def _stored(self, stage: int, event: str, task: Task) -> tuple[float, int]:
+        """When the last of the event's signallers had stored of which the task reads something, and which that was."""
+        key = stage, event, task.reads
+        if key not in self._made:
+            made = makers(self.signallers[stage].get(event, ()), task.reads)
+            found = (self.index.get((stage, *maker)) for maker in made)
+            self._made[key] = max(((self.records[n].stored, n) for n in found if n is not None), default=NOTHING)
+        return self._made[key]

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpk_spec.planner.report import table
 from mpk_spec.planner.simulate import Simulation
-from mpk_spec.profiler.clock import PHASES, Times
+from mpk_spec.profiler.clock import OFF_PATH, PHASES, Times
 from mpk_spec.profiler.measured import measured_steps
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SMALL_US = 1.0  # of a token; less is not marked
 
 @dataclass(frozen=True)
 class Row:
-    """One operator of one kind of stage; microseconds. `share_us`: of a token, on the average SM."""
+    """One operator of one kind of stage; microseconds. `share_us`: of a token, on the average SM's workers."""
 
     stage: str
     name: str
@@ -96,6 +96,7 @@ def profile_of(times: Times, predicted: Simulation) -> Profile:
 def _rows(times: Times, steps: list[Simulation]) -> tuple[list[Row], float]:
     """The rows, and what they sum up to of a token."""
     step, phases = steps[0].step, times.phases()[:, 1:]  # the first step is there for its end
+    on_path = [phase not in OFF_PATH for phase in PHASES]
     spans = {}
     for one in steps:
         for time in one.groups:
@@ -107,7 +108,7 @@ def _rows(times: Times, steps: list[Simulation]) -> tuple[list[Row], float]:
             where = [(sm, p) for sm, queue in enumerate(template.queues) for p, (of, _) in enumerate(queue) if of == g]
             own = np.stack([phases[:, :, sm, stages, place] for sm, place in where], -1)  # [phase, step, stage, task]
             means, most = np.nanmean(own, (1, 2, 3)), np.nanmax(own, (1, 2, 3))
-            share = float(np.nansum(own)) / own.shape[1] / sms
+            share = float(np.nansum(own[on_path])) / own.shape[1] / sms
             rows.append(
                 Row(
                     template.name, group.name, len(stages), len(where),
@@ -184,7 +185,10 @@ def _phases(profile: Profile) -> str:
         cells = [f"{row.mean[phase]:.2f} {row.most[phase]:.2f}" for phase in PHASES]
         rows.append([row.stage, row.name, row.stages, row.tasks, *cells, f"{row.span_us:.2f}", f"{row.share_us:.1f}"])
     rows.append(["", "(no task)", "", "", *[""] * len(PHASES), "", f"{profile.between_us:.1f}"])
-    title = "a task's phases in us, mean and maximum; span: first start to last signal; share: of a token, average SM"
+    title = (
+        "a task's phases in us, mean and maximum; wait values: looks at its inputs until all are there, prepares them;\n"
+        "signal: while the SM's workers go on; span: first start to last signal; share: of a token, average SM"
+    )
     headers = ["stage", "operator", "stages", "tasks", *PHASES, "span", "share"]
     return title + "\n" + table(headers, rows, frozenset({"stage", "operator"}))
 
@@ -199,6 +203,9 @@ def _path(profile: Profile) -> str:
         )  # fmt: skip
     total = sum(c.us for c in profile.critical)
     rows.append(["token", "", *[""] * 3, f"{total:.1f}", f"{profile.predicted.us:.1f}", "", ""])
-    title = "critical path of a token in us, measured and predicted; hop: an event on its way, data: weights are late"
+    title = (
+        "critical path of a token in us, measured and predicted; hop: an event on its way, or values from being stored to\n"
+        "being seen and prepared; data: weights are late"
+    )
     headers = ["operator", "a layer", "work", "data", "hop", "measured", "predicted", "apart", ""]
     return title + "\n" + table(headers, rows, frozenset({"operator"}))

@@ -15,9 +15,8 @@ from mpk_spec.errors import UserError
 
 PROFILE, CONFORM, DELAYS, DEFECTS = "MPK_PROFILE", "MPK_CONFORM", "MPK_DELAYS", "MPK_DEFECTS"
 
-TIMES = np.dtype(
-    [(name, "<u8") for name in ("global_ns", "asked", "ready", "opened", "waited", "computed", "stored", "signalled")]
-)
+TIMES_FIELDS = ("global_ns", "asked", "ready", "seen", "opened", "waited", "computed", "stored", "signalled")
+TIMES = np.dtype([(name, "<u8") for name in TIMES_FIELDS])
 LOG_FIELDS = ("kind", "step", "stage", "group", "task", "event", "value", "wanted", "clock")
 LOG = np.dtype([(name, "<u4") for name in LOG_FIELDS])
 WAIT, START, SIGNAL = 1, 2, 3  # LogEntry.kind

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpk_spec.errors import UserError
+from mpk_spec.planner import plan as make_plan
 from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.plan import Wait
 from mpk_spec.planner.simulate import simulate
+from mpk_spec.schema import load_spec
 
 KIB = 1024
 
@@ -27,8 +29,8 @@ def small(ring=176 * KIB, layers=4):
 
 
 # A hand-written kernel of these shapes was measured (H100, context 128, no tensor cores, naive attention that
-# loaded no KV ahead); with its constants the simulation must find its times.
-MEASURED_8B = {"kv_ahead": False, "kv_trip_us": 4.4, "consume_gbps": 36.0, "chunk_us": 0.0}
+# loaded no KV ahead; workers signalled themselves); with its constants the simulation must find its times.
+MEASURED_8B = {"kv_ahead": False, "signaller": False, "kv_trip_us": 4.4, "consume_gbps": 36.0, "chunk_us": 0.0}
 NO_ATTENTION = {**MEASURED_8B, "kv_trip_us": -3.46}  # as long as its other costs and one hop
 
 
@@ -90,10 +92,10 @@ def test_tasks_of_an_sm_follow_one_another():
     found = simulate(small())
     last = {}
     for ran in found.records:
-        assert ran.free <= ran.start <= ran.ready <= ran.consumed <= ran.done
+        assert ran.free <= ran.start <= ran.ready <= ran.consumed <= ran.stored <= ran.done
         assert ran.free == pytest.approx(last.get(ran.sm, ran.free))
         assert ran.stalled >= -1e-9
-        last[ran.sm] = ran.done
+        last[ran.sm] = ran.stored
 
 
 def test_nobody_starts_before_the_signals_it_waits_for():
@@ -107,6 +109,70 @@ def test_nobody_starts_before_the_signals_it_waits_for():
         name = found.group_of(ran).name
         if name in before:
             assert ran.start >= max(done[ran.stage, before[name]]) + hop - 1e-9
+
+
+@cache
+def crossing():
+    """A plan whose layers' values cross as data."""
+    return make_plan(load_spec("smollm2"), size="135m", target="h100", context=256, verified=False)
+
+
+def test_whoever_looks_at_values_has_them_a_hop_after_they_are_stored():
+    found = predicted(crossing())
+    stored = {(r.stage, found.group_of(r).name, r.task): r.stored for r in found.records}
+    before = {"attend": "qkv", "o_add": "attend", "gate_up": "o_add", "down_add": "gate_up"}
+    looked = 0
+    for ran in found.records:
+        name, task = found.group_of(ran).name, found.group_of(ran).tasks[ran.task]
+        if name not in before:
+            continue
+        template = found.step.templates[found.stages[ran.stage].template]
+        maker = next(g for g in template.groups if g.name == before[name])
+        last = max(stored[ran.stage, maker.name, t.index] for t in maker.tasks if read_by(task, t))
+        assert ran.ready >= last + found.cost.data_hop_us - 1e-9
+        if ran.by == "data":
+            looked += 1
+            assert ran.start == ran.ready and found.before(ran) >= last
+    assert looked > 1000
+
+
+def read_by(task, maker):
+    spans = ((w, r) for w in maker.writes for r in task.reads if w.tensor == r.tensor)
+    return any(w.lo < r.hi and r.lo < w.hi for w, r in spans)
+
+
+def test_a_signal_that_nobody_waits_for_is_not_on_the_path():
+    slow = {"signal_us": 3.0, "hop_us": 2.66}
+    data, events = (predicted(p, **slow).us - predicted(p).us for p in (crossing(), by_events(crossing())))
+    assert events > 30 * 5 * 3.9  # 150 hops
+    assert 3 < data < 30  # those of the step's end
+
+
+def test_slow_values_make_slow_steps():
+    more = predicted(crossing(), data_hop_us=3.2).us - predicted(crossing(), data_hop_us=2.2).us
+    assert more == pytest.approx(30 * 5 - 1, abs=2)  # the first layer's first group reads what the step is given
+    assert predicted(by_events(crossing()), data_hop_us=9.0).us == predicted(by_events(crossing())).us
+
+
+def test_steps_of_several_tokens_wait_for_events():
+    step = crossing().steps["decode"]
+    several = replace(crossing(), steps={"decode": replace(step, tokens=2)})
+    assert not any(ran.by == "data" for ran in predicted(several).records)
+    assert predicted(several, data_hop_us=9.0).us == predicted(several).us
+
+
+def by_events(plan):
+    """The plan with waits for data made waits for their events."""
+    step = plan.steps["decode"]
+
+    def marked(template):
+        groups = [
+            replace(g, tasks=tuple(replace(t, waits=tuple(replace(w, data=False) for w in t.waits)) for t in g.tasks))
+            for g in template.groups
+        ]
+        return replace(template, groups=tuple(groups))
+
+    return replace(plan, steps={"decode": replace(step, templates=tuple(map(marked, step.templates)))})
 
 
 def test_the_loader_never_runs_further_ahead_than_the_ring():

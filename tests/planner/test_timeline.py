@@ -50,7 +50,7 @@ def test_bars_of_an_sm_do_not_overlap(simulation):
 
 def test_the_legend_names_groups_and_waits(simulation):
     texts = [t.text for t in ElementTree.fromstring(svg(simulation)).iter(f"{SVG}text")]
-    assert {"qkv", "attend", "o_add", "gate_up", "down", "waits for an event"} <= set(texts)
+    assert {"qkv", "attend", "o_add", "gate_up", "down", "waits for an event or values"} <= set(texts)
     assert "head" not in texts  # not in the two layers shown
     assert any(t.endswith(" µs") for t in texts) and "SM 0" in texts
 

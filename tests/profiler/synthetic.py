@@ -20,15 +20,18 @@ def times_of(simulation: Simulation, steps: int = 3, tick_ns: int = 32, seed: in
     for ran in simulation.records[simulation.first :]:
         stage = ran.stage - simulation.warm
         place = list(step.templates[step.stages[stage].template].queues[ran.sm]).index((ran.group, ran.task))
-        streams = simulation.group_of(ran).tasks[ran.task].load_bytes > 0 or ran.stalled > 0
+        task = simulation.group_of(ran).tasks[ran.task]
+        looks = any(w.data for w in task.waits)  # then the scheduler has it ready at once
+        streams = task.load_bytes > 0 or ran.stalled > 0
         for number in range(steps):
             begin = 1000.0 + number * simulation.us
-            stored = ran.done - (simulation.cost.signal_us if simulation.group_of(ran).tasks[ran.task].signals else 0.0)
-            at = [begin + t for t in (ran.free, ran.start, ran.ready, ran.consumed, stored, ran.done)]
+            ready = ran.free if looks else ran.start
+            at = [begin + t for t in (ran.free, ready, ran.ready, ran.consumed, ran.stored, ran.done)]
             cycles = [int(starts[ran.sm] + t * CYCLES_PER_US) for t in at]
             record = raw[number, ran.sm, stage, place]
             record["global_ns"] = (EPOCH_NS + int(at[0] * 1e3)) // tick_ns * tick_ns
             record["asked"], record["ready"] = cycles[0], cycles[1]
+            record["seen"] = cycles[2] if streams or looks else 0
             record["stored"], record["signalled"] = cycles[4], cycles[5]
             if streams:
                 record["opened"], record["computed"] = cycles[2], cycles[3]

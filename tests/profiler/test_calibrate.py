@@ -19,8 +19,8 @@ from mpk_spec.schema import load_spec
 
 # a GPU with slow events and fast arithmetic; consumption is the bottleneck, so that it shows
 TRUE = {
-    "hop_us": 0.9, "reduce_us": 0.3, "signal_us": 0.5, "activation_us": 1.7, "consume_gbps": 15.0, "kv_block_us": 0.8,
-    "row_op_us": 0.7,
+    "hop_us": 0.9, "data_hop_us": 2.6, "reduce_us": 0.3, "signal_us": 0.5, "activation_us": 1.7, "consume_gbps": 15.0,
+    "kv_block_us": 0.8, "row_op_us": 0.7,
 }  # fmt: skip
 
 

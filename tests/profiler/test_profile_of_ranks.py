@@ -13,7 +13,7 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
 from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.simulate import simulate
-from mpk_spec.profiler.chrome import chrome_trace
+from mpk_spec.profiler.chrome import SIGNALS, WORK, chrome_trace, process
 from mpk_spec.profiler.clock import common_clock
 from mpk_spec.profiler.ranks import align, exchanges
 from mpk_spec.profiler.sums import predicted_sums, sums_of
@@ -137,6 +137,10 @@ def test_the_report_and_the_trace_have_every_rank(simulation, alike):
     events = trace["traceEvents"]
     assert trace["otherData"]["clocks"] == clocks
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert names[1].startswith("rank 1, qwen3-0.6b")
-    starts = {rank: min(e["ts"] for e in events if e.get("cat") == "task" and e["pid"] == rank) for rank in (0, 1)}
+    work = [process(rank, WORK) for rank in (0, 1)]
+    assert [names[pid][:18] for pid in work] == ["rank 0, qwen3-0.6b", "rank 1, qwen3-0.6b"]
+    assert [names[process(rank, SIGNALS)] for rank in (0, 1)] == ["rank 0, signals", "rank 1, signals"]
+    of = {what: {e["pid"] for e in events if e.get("cat") == what} for what in ("task", "phase", "signal")}
+    assert of == {"task": set(work), "phase": set(work), "signal": {process(rank, SIGNALS) for rank in (0, 1)}}
+    starts = [min(e["ts"] for e in events if e.get("cat") == "task" and e["pid"] == pid) for pid in work]
     assert starts[0] == pytest.approx(starts[1], abs=0.02)

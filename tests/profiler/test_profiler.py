@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -70,8 +71,11 @@ def test_a_measured_step_is_what_was_simulated(simulation, times):
         assert step.us == pytest.approx(simulation.us, abs=0.1)
         assert len(step.records) == len(simulation.records) - simulation.first
         assert sum(step.critical.values()) == pytest.approx(step.us, abs=0.1)
+        templates = simulation.step.templates
+        # the first wait of the one reaches into the step before, where the other's signal ends
+        apart = {templates[0].groups[0].name, templates[-1].groups[-1].name}
         for (name, what), us in simulation.critical.items():
-            if name != simulation.step.templates[0].groups[0].name:  # its first wait reaches into the step before
+            if name not in apart:
                 assert step.critical.get((name, what), 0.0) == pytest.approx(us, abs=0.5), (name, what)
 
 
@@ -87,6 +91,56 @@ def test_the_path_follows_the_last_signal(simulation):
     before = measured_steps(common_clock(times_of(simulation, steps=2)), simulation)[0].critical[name, "work"]
     after = measured_steps(common_clock(raw), simulation)[0]
     assert after.critical[name, "work"] > before + 40
+
+
+@pytest.mark.parametrize(("name", "later_us", "hop_us"), [("stored", 0.7, 1.5), ("signalled", 50.0, 2.2)])
+def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation, name, later_us, hop_us):
+    raw = times_of(simulation, steps=2)
+    late, sm, place = _place(simulation, "attend", 3)
+    raw[name][:, sm, 1, place] += int(later_us * 1755)
+    step = measured_steps(common_clock(raw), simulation)[0]
+    looked = {step.group_of(r).name for r in step.records if r.stage == 1 and r.by == "data"}
+    assert looked >= {"attend", "o_add", "gate_up", "down_add"}
+    ran = next(r for r in step.records if (r.stage, step.group_of(r).name, r.task) == (1, "o_add", 0))
+    assert ran.by == "data" and ran.start - step.before(ran) == pytest.approx(hop_us, abs=0.1)
+    cause = step.records[ran.after]
+    assert cause.group == late
+    if name == "stored":
+        assert cause.task == 3  # of those that ended at once
+
+
+def _place(simulation, name, task):
+    """The group's number in stage 1, and the task's SM and place there."""
+    template = simulation.step.templates[simulation.step.stages[1].template]
+    g = next(n for n, group in enumerate(template.groups) if group.name == name)
+    return next((g, sm, queue.index((g, task))) for sm, queue in enumerate(template.queues) if (g, task) in queue)
+
+
+def test_a_task_did_not_wait_for_what_was_stored_after_it_had_seen_all(simulation):
+    """As an attention's part that has no positions, which is not read."""
+    raw = times_of(simulation, steps=2)
+    g, sm, place = _place(simulation, "o_add", 0)
+
+    def found():
+        step = measured_steps(common_clock(raw), simulation)[0]
+        return next(r for r in step.records if (r.stage, r.group, r.task) == (1, g, 0))
+
+    assert found().by == "data"
+    raw["seen"][:, sm, 1, place] = raw["ready"][:, sm, 1, place] + 10
+    assert found().by == "queue" and found().start == pytest.approx(found().free, abs=0.01)
+
+
+def test_looking_for_values_is_a_phase_of_its_own(simulation, times):
+    looks, signal = (times.phases()[PHASES.index(name), 1] for name in ("wait values", "signal"))
+    for sm, queue in enumerate(simulation.step.templates[1].queues):
+        for place in range(len(queue)):
+            at = sm, 1, place
+            assert looks[at] == pytest.approx(times.seen[(1, *at)] - times.ready[(1, *at)])
+            assert looks[at] > 0.5 and signal[at] == pytest.approx(simulation.cost.signal_us, abs=0.01)
+    profile = profile_of(times, simulation)
+    row = next(r for r in profile.rows if (r.stage, r.name) == (simulation.step.templates[1].name, "qkv"))
+    on_path = sum(us for phase, us in row.mean.items() if phase != "signal")
+    assert row.share_us == pytest.approx(on_path * row.tasks * row.stages / simulation.plan.num_sms)
 
 
 def test_the_report_names_every_operator_and_marks_what_differs(simulation, times):
@@ -116,8 +170,13 @@ def test_the_trace_has_every_task_of_every_step(simulation, times):
     step = simulation.step
     count = sum(len(g.tasks) for s in step.stages for g in step.templates[s.template].groups)
     assert len(tasks) == 3 * count
-    assert {"step", "stage", "waits", "data_wait_us"} <= tasks[0]["args"].keys()
-    assert {e["name"] for e in events if e.get("cat") == "phase"} >= {"compute", "epilogue", "signal"}
+    assert {"step", "stage", "waits", "looks_for", "data_wait_us"} <= tasks[0]["args"].keys()
+    assert {e["name"] for e in events if e.get("cat") == "phase"} >= {"looks for values", "compute", "epilogue"}
+    signals = [e for e in events if e.get("cat") == "signal"]
+    assert len(signals) == len(tasks)
+    for sm in {e["tid"] for e in signals}:
+        own = [e for e in signals if e["tid"] == sm]
+        assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(own))
     assert {e["tid"] for e in tasks} <= set(range(132))
 
 
