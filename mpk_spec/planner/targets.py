@@ -3,9 +3,9 @@
 Figures are the makers' data sheets, except `stream_gbps`, the streaming-read ceiling that one kernel reaches: measured
 on H100 (3150 of 3352 GB/s) and H200 (4600 of 4814), 94 % of theoretical elsewhere. `hop_us` is one event from producer
 to consumer (`red.release.gpu` to `ld.acquire.gpu`), measured on the same two. `data_hop_us` takes the place of a
-signal, a hop, a start and a load of activations: 0.56 less than those in `cost.CostModel`, which is what each of the 150
-hops of SmolLM2-135M saved on an H100 (0.4745 to 0.3904 ms a token; Qwen3-0.6B 0.34 a hop, Llama-1B 0.26, since larger
-models hide them behind the stream); elsewhere the same is assumed.
+signal, a hop, a start and a load of activations: 0.56 less than those in `cost.CostModel`, which is what each of the
+150 hops of SmolLM2-135M saved on an H100 (0.4745 to 0.3904 ms a token; Qwen3-0.6B 0.34 a hop, Llama-1B 0.26, since
+larger models hide them behind the stream); elsewhere the same is assumed.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def save(target: str, fits: Iterable[Fit], **given: float) -> Path:
 
 @dataclass(frozen=True)
 class _Timed:
-    """One task's phases in microseconds. `looks`: at values that cross as data. `blocks`: of the KV cache, None for what
-    is no attention."""
+    """One task's phases in microseconds. `looks`: at values that cross as data. `blocks`: of the KV cache, None for
+    what is no attention."""
 
     looks: bool
     open: float  # from its events to its first weights

@@ -88,7 +88,7 @@ class _Links:
 
     def _looked_for(self, ran: Ran, values: tuple[float, int]) -> bool:
         """Whether a task waited for its values: had they been there, it would have seen them earlier, as the simulation
-        reckons. It did not where it had seen all it needed before: parts of an attention without positions read nothing.
+        reckons. It did not where it had seen all it needed before: an attention's part without positions reads nothing.
         """
         at_once = ran.free + self.cost.start_us + self.cost.activation_us
         return at_once < values[0] + self.cost.data_hop_us and values[0] < ran.ready

@@ -186,7 +186,7 @@ def _phases(profile: Profile) -> str:
         rows.append([row.stage, row.name, row.stages, row.tasks, *cells, f"{row.span_us:.2f}", f"{row.share_us:.1f}"])
     rows.append(["", "(no task)", "", "", *[""] * len(PHASES), "", f"{profile.between_us:.1f}"])
     title = (
-        "a task's phases in us, mean and maximum; wait values: looks at its inputs until all are there, prepares them;\n"
+        "a task's phases in us, mean and maximum; wait values: looks at inputs until all are there, prepares them;\n"
         "signal: while the SM's workers go on; span: first start to last signal; share: of a token, average SM"
     )
     headers = ["stage", "operator", "stages", "tasks", *PHASES, "span", "share"]
@@ -204,8 +204,8 @@ def _path(profile: Profile) -> str:
     total = sum(c.us for c in profile.critical)
     rows.append(["token", "", *[""] * 3, f"{total:.1f}", f"{profile.predicted.us:.1f}", "", ""])
     title = (
-        "critical path of a token in us, measured and predicted; hop: an event on its way, or values from being stored to\n"
-        "being seen and prepared; data: weights are late"
+        "critical path of a token in us, measured and predicted; hop: an event on its way, or values from stored\n"
+        "to being seen and prepared; data: weights are late"
     )
     headers = ["operator", "a layer", "work", "data", "hop", "measured", "predicted", "apart", ""]
     return title + "\n" + table(headers, rows, frozenset({"operator"}))

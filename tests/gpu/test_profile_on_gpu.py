@@ -18,11 +18,19 @@ def test_the_profile_of_a_tiny_model(gpu, capsys, tmp_path):
     data = json.loads(capsys.readouterr().out)
     assert len(data["us_per_token"]) == 6
     assert all(5 < us < 1000 for us in data["us_per_token"])
-    assert sum(c["us"] for c in data["critical"]) == pytest.approx(sum(data["us_per_token"]) / 6, rel=0.1)
+    token = sum(data["us_per_token"]) / 6
+    # more, and something began before what it is said to have waited for
+    assert sum(c["us"] for c in data["critical"]) == pytest.approx(token, rel=0.1)
+    assert 0.05 * token < sum(c["hop_us"] for c in data["critical"]) < 0.9 * token
+    assert 0 < data["between_us"] < token
     for row in data["rows"]:
         assert min(row["mean"].values()) >= 0, row
         assert row["span_us"] < 1000
+        if row["name"] in ("qkv", "attend", "o_add", "gate_up", "down_add"):
+            assert 0.1 < row["most"]["wait values"] < 100, row
+            assert row["mean"]["signal"] > 0.1, row
     events = json.loads(trace.read_text())["traceEvents"]
+    assert {"looks for values", "compute", "epilogue"} <= {e["name"] for e in events if e.get("cat") == "phase"}
     names = {e["name"] for e in events if e.get("cat") == "task"}
     assert {"qkv[0]", "attend[0]", "o_add[0]", "gate_up[0]", "down_add[0]", "head[0]", "next_ids[0]"} <= names
     assert len({e["args"]["step"] for e in events if e.get("cat") == "task"}) == 7
