@@ -64,12 +64,14 @@ class _Links:
 
     def __init__(self, records: list[Ran], step: Step, cost: CostModel):
         self.records, self.cost = records, cost
+        self.stages = step.stages
         self.templates = [step.templates[stage.template] for stage in step.stages]
         known = [signallers(template) for template in step.templates]
         self.signallers = [known[stage.template] for stage in step.stages]
         self.index = {(r.stage, r.group, r.task): n for n, r in enumerate(records)}
         self._fired: dict[tuple[int, str, int], tuple[float, int]] = {}
         self._made: dict[tuple, tuple[float, int]] = {}
+        self._makers: dict[tuple, tuple[tuple[int, int], ...]] = {}
 
     def fill_in(self) -> None:
         """`after` and `by` of all records; `start` becomes when values were seen, where a task waited for those."""
@@ -114,7 +116,12 @@ class _Links:
         """When the last of the event's signallers had stored of which the task reads something, and which that was."""
         key = stage, event, task.reads
         if key not in self._made:
-            made = makers(self.signallers[stage].get(event, ()), task.reads)
-            found = (self.index.get((stage, *maker)) for maker in made)
+            found = (self.index.get((stage, *maker)) for maker in self._makers_of(stage, event, task))
             self._made[key] = max(((self.records[n].stored, n) for n in found if n is not None), default=NOTHING)
         return self._made[key]
+
+    def _makers_of(self, stage: int, event: str, task: Task) -> tuple[tuple[int, int], ...]:
+        key = self.stages[stage].template, event, task.reads
+        if key not in self._makers:
+            self._makers[key] = makers(self.signallers[stage].get(event, ()), task.reads)
+        return self._makers[key]
