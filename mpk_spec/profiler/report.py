@@ -204,7 +204,7 @@ def _path(profile: Profile) -> str:
     total = sum(c.us for c in profile.critical)
     rows.append(["token", "", *[""] * 3, f"{total:.1f}", f"{profile.predicted.us:.1f}", "", ""])
     title = (
-        "critical path of a token in us, measured and predicted; hop: an event on its way, or values until all of them,\n"
+        "critical path of a token in us, measured and predicted; hop: an event on its way, or values until all,\n"
         "stored by others, are seen and prepared; data: weights are late"
     )
     headers = ["operator", "a layer", "work", "data", "hop", "measured", "predicted", "apart", ""]
