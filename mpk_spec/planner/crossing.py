@@ -183,13 +183,25 @@ def _as_data(template: Template, before: Template | None, turns: Turns) -> Templ
 
 def _waiting(task: Task, makers: dict[str, tuple[str, Template, int]], turns: Turns) -> Task:
     turning = {(maker, stage) for tensor, (maker, _, stage) in makers.items() if tensor in turns}
-    waits = [replace(w, data=(w.event.partition(".done")[0], w.stage) in turning) for w in task.waits]
+    waits = [replace(w, data=(_group_of(w.event), w.stage) in turning) for w in task.waits]
     for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in turns and s.tensor in makers):
         maker, source, stage = makers[tensor]
-        known = any(w.stage == stage and w.event.partition(".done")[0] == maker for w in waits)
-        if not known and (name := f"{maker}.done") in source.events:
-            waits.append(Wait(name, source.events[name], stage, data=True))
+        if not any(w.stage == stage and _group_of(w.event) == maker for w in waits):
+            reads = task.reads if turns[tensor] == "layer" else ()  # else the step before has cleared it
+            names = _events(maker, source, reads)
+            waits += [Wait(name, source.events[name], stage, data=True) for name in names]
     return replace(task, waits=tuple(waits))
+
+
+def _events(maker: str, source: Template, reads: tuple[Span, ...]) -> list[str]:
+    """What says that a group has written `reads`: the event of all its tasks, or those that some of them have."""
+    if (whole := f"{maker}.done") in source.events:
+        return [whole]
+    return [e for e, sent in signallers(source).items() if _group_of(e) == maker and makers(sent, reads)]
+
+
+def _group_of(event: str) -> str:
+    return event.partition(".done")[0]
 
 
 def _told(template: Template, layer: Template, back: int, turns: Turns) -> Template:
@@ -197,7 +209,7 @@ def _told(template: Template, layer: Template, back: int, turns: Turns) -> Templ
     makers = {t: group.name for group in layer.groups for t in group.outputs if t in turns}
 
     def told(task: Task) -> Task:
-        names = {f"{makers[s.tensor]}.done" for s in task.reads if s.tensor in makers} & layer.events.keys()
+        names = {e for s in task.reads if s.tensor in makers for e in _events(makers[s.tensor], layer, task.reads)}
         return _with_waits(task, [Wait(name, layer.events[name], back) for name in sorted(names)])
 
     groups = tuple(replace(g, tasks=tuple(told(t) for t in g.tasks)) for g in template.groups)

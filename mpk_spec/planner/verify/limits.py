@@ -9,8 +9,9 @@ from mpk_spec.planner.plan import Group, Plan, Template
 from mpk_spec.planner.targets import find_target
 from mpk_spec.planner.verify.report import Report, some
 
-MAX_WAITS = 32
-"""Waits of one task: its scheduler is a warp, whose lanes look at one each."""
+MAX_WAITS = 128
+"""Waits of one task: its scheduler is a warp, whose 32 lanes look at one each, and then at the next. The last task of a
+step waits for all events of a layer, with 64 KV heads some 70."""
 ALIGNMENT = 16
 """Bytes; what bulk copies and 128-bit loads need."""
 MAX_THREADS, WARP = 1024, 32
