@@ -78,6 +78,11 @@ class CostModel:
     """How much more than its even part of the bandwidth an SM can draw while others wait; assumed."""
 
     @property
+    def peer_data_hop_us(self) -> float:
+        """`data_hop_us` of values that peers send too; assumed: longer by as much as a flag of theirs is."""
+        return self.data_hop_us + max(0.0, self.peer_hop_us - self.hop_us)
+
+    @property
     def sm_gbps(self) -> float:
         """One SM's even part of the stream."""
         return self.stream_gbps / self.num_sms

@@ -351,15 +351,17 @@ class _Machine:
     def _values(self, number: int, task: ReadyTask, ready: ReadyStage, seen: dict) -> tuple[float, int]:
         """When the task has seen and prepared all values that it looks at, and the record of those that came last."""
         when, whom = NEVER
-        for _, _, back, _, made in task.waits:
+        for _, _, back, peers, made in task.waits:
             if made is None or number + back < 0:
                 continue
             if made not in seen:
                 records = (self.values[number + back][maker] for maker in ready.makers[made])
                 seen[made] = max(((self.records[n].stored, n) for n in records), default=NEVER)
-            if seen[made][0] > when:
-                when, whom = seen[made]
-        return when + self.cost.data_hop_us, whom
+            stored, record = seen[made]
+            at = stored + (self.cost.peer_data_hop_us if peers else self.cost.data_hop_us)
+            if record >= 0 and at > when:
+                when, whom = at, record
+        return when, whom
 
     def _signal(self, number: int, event: str, when: float, record: int) -> None:
         events = self.fired[number]

@@ -1,9 +1,10 @@
-"""Several ranks' times by one clock, from the events that they signal to one another.
+"""Several ranks' times by one clock, from the events that they signal to one another and the values that cross as data.
 
 Each GPU has a nanosecond timer of its own, and nobody sets them together. But no event is seen before its last signal
-was sent: the difference of two clocks is at most the shortest time, read on both, from a rank's last signal to its
-being seen on the other, and likewise the other way round. Halfway between the two is what it is if the quickest signals
-take as long there as back, and half of the way there and back is how wrong that can be.
+was sent, and no values before they were stored: the difference of two clocks is at most the shortest time, read on
+both, from a rank's last signal to its being seen on the other, and likewise the other way round. Halfway between the
+two is what it is if the quickest signals take as long there as back, and half of the way there and back is how wrong
+that can be.
 """
 
 from __future__ import annotations
@@ -20,25 +21,29 @@ from mpk_spec.profiler.clock import Times
 
 @dataclass(frozen=True)
 class Exchange:
-    """An event of all ranks that one group's tasks wait for: in stage `stage`, signalled in stage `sent`.
+    """What one group's tasks get from all ranks: in stage `stage`, sent in stage `sent`.
 
-    seen: (SM, place) of each SM's first such task. senders: (SM, place) of the tasks that signal it on every rank.
+    data: its values cross as data, else tasks wait for the event that says they are there. seen: (SM, place) of each
+    SM's first such task. senders: (SM, place) of the tasks that send it on every rank.
     """
 
     stage: int
     group: int
     sent: int
+    data: bool
     seen: tuple[tuple[int, int], ...]
     senders: tuple[tuple[int, int], ...]
 
-    def last_signal(self, times: Times, number: int) -> float:
-        """When a rank's own last signal was sent in step `number`."""
-        return max(float(times.signalled[number, sm, self.sent, place]) for sm, place in self.senders)
+    def last_sent(self, times: Times, number: int) -> float:
+        """When a rank had sent the last of its own in step `number`: signals, or values."""
+        sent = times.stored if self.data else times.signalled
+        return max(float(sent[number, sm, self.sent, place]) for sm, place in self.senders)
 
-    def ready(self, times: Times, number: int) -> np.ndarray:
-        """When each SM saw the event."""
+    def arrived(self, times: Times, number: int) -> np.ndarray:
+        """When each SM saw the event, or had seen all values and prepared them."""
         sms, places = zip(*self.seen, strict=True)
-        return times.ready[number, list(sms), self.stage, list(places)]
+        seen = times.seen if self.data else times.ready
+        return seen[number, list(sms), self.stage, list(places)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Clocks:
         """What it rests on that the ranks' times lie side by side, for people."""
         worst = max(self.within)
         return (
-            "each GPU has its own timer; they are set side by side by the signals of the sums over ranks, "
+            "each GPU has its own timer; they are set side by side by what the ranks send one another for sums, "
             f"taking the quickest to be as long there as back: right within {worst:.2f} us"
         )
 
@@ -62,13 +67,13 @@ def exchanges(step: Step) -> list[Exchange]:
     crossing = [_crossing(step, t) for t in range(len(step.templates))]
     found = []
     for number, stage in enumerate(step.stages):
-        for group, back, event in _waits(step, stage.template):
+        for group, back, event, data in _waits(step, stage.template):
             if number + back < 0:
                 continue
             sender = step.stages[number + back].template
-            if event in crossing[sender]:
+            if event in crossing[sender] and _reads(step, stage.template, group, sender, crossing[sender][event]):
                 seen = _places(step, stage.template, group, event)
-                found.append(Exchange(number, group, number + back, seen, crossing[sender][event]))
+                found.append(Exchange(number, group, number + back, data, seen, crossing[sender][event]))
     return found
 
 
@@ -87,12 +92,12 @@ def align(ranks: list[Times], step: Step) -> tuple[list[Times], Clocks]:
 
 
 def _quickest(sender: Times, receiver: Times, pairs: list[Exchange]) -> float:
-    """The shortest time from a last signal, by its sender's clock, to its being seen, by the receiver's.
+    """The shortest time from the last thing sent, by its sender's clock, to its being seen, by the receiver's.
 
     Of the SMs that see an event the median counts, so that one SM's badly read clock says nothing.
     """
     return min(
-        float(np.median(one.ready(receiver, number))) - one.last_signal(sender, number)
+        float(np.median(one.arrived(receiver, number))) - one.last_sent(sender, number)
         for one in pairs
         for number in range(sender.asked.shape[0])
     )
@@ -108,10 +113,19 @@ def _crossing(step: Step, template: int) -> dict[str, tuple[tuple[int, int], ...
     return {event: tuple(at) for event, at in senders.items() if made.events[event] > len(at)}
 
 
-def _waits(step: Step, template: int) -> Iterator[tuple[int, int, str]]:
-    """(group, stages back, event) of all that a template's tasks wait for, once each."""
+def _waits(step: Step, template: int) -> Iterator[tuple[int, int, str, bool]]:
+    """(group, stages back, event, whether its values are looked at) of all that a template's tasks wait for."""
     for g, group in enumerate(step.templates[template].groups):
-        yield from sorted({(g, wait.stage, wait.event) for task in group.tasks for wait in task.waits})
+        waits = {wait for task in group.tasks for wait in task.waits}
+        yield from sorted({(g, wait.stage, wait.event, wait.data and step.tokens == 1) for wait in waits})
+
+
+def _reads(step: Step, template: int, group: int, sender: int, senders: tuple[tuple[int, int], ...]) -> bool:
+    """Whether a group reads what the senders write: a step's end waits for events of much that it does not read."""
+    read = {span.tensor for task in step.templates[template].groups[group].tasks for span in task.reads}
+    made = step.templates[sender]
+    sent = (made.queues[sm][place] for sm, place in senders)
+    return any(span.tensor in read for g, task in sent for span in made.groups[g].tasks[task].writes)
 
 
 def _places(step: Step, template: int, group: int, event: str) -> tuple[tuple[int, int], ...]:

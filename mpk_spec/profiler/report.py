@@ -149,15 +149,16 @@ def page_of_ranks(profiles: list[Profile], clocks: Clocks, sums: Sums) -> str:
 
 def _ranks(profiles: list[Profile], clocks: Clocks) -> str:
     """A row per rank: its token, and where the average SM's time of it goes."""
+    phases = [phase for phase in PHASES if phase not in OFF_PATH]
     rows = []
     for rank, profile in enumerate(profiles):
-        parts = [sum(_part(row, phase, profile) for row in profile.rows) for phase in PHASES]
+        parts = [sum(_part(row, phase, profile) for row in profile.rows) for phase in phases]
         rows.append(
             [rank, f"{profile.us:.1f}", *(f"{us:.1f}" for us in parts), f"{profile.between_us:.1f}",
              f"{clocks.ahead[rank]:.2f}", f"{clocks.within[rank]:.2f}"]
         )  # fmt: skip
     title = "ranks: a token in us, and where it goes on the average SM; what a rank's clock shows more than rank 0's"
-    return title + "\n" + table(["rank", "token", *PHASES, "(no task)", "clock", "within"], rows)
+    return title + "\n" + table(["rank", "token", *phases, "(no task)", "clock", "within"], rows)
 
 
 def _part(row: Row, phase: str, profile: Profile) -> float:

@@ -1,9 +1,10 @@
-"""What the sums over ranks cost a token, beside events between the SMs of one GPU, and what of it the weights hide.
+"""What the sums over ranks cost a token, beside what crosses between SMs of one GPU, and what the weights hide of it.
 
-A task that adds up the ranks' parts waits for the signals of all. Had the sum been this rank's alone, the SM would have
-seen its last signal one hop after it was sent, and it would have been sent earlier by what a signal to peers takes
-longer than another. The rest of the wait is the sum's. Meanwhile the loader goes on filling the SM's ring. For what the
-task waits for its weights even so, it would have waited had the parts come sooner: so much of the sum's wait is hidden.
+A task that adds up the ranks' parts waits for those of all. Had the sum been this rank's alone, the SM would have seen
+its last part one hop after it was sent: the signal that says so, which would have been sent earlier by what one to
+peers takes longer than another, or the values themselves where they cross as data. The rest of the wait is the sum's.
+Meanwhile the loader goes on filling the SM's ring. For what the task waits for its weights even so, it would have
+waited had the parts come sooner: so much of the sum's wait is hidden.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from statistics import fmean
 
 import numpy as np
 
+from mpk_spec.planner.cost import CostModel
 from mpk_spec.planner.plan import Step
 from mpk_spec.planner.report import table
 from mpk_spec.planner.simulate import Simulation, simulate
@@ -24,14 +26,15 @@ from mpk_spec.profiler.ranks import Exchange, exchanges
 class Sum:
     """One wait for a sum over ranks (or for one of its two shots): means over stages, recorded tokens and ranks, in us.
 
-    later: from a rank's own last signal to the last of all ranks'. way: from that to its being seen. signal: what the
-    signals to peers took longer than others. waited: the sum's part of an SM's wait. beyond: of it, what no wait for
-    weights hides.
+    data: its parts cross as data. later: from when a rank had sent its own last part to when all ranks had. way: from
+    that to its being seen (as data: and prepared). signal: what the signals to peers took longer than others; values
+    need none. waited: the sum's part of an SM's wait. beyond: of it, what no wait for weights hides.
     """
 
     name: str
     times: int  # in a token, those of the first stage left out where they reach into the token before
     in_layers: bool
+    data: bool
     later: float
     way: float
     signal: float
@@ -58,8 +61,8 @@ class Sums:
         }  # fmt: skip
 
 
-def sums_of(ranks: list[Times], step: Step, hop_us: float, predicted_us: float) -> Sums:
-    """`ranks`: by one clock, at least two steps. hop_us: of an event between SMs of one GPU."""
+def sums_of(ranks: list[Times], step: Step, cost: CostModel, predicted_us: float) -> Sums:
+    """`ranks`: by one clock, at least two steps. Of `cost`, the hops between SMs of one GPU."""
     layers = len({stage.layer for stage in step.stages} - {None})
     longer = _longer(ranks, step)
     found: dict[str, list[Exchange]] = {}
@@ -68,8 +71,8 @@ def sums_of(ranks: list[Times], step: Step, hop_us: float, predicted_us: float) 
     rows = []
     for name, ones in found.items():
         adds = all(node.op != "argmax_reduce" for node in _group(step, ones[0]).nodes)
-        cost = np.array([_cost(ranks, step, one, hop_us, longer) for one in ones]).mean(0).tolist()
-        rows.append(Sum(name, len(ones), adds, *cost))
+        means = np.array([_cost(ranks, step, one, cost, longer) for one in ones]).mean(0).tolist()
+        rows.append(Sum(name, len(ones), adds, ones[0].data, *means))
     return Sums(tuple(rows), layers, predicted_us)
 
 
@@ -88,19 +91,22 @@ def _longer(ranks: list[Times], step: Step) -> float:
     return max(0.0, float(np.median(both[True]) - np.median(both[False]))) if all(both.values()) else 0.0
 
 
-def _cost(ranks: list[Times], step: Step, one: Exchange, hop_us: float, longer: float) -> tuple[float, ...]:
+def _cost(ranks: list[Times], step: Step, one: Exchange, cost: CostModel, longer: float) -> tuple[float, ...]:
     """(later, way, signal, waited, beyond), means over ranks, tokens and SMs."""
     sms, places = (list(x) for x in zip(*one.seen, strict=True))
+    longer = 0.0 if one.data else longer
+    at_once = cost.start_us + cost.activation_us if one.data else 0.0  # from being asked, were all parts there
+    hop = cost.data_hop_us if one.data else cost.hop_us - longer
     rows = []
     for number in range(1, ranks[0].asked.shape[0]):
-        own = [one.last_signal(times, number) for times in ranks]
+        own = [one.last_sent(times, number) for times in ranks]
         last = max(own)
         for times, mine in zip(ranks, own, strict=True):
-            ready = one.ready(times, number)
+            arrived = one.arrived(times, number)
             asked = times.asked[number, sms, one.stage, places]
-            waited = np.maximum(0.0, ready - np.maximum(asked, mine + hop_us - longer))
+            waited = np.maximum(0.0, arrived - np.maximum(asked + at_once, mine + hop))
             beyond = np.maximum(0.0, waited - _weights(times, step, one, number, sms))
-            rows.append((last - mine, ready.mean() - last, longer, waited.mean(), beyond.mean()))
+            rows.append((last - mine, arrived.mean() - last, longer, waited.mean(), beyond.mean()))
     return tuple(fmean(column) for column in zip(*rows, strict=True))
 
 
@@ -124,14 +130,16 @@ def predicted_sums(predicted: Simulation) -> float:
 
 def page(sums: Sums) -> str:
     """For people."""
-    headers = ["added up by", "a token", "later rank", "way", "signal", "waited", "beyond"]
+    headers = ["added up by", "crosses", "a token", "later rank", "way", "signal", "waited", "beyond"]
+    columns = ("later", "way", "signal", "waited", "beyond")
     rows = [
-        [r.name, r.times, *(f"{getattr(r, what):.2f}" for what in ("later", "way", "signal", "waited", "beyond"))]
+        [r.name, "as data" if r.data else "by event", r.times, *(f"{getattr(r, what):.2f}" for what in columns)]
         for r in sums.rows
     ]
     title = (
-        "sums over ranks in us, each once: from a rank's last signal to the last rank's, from there to being seen,\n"
-        "what a signal to peers takes longer; what an SM waits for it all, and what of this no wait for weights hides"
+        "sums over ranks in us, each once: from when a rank has sent its part to when the last has, from there to its\n"
+        "being seen (as data: and prepared), what a signal to peers takes longer; what an SM waits for it all, and\n"
+        "what of this no wait for weights hides"
     )
     count = sum(r.times for r in sums.rows if r.in_layers) / sums.layers
     total = (
@@ -139,4 +147,4 @@ def page(sums: Sums) -> str:
         f"{sums.of_a_layer('beyond'):.2f} us beyond what is hidden, of "
         f"{sums.of_a_layer('waited'):.2f} us waited (the simulation says {sums.predicted_us:.2f} us)"
     )
-    return f"{title}\n{table(headers, rows, frozenset({'added up by'}))}\n{total}"
+    return f"{title}\n{table(headers, rows, frozenset({'added up by', 'crosses'}))}\n{total}"

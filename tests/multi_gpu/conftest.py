@@ -49,10 +49,7 @@ PLACES = [
         for t in DEFINES
         for n in (2, 4)
     ),
-    *(
-        pytest.param((n, "peer", True), id=f"{n} ranks on one GPU, two shots", marks=pytest.mark.gpu)
-        for n in (2, 4)
-    ),
+    *(pytest.param((n, "peer", True), id=f"{n} ranks on one GPU, two shots", marks=pytest.mark.gpu) for n in (2, 4)),
 ]
 
 

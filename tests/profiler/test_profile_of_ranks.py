@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from profiler.synthetic import times_of
+from tiny_specs import child, spec_of
 
 from mpk_spec.cli.profile import judged
 from mpk_spec.errors import UserError
@@ -22,9 +23,15 @@ from mpk_spec.schema import load_spec
 COST = replace(cost_model("h100"), chance=0.0, spread=0.0)
 
 
+@pytest.fixture(scope="module", params=["data", "event"])
+def crossing(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def made():
-    return plan(load_spec("qwen3"), size="0.6b", target="h100", tp=2, context=256, verified=False)
+def made(crossing):
+    spec = child("qwen3", spec_of("qwen3").sizes["0.6b"].config, schedule=[{"set": {"*": {"crossing": crossing}}}])
+    return plan(spec, size="tiny", target="h100", tp=2, context=256, verified=False)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +50,14 @@ def alike(simulation):
     return [one, one.shifted(-250.0)]
 
 
-def test_what_the_ranks_exchange(simulation):
+def test_what_the_ranks_exchange(simulation, crossing):
     step = simulation.step
     names = [step.templates[step.stages[e.stage].template].groups[e.group].name for e in exchanges(step)]
     layers = len(step.stages) - 1
     assert names.count("gate_up") == layers and names.count("qkv") == layers - 1
     assert names[-2:] == ["head", "next_ids"]
+    assert {e.data for e in exchanges(step) if e.stage < layers} == {crossing == "data"}
+    assert not any(e.data for e in exchanges(step) if e.stage == layers)
     across = next(e for e in exchanges(step) if e.stage == 1)
     assert across.sent == 0 and len(across.senders) == len(step.templates[0].groups[-1].tasks)
 
@@ -76,14 +85,15 @@ def test_ranks_that_exchange_nothing_have_no_common_clock():
         align([times(alone)] * 2, alone.step)
 
 
-def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike):
+def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike, crossing):
     moved, _ = align(alike, simulation.step)
-    sums = sums_of(moved, simulation.step, COST.hop_us, 0.0)
+    sums = sums_of(moved, simulation.step, COST, 0.0)
     assert [row.name for row in sums.rows] == ["gate_up", "qkv", "head", "next_ids"]
     assert [row.in_layers for row in sums.rows] == [True, True, True, False]
+    assert [row.data for row in sums.rows] == [crossing == "data", crossing == "data", False, False]
     for row in sums.rows:
         assert row.later == pytest.approx(0.0, abs=0.02) and row.signal == pytest.approx(0.0, abs=0.02)
-        assert row.way == pytest.approx(COST.peer_hop_us, abs=0.05)
+        assert row.way == pytest.approx(COST.peer_data_hop_us if row.data else COST.peer_hop_us, abs=0.05)
         assert 0 <= row.beyond <= row.waited <= COST.peer_hop_us - COST.hop_us + 0.05
     assert sums.of_a_layer("waited") > COST.peer_hop_us - COST.hop_us  # two a layer
     assert sums.of_a_layer("beyond") == pytest.approx(
@@ -93,12 +103,12 @@ def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike):
 
 def test_what_is_waited_for_weights_all_the_same_is_hidden(simulation, alike):
     step, moved = simulation.step, align(alike, simulation.step)[0]
-    sums = sums_of(moved, step, COST.hop_us, 0.0)
+    sums = sums_of(moved, step, COST, 0.0)
     starved = [replace(t, waited=t.waited + 50.0) for t in moved]
     fed = [replace(t, waited=t.waited * 0.0) for t in moved]
-    assert all(row.beyond == 0.0 for row in sums_of(starved, step, COST.hop_us, 0.0).rows)
-    assert all(row.beyond == row.waited for row in sums_of(fed, step, COST.hop_us, 0.0).rows)
-    assert [r.waited for r in sums_of(fed, step, COST.hop_us, 0.0).rows] == [r.waited for r in sums.rows]
+    assert all(row.beyond == 0.0 for row in sums_of(starved, step, COST, 0.0).rows)
+    assert all(row.beyond == row.waited for row in sums_of(fed, step, COST, 0.0).rows)
+    assert [r.waited for r in sums_of(fed, step, COST, 0.0).rows] == [r.waited for r in sums.rows]
 
 
 def test_a_slow_peer_shows_as_later(made, simulation):
@@ -110,11 +120,11 @@ def test_a_slow_peer_shows_as_later(made, simulation):
         for field in late.values():
             field[:, sm, stage, place] += 3.0
     waits = {e.stage: e for e in exchanges(simulation.step) if e.sent == e.stage}
-    ready = fast.ready.copy()
+    arrived = {name: getattr(fast, name).copy() for name in ("ready", "seen")}
     for e in waits.values():
         for sm, place in e.seen:
-            ready[:, sm, e.stage, place] += 3.0
-    sums = sums_of([replace(fast, ready=ready), replace(fast, ready=ready, **late)], simulation.step, COST.hop_us, 0.0)
+            arrived["seen" if e.data else "ready"][:, sm, e.stage, place] += 3.0
+    sums = sums_of([replace(fast, **arrived), replace(fast, **arrived, **late)], simulation.step, COST, 0.0)
     row = next(r for r in sums.rows if r.name == "gate_up")
     assert row.later == pytest.approx(1.5, abs=0.02)  # of the two ranks, one waits 3 us for the other
     assert row.waited > 1.0
@@ -126,10 +136,15 @@ def test_the_simulation_says_what_the_sums_of_a_layer_cost(made, simulation):
     assert predicted_sums(far) > 20
 
 
-def test_the_report_and_the_trace_have_every_rank(simulation, alike):
+def test_the_report_and_the_trace_have_every_rank(simulation, alike, crossing):
     ranks, clocks, data, shown = judged(alike, simulation)
     assert "the sums of a layer together, 2.0 waits: " in shown and "added up by" in shown
-    assert "rank" in shown and clocks in shown
+    assert ("as data" in shown.split("added up by")[1]) == (crossing == "data")
+    assert clocks in shown
+    _, phases, _, own, *_ = shown.split("\nranks: ")[1].splitlines()
+    assert "wait values" in phases and "signal" not in phases  # which goes on beside the others: they add up to a token
+    _, token, *parts = map(float, own.split())
+    assert sum(parts[:-2]) == pytest.approx(token, abs=0.5)
     data = json.loads(json.dumps(data))
     assert len(data["ranks"]) == 2 and data["clocks"]["ahead"][1] == pytest.approx(250.0, abs=0.02)
     assert data["sums"]["layer_beyond_us"] <= data["sums"]["layer_waited_us"]
@@ -138,7 +153,7 @@ def test_the_report_and_the_trace_have_every_rank(simulation, alike):
     assert trace["otherData"]["clocks"] == clocks
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     work = [process(rank, WORK) for rank in (0, 1)]
-    assert [names[pid][:18] for pid in work] == ["rank 0, qwen3-0.6b", "rank 1, qwen3-0.6b"]
+    assert [names[pid][:18] for pid in work] == ["rank 0, child-tiny", "rank 1, child-tiny"]
     assert [names[process(rank, SIGNALS)] for rank in (0, 1)] == ["rank 0, signals", "rank 1, signals"]
     of = {what: {e["pid"] for e in events if e.get("cat") == what} for what in ("task", "phase", "signal")}
     assert of == {"task": set(work), "phase": set(work), "signal": {process(rank, SIGNALS) for rank in (0, 1)}}
