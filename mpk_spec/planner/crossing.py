@@ -164,13 +164,16 @@ def _marked(step: Step, turns: Turns) -> Step:
     last = templates[step.stages[at - 1].template]
     stages = list(step.stages)
     for place, change in ((at, _told), (len(stages) - 1, _ended)):
-        templates.append(change(templates[stages[place].template], last, at - 1 - place, turns))
+        templates.append(change(templates[stages[place].template], last, at - 1 - place))
         stages[place] = Stage(len(templates) - 1)
     return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
 
 
 def _as_data(template: Template, before: Template | None, turns: Turns) -> Template:
-    """Waits for data of this layer and of the one before; every reader waits for every tensor's writers."""
+    """Waits for data of this layer and of the one before; every reader waits for every tensor's writers.
+
+    Also for those of what does not cross as data: that they are done shows by no value.
+    """
     groups = []
     for g, group in enumerate(template.groups):
         makers = {t: (maker.name, template, 0) for maker in template.groups[:g] for t in maker.outputs}
@@ -184,12 +187,12 @@ def _as_data(template: Template, before: Template | None, turns: Turns) -> Templ
 def _waiting(task: Task, makers: dict[str, tuple[str, Template, int]], turns: Turns) -> Task:
     turning = {(maker, stage) for tensor, (maker, _, stage) in makers.items() if tensor in turns}
     waits = [replace(w, data=(_group_of(w.event), w.stage) in turning) for w in task.waits]
-    for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in turns and s.tensor in makers):
+    for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in makers and s not in task.writes):
         maker, source, stage = makers[tensor]
         if not any(w.stage == stage and _group_of(w.event) == maker for w in waits):
-            reads = task.reads if turns[tensor] == "layer" else ()  # else the step before has cleared it
+            reads = task.reads if turns.get(tensor) != "step" else ()  # else the step before has cleared it
             names = _events(maker, source, reads)
-            waits += [Wait(name, source.events[name], stage, data=True) for name in names]
+            waits += [Wait(name, source.events[name], stage, data=tensor in turns) for name in names]
     return replace(task, waits=tuple(waits))
 
 
@@ -204,9 +207,9 @@ def _group_of(event: str) -> str:
     return event.partition(".done")[0]
 
 
-def _told(template: Template, layer: Template, back: int, turns: Turns) -> Template:
+def _told(template: Template, layer: Template, back: int) -> Template:
     """Readers after the layers wait for events: those of the last layer, `back` stages away, whose values they read."""
-    makers = {t: group.name for group in layer.groups for t in group.outputs if t in turns}
+    makers = {t: group.name for group in layer.groups for t in group.outputs}
 
     def told(task: Task) -> Task:
         names = {e for s in task.reads if s.tensor in makers for e in _events(makers[s.tensor], layer, task.reads)}
@@ -216,7 +219,7 @@ def _told(template: Template, layer: Template, back: int, turns: Turns) -> Templ
     return replace(template, groups=groups)
 
 
-def _ended(template: Template, layer: Template, back: int, _: Turns) -> Template:
+def _ended(template: Template, layer: Template, back: int) -> Template:
     """The tasks of the last group wait for all events of the last layer, `back` stages away."""
     *groups, last = template.groups
     more = [Wait(name, count, back) for name, count in layer.events.items()]
