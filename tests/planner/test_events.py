@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_specs import spec_of
+from tiny_specs import child, spec_of
 
 from mpk_spec.planner import plan
 from mpk_spec.planner.events import MAX_SIGNALS
@@ -12,7 +12,9 @@ from mpk_spec.planner.plan import Plan
 
 @pytest.fixture(scope="module")
 def made() -> Plan:
-    return plan(spec_of("qwen3"), size="8b", tp=2, verified=False)
+    """By events alone: where values cross as data, `crossing` adds waits."""
+    spec = child("qwen3", spec_of("qwen3").sizes["8b"].config, schedule=[{"set": {"*": {"crossing": "event"}}}])
+    return plan(spec, size="tiny", tp=2, verified=False)
 
 
 def test_few_waits_and_signals(made):

@@ -43,7 +43,7 @@ def test_shared_prologues_are_published():
     shares = [next(s for s in t.writes if s.tensor == "mlp.h") for t in router.tasks]
     assert [(s.lo, s.hi) for s in shares] == [(0, 48), (48, 96)]
     first = planned(spec_of("qwen3"), **GPU).steps["decode"].templates[0].groups[0]
-    shares = [s for t in first.tasks for s in t.writes if s.tensor == "y"]
+    shares = [s for t in first.tasks for s in t.writes if s.tensor == "y.first"]
     # 24 vectors of 4 features: half of the 48 tasks have one to store
     assert len(first.tasks) == 48 and [(s.lo, s.hi) for s in shares] == [(n, n + 4) for n in range(0, 96, 4)]
 

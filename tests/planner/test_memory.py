@@ -21,9 +21,22 @@ def sharing(made: Plan) -> list[tuple[str, str]]:
 
 
 def test_buffers_are_reused():
-    made = plan(spec_of("qwen3"), size="8b", verified=False)
+    made = plan(spec_of("qwen3"), size="8b", target="cpu", verified=False)
     assert sharing(made)
     assert made.arena_bytes["cuda"] < sum(t.bytes for t in made.tensors.values())
+
+
+def test_what_crosses_as_data_lies_twice_and_alone():
+    """Whoever writes one copy clears the other, while the first is being read."""
+    crossing, by_event = (
+        plan(spec_of("qwen3"), size="8b", target=t, chunk=16, verified=False) for t in ("h100", "cpu")
+    )
+    twice = {name for name, t in crossing.tensors.items() if t.turns == 2}
+    assert {"y", "attention.q", "mlp.act"} <= twice and not twice & {"logits", "next_ids"}
+    assert not [pair for pair in sharing(crossing) if twice & set(pair)]
+    for name in twice & by_event.tensors.keys():
+        assert crossing.tensors[name].bytes == 2 * by_event.tensors[name].bytes
+    assert {t.turns for t in by_event.tensors.values()} == {1}
 
 
 @pytest.mark.parametrize("tp", [1, 4])
@@ -37,11 +50,11 @@ def test_what_outlives_a_stage_is_alone(name, tp):
 
 
 def test_sizes():
-    """Of the widest step, in whole bytes of the dtype; an inbox has a slot for each rank."""
+    """Of the widest step; an inbox has a slot for each rank, and what crosses as data lies twice."""
     made = planned(spec_of("qwen3"), tp=2, target="h100", batch=3, chunk=16)
-    assert made.tensors["y"].bytes == 16 * 96 * 4
-    assert made.tensors["attention.q"].bytes == 16 * 128 * 2
-    assert made.tensors["attention.o"].bytes == 2 * 16 * 96 * 4
+    assert made.tensors["y"].bytes == 2 * 16 * 96 * 4
+    assert made.tensors["attention.q"].bytes == 2 * 16 * 128 * 2
+    assert made.tensors["attention.o"].bytes == 2 * 2 * 16 * 96 * 4
     assert made.tensors["logits"].bytes == 16 * 258 * 4
     for tensor in made.tensors.values():
         assert tensor.offset % 256 == 0 and tensor.offset + tensor.bytes <= made.arena_bytes[tensor.placement]

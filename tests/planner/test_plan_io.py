@@ -46,7 +46,7 @@ HINT = "\n  hint: make it again with 'mpk-spec plan SPEC -o FILE'"
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"version": 99}, "is a plan of version 99, this is mpk-spec for version 1" + HINT),
+        ({"version": 99}, "is a plan of version 99, this is mpk-spec for version 2" + HINT),
         ({"version": ...}, "is no plan: it has no version\n  hint: plans come from 'mpk-spec plan SPEC -o FILE'"),
         ({"steps": ..., "tp": ...}, "is no plan: 'tp' is missing; 'steps' is missing" + HINT),
         ({"states": 7}, "is no plan: 'states': Input should be an object" + HINT),

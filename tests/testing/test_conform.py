@@ -11,7 +11,8 @@ from mpk_spec.runtime.cuda_probe import LOG, SIGNAL, START, WAIT
 from mpk_spec.schema import load_spec
 from mpk_spec.testing.conform import conform
 
-FIRST, STEPS = 2**32 - 2, 4  # counters and steps wrap on the way
+FIRST = 2**32 - 2  # counters and steps wrap on the way
+SEVERAL, ONE, MIXED = [16] * 4, [1] * 4, [16, 1, 1, 16]
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +20,24 @@ def emitted():
     return emit(plan(load_spec("qwen3"), size="tiny", target="h100", context=128, verified=False))
 
 
-def logs_of(emitted, first_step=FIRST, steps=STEPS):
-    """What a kernel that runs its tasks stage by stage, group by group would leave: per SM (waits, works) as lists."""
+@pytest.fixture(params=[SEVERAL, ONE, MIXED], ids=["several", "one", "mixed"])
+def tokens(request):
+    """Of each step."""
+    return request.param
+
+
+def logs_of(emitted, tokens, first_step=FIRST):
+    """What a kernel that runs its tasks stage by stage, group by group would leave: per SM (waits, works) as lists.
+
+    In a step of one token a wait for data is for the event one stage further back, or for nothing where that lacks it.
+    """
     step = emitted.step
     events = {name: n for n, name in enumerate(emitted.programs.events)}
     totals = [emitted.programs.event_total[s.template] for s in step.stages]
     counters = [[(first_step * t) % 2**32 for t in row] for row in totals]
     logs = [([], []) for _ in range(emitted.plan.num_sms)]
     clock = 2**32 - 1000
-    for number in range(first_step, first_step + steps):
+    for number, count in enumerate(tokens, start=first_step):
         for stage, made in enumerate(step.stages):
             template = step.templates[made.template]
             sm_of = {task: sm for sm, queue in enumerate(template.queues) for task in queue}
@@ -36,11 +46,11 @@ def logs_of(emitted, first_step=FIRST, steps=STEPS):
                     waits, works = logs[sm_of[g, task.index]]
                     head = (number % 2**32, stage, g, task.index)
                     for wait in task.waits:
-                        at, of = stage + wait.stage, number
+                        at, of = stage + wait.stage - (wait.data and count == 1), number
                         if at < 0:
                             at, of = at + len(step.stages), number - 1
                         event = events[wait.event]
-                        wanted = (of * totals[at][event] + wait.count) % 2**32
+                        wanted = (of * totals[at][event] + min(wait.count, totals[at][event])) % 2**32
                         clock += 1
                         waits.append(
                             [WAIT, *head, at * len(events) + event, counters[at][event], wanted, clock % 2**32]
@@ -55,9 +65,9 @@ def logs_of(emitted, first_step=FIRST, steps=STEPS):
     return logs
 
 
-def check(emitted, logs):
+def check(emitted, logs, tokens):
     arrays = [tuple(np.array([tuple(e) for e in part], LOG) for part in pair) for pair in logs]
-    return conform(emitted, arrays, FIRST, STEPS)
+    return conform(emitted, arrays, FIRST, tokens)
 
 
 def waits_of(logs):
@@ -68,16 +78,32 @@ def works_of(logs):
     return next(works for _, works in logs if len(works) > 4)
 
 
-def test_a_faithful_run_conforms(emitted):
-    assert check(emitted, logs_of(emitted)) == []
+def test_a_faithful_run_conforms(emitted, tokens):
+    assert check(emitted, logs_of(emitted, tokens), tokens) == []
+
+
+def test_data_is_waited_for_by_the_write_before(emitted):
+    """Of the first layer the stage before has no such event, of the others the layer before has it."""
+    events = list(emitted.programs.events)
+    of_one = [w for waits, _ in logs_of(emitted, ONE) for w in waits if w[1] == FIRST % 2**32]
+    looks = [w for w in of_one if events[w[5] % len(events)] == "down_add.done" and w[2] == 2]
+    assert looks and {w[5] // len(events) for w in looks} == {0}
+    first = [w for w in of_one if events[w[5] % len(events)] == "o_add.done" and w[2] == 0]
+    assert first and {(w[5] // len(events), w[7]) for w in first} == {(len(emitted.step.stages) - 1, 0)}
+
+
+@pytest.mark.parametrize(("ran", "said"), [(SEVERAL, ONE), (ONE, SEVERAL), (MIXED, ONE)])
+def test_a_wait_for_data_that_is_for_another_write_is_found(emitted, ran, said):
+    problems = check(emitted, logs_of(emitted, ran), said)
+    assert problems and all("the scheduler did not wait for " in problem for problem in problems[:3]), problems
 
 
 def early(logs):
-    waits_of(logs)[2][6] -= 1
+    next(wait for wait in waits_of(logs) if wait[6])[6] -= 1
 
 
 def threshold(logs):
-    waits_of(logs)[2][7] -= 1
+    next(wait for wait in waits_of(logs) if wait[7])[7] -= 1
 
 
 def other_event(logs):
@@ -136,13 +162,13 @@ def sm_that_slept(logs):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_departures_are_found(emitted, change, says):
-    logs = logs_of(emitted)
+def test_departures_are_found(emitted, tokens, change, says):
+    logs = logs_of(emitted, tokens)
     change(logs)
-    problems = check(emitted, logs)
+    problems = check(emitted, logs, tokens)
     assert problems and any(says in problem for problem in problems), problems
 
 
 def test_the_report_is_short(emitted):
-    problems = check(emitted, [([], []) for _ in range(emitted.plan.num_sms)])
+    problems = check(emitted, [([], []) for _ in range(emitted.plan.num_sms)], ONE)
     assert len(problems) == 21 and problems[-1] == "and more"
