@@ -1,0 +1,173 @@
+"""The proof about values that cross as data: mistakes planted in a plan that the planner made turn it red, one each.
+
+All but the last few pass the rest of the proof, which takes every wait for one of its event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from defects import template_of
+from plans import Shape, edit_tasks, edit_template, make_plan
+from tiny_specs import child, spec_of
+
+from mpk_spec.planner import plan
+from mpk_spec.planner.plan import Plan, Span, Task, Template, Wait
+from mpk_spec.planner.verify import PlanError, verify
+
+LAYERS = 30
+STAGES = (1, LAYERS // 2, LAYERS - 1)  # of layers that follow one
+
+
+@cache
+def good(steps: tuple[str, ...] = ("decode",)) -> Plan:
+    return plan(spec_of("smollm2"), size="135m", target="h100", context=512, steps=steps)
+
+
+def refused(found: Plan) -> str:
+    with pytest.raises(PlanError) as caught:
+        verify(found)
+    return "\n".join(caught.value.problems)
+
+
+def edited(stage: int, group: str, change) -> Plan:
+    return edit_template(good(), "decode", stage, lambda t: edit_tasks(t, group, change))
+
+
+def without(event: str, stage: int):
+    """A change of tasks that takes a wait from them."""
+
+    def change(task: Task) -> Task:
+        kept = tuple(w for w in task.waits if (w.event, w.stage) != (event, stage))
+        assert len(kept) < len(task.waits)
+        return replace(task, waits=kept)
+
+    return change
+
+
+@pytest.mark.parametrize("stage", (2, *STAGES[1:]))  # layer 1 knows it from the end of the step before
+def test_a_reader_that_does_not_know_that_a_copy_was_cleared(stage):
+    """The residual of o_add: what gate_up and down_add of the layer before looked at says nothing of their writers."""
+    said = refused(edited(stage, "o_add", without("down_add.done", -1)))
+    assert "looks at 'y' [" in said and "and no event says that it is cleared by down_add[" in said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_task_that_does_not_know_it(stage):
+    layer = template_of(good(), "decode", stage)
+    last = next(g for g in layer.groups if g.name == "o_add").tasks[-1].index
+    drop = without("attend.done", 0)
+    said = refused(edited(stage, "o_add", lambda task: drop(task) if task.index == last else task))
+    assert f"o_add[{last}]" in said
+
+
+@pytest.mark.parametrize("tensor", ["y", "y.first", "attention.a.splits"])
+@pytest.mark.parametrize("other", ["logits", "mlp.act"])
+def test_a_copy_that_shares_bytes(tensor, other):
+    found = good()
+    one, two = found.tensors[tensor], found.tensors[other]
+    moved = replace(one, offset=two.offset + two.bytes - 256)
+    arenas = {**found.arena_bytes, "cuda": max(found.arena_bytes["cuda"], moved.offset + moved.bytes)}
+    said = refused(replace(found, tensors={**found.tensors, tensor: moved}, arena_bytes=arenas))
+    assert f"'{tensor}' crosses as data and shares bytes with '{other}'" in said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("group", ["qkv", "o_add", "down_add"])
+def test_a_part_that_another_sm_writes_the_next_time(stage, group):
+    """It would be cleared by who does not write it: tasks 0 and 1 change places in one layer."""
+
+    def swap(template: Template) -> Template:
+        g = [x.name for x in template.groups].index(group)
+        places = {(g, 0): (g, 1), (g, 1): (g, 0)}
+
+        def lists(of: tuple) -> tuple:
+            return tuple(tuple(places.get(entry, entry) for entry in one) for one in of)
+
+        return replace(template, queues=lists(template.queues), loads=lists(template.loads))
+
+    said = refused(edit_template(good(), "decode", stage, swap))
+    assert "' is written on other SMs in '" in said and "' than the time before" in said
+
+
+@pytest.mark.parametrize("event", ["qkv", "o_add.done", "gate_up.done"])
+def test_a_step_that_ends_before_its_last_layer(event):
+    """All others' events say is that somebody looked at these tasks' values, not that they are over. Of SMs that have a
+    part of the head its event says so: here few do."""
+    few = child("qwen3", schedule=[{"set": {"head": {"grid": [5, 1, 1]}, "next_ids.partial": {"grid": [3, 1, 1]}}}])
+    found = plan(few, size="tiny", target="h100", context=256, steps=("decode",))
+
+    def change(task: Task) -> Task:
+        kept = tuple(w for w in task.waits if not (w.stage == -1 and w.event.startswith(event)))
+        assert len(kept) < len(task.waits)
+        return replace(task, waits=kept)
+
+    end = len(found.steps["decode"].stages) - 1
+    said = refused(edit_template(found, "decode", end, lambda t: edit_tasks(t, "next_ids", change)))
+    assert f"a step of one token ends and no event says that {event.split('.')[0]}[" in said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_wait_for_data_of_which_a_task_reads_nothing(stage):
+    """Attention of the first head waits for the query, key and value of the last."""
+    layer = template_of(good(), "decode", stage)
+    attend = next(g for g in layer.groups if g.name == "attend")
+    (other,) = attend.tasks[-1].waits
+    assert other not in attend.tasks[0].waits
+
+    def change(task: Task) -> Task:
+        return replace(task, waits=(*task.waits, other)) if task.index == 0 else task
+
+    said = refused(edited(stage, "attend", change))
+    assert f"attend[0] waits for '{other.event}' as data and reads nothing of qkv[" in said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_task_that_no_longer_reads_what_it_waits_for(stage):
+    def change(task: Task) -> Task:
+        width = task.reads[0].hi // 2
+        return replace(task, reads=(Span(task.reads[0].tensor, 0, width), *task.reads[1:]))
+
+    said = refused(edited(stage, "gate_up", change))
+    assert "waits for 'o_add.done' as data and reads nothing of o_add[" in said
+
+
+def test_what_is_not_data_is_read_after_its_event():
+    """A sum in two shots that the next layer takes for there, since others saw values that came of it."""
+    spec = child("qwen3", schedule=[{"set": {"o_add": {"all_reduce": "two_shot"}}}])
+    found = plan(spec, size="tiny", target="h100", context=256, tp=2, steps=("decode",))
+    drop = without("attention.o.all_reduce.done", -1)
+    said = refused(edit_template(found, "decode", 2, lambda t: edit_tasks(t, "qkv", drop)))
+    assert "reads 'attention.out' [0, 96), and no event says that it is written by attention.o.all_reduce[" in said
+
+
+def test_a_wait_for_data_in_the_head():
+    """Whoever reads after the layers looks at no values, so the event of the write before says nothing."""
+
+    def change(task: Task) -> Task:
+        return replace(task, waits=tuple(replace(w, data=True) for w in task.waits))
+
+    said = refused(edited(LAYERS, "head", change))
+    assert "reads 'y' [" in said and "and no event says that it is written by down_add[" in said
+
+
+def test_steps_whose_waits_differ():
+    both = good(("decode", "prefill"))
+
+    def change(task: Task) -> Task:
+        return replace(task, waits=tuple(replace(w, data=False) for w in task.waits))
+
+    said = refused(edit_template(both, "prefill", 1, lambda t: edit_tasks(t, "gate_up", change)))
+    assert said == "values cross as data and the plan's steps differ in their queues, spans or waits"
+
+
+def test_waits_for_data_where_nothing_lies_twice():
+    found = make_plan(Shape())
+
+    def change(task: Task) -> Task:
+        return replace(task, waits=tuple(Wait(w.event, w.count, w.stage, data=True) for w in task.waits))
+
+    said = refused(edit_template(found, "decode", 2, lambda t: edit_tasks(t, "o", change)))
+    assert said == "a wait is for data, and no tensor has a second copy"
