@@ -155,6 +155,7 @@ def _buffers(plan: Plan) -> str:
         ]
         placement = f"{tensor.placement} inbox" if tensor.inbox else tensor.placement
         placement += f", {tensor.shares}" if tensor.shares != "all" else ""
+        placement += f", {tensor.turns} copies" if tensor.turns > 1 else ""
         rows.append([tensor.name, times(tensor.shape), tensor.dtype, placement, tensor.offset, tensor.bytes,
                      ", ".join(shared)])  # fmt: skip
     for state in plan.states.values():

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 Rules = dict[str, dict[str, Any]]  # settings by group, as under a schedule rule's `set`
 KV_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 KIB = 1024
-LOADER = {
+WHOLE_KERNEL: dict[str, tuple[Any, ...]] = {
     "in_flight": tuple(n * KIB for n in (32, 48, 64)),
     "prefetch": tuple(n * KIB for n in (0, 64, 128, 256)),
+    "crossing": ("event", "data"),
 }
 
 
@@ -29,14 +30,14 @@ class Knob:
 
 
 def knobs(plan: Plan) -> list[Knob]:
-    """All of a plan for the GPU: limits of the loader, grids of linears (most bytes first), splits of attention.
+    """All of a plan for the GPU: limits of the loader, how values cross, grids of linears (most bytes first), splits.
 
     Splits come last: to judge them takes the truth, which is the longest wait of a search.
     """
     groups = _groups(plan)
     attention = [g for g in groups if g.task == "attention"]
     linears = sorted((g for g in groups if g.task == "linear"), key=lambda g: -sum(t.load_bytes for t in g.tasks))
-    found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in LOADER.items()]
+    found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in WHOLE_KERNEL.items()]
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
     return found + [Knob(g.name, "kv_splits", tuple({"kv_splits": n} for n in KV_SPLITS)) for g in attention]
 

@@ -22,7 +22,8 @@ def path(tmp_path):
 
 def test_the_knobs_of_a_plan():
     found = {(k.group, k.name): k.choices for k in knobs(planned({}))}
-    assert {name for _, name in found} == {"kv_splits", "grid", "in_flight", "prefetch"}
+    assert {name for _, name in found} == {"kv_splits", "grid", "in_flight", "prefetch", "crossing"}
+    assert found["*", "crossing"] == ({"crossing": "event"}, {"crossing": "data"})
     assert {g for g, name in found if name == "grid"} == {"qkv", "o_add", "gate_up", "down_add", "head"}
     assert [c["prefetch"] for c in found["*", "prefetch"]] == [0, 65536, 131072, 262144]
     assert [c["in_flight"] for c in found["*", "in_flight"]] == [32768, 49152, 65536]
