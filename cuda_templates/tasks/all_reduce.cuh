@@ -24,6 +24,7 @@ struct AllReduce {
       Out::store(w, token, feature, Residual::load(w, token, feature) + Parts::load(w, token, feature));
     }
     w.sync();
+    w.mark_seen();
     w.release_ready();
     w.signal(entry);
   }
@@ -49,6 +50,7 @@ struct SharedSum {
       Out::store_everywhere(w, token, feature, x);
     }
     w.sync();
+    w.mark_seen();
     w.release_ready();
     w.signal(entry);
   }
