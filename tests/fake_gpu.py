@@ -118,10 +118,11 @@ def two_fake_gpus(fake_gpu, monkeypatch):
         *fake_gpu.driver.sizes[3:],
     )
     library = SimpleNamespace(unique_id=lambda: b"id", join=lambda *place: None)
-    shared = SimpleNamespace(leave=lambda: None)
+    shared = SimpleNamespace(leave=lambda: None, unmapped=())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(parallel_backend, "Ranks", RanksHere)
     monkeypatch.setattr(cuda_rank.CudaRank, "_take_gpu", lambda self: self.rank)
     monkeypatch.setattr(cuda_rank.CudaRank, "_library", lambda self: library)
+    monkeypatch.setattr(cuda_rank, "_without_atomics", lambda rank, ranks: ())
     monkeypatch.setattr(symmetric, "Symmetric", lambda *given: shared)
     return fake_gpu

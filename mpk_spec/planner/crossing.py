@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mpk_spec.planner.memory import ALIGN, bytes_of
-from mpk_spec.planner.plan import Span, Stage, Step, Task, Template, Tensor, Wait
+from mpk_spec.planner.plan import Group, Span, Stage, Step, Task, Template, Tensor, Wait
 from mpk_spec.planner.tile import renamed
 
 FIRST = ".first"
@@ -175,32 +175,73 @@ def _as_data(template: Template, before: Template | None, turns: Turns) -> Templ
     Also for those of what does not cross as data: that they are done shows by no value.
     """
     groups = []
+    marker = _Marker({0: template} if before is None else {0: template, -1: before}, turns)
     for g, group in enumerate(template.groups):
-        makers = {t: (maker.name, template, 0) for maker in template.groups[:g] for t in maker.outputs}
+        makers = {t: (maker.name, 0) for maker in template.groups[:g] for t in maker.outputs}
         if before is not None:
-            makers = {t: (maker.name, before, -1) for maker in before.groups for t in maker.outputs} | makers
-        tasks = tuple(_waiting(task, makers, turns) for task in group.tasks)
-        groups.append(replace(group, tasks=tasks))
+            makers = {t: (maker.name, -1) for maker in before.groups for t in maker.outputs} | makers
+        groups.append(replace(group, tasks=marker.marked(group, makers)))
     return replace(template, groups=tuple(groups))
 
 
-def _waiting(task: Task, makers: dict[str, tuple[str, Template, int]], turns: Turns) -> Task:
-    turning = {(maker, stage) for tensor, (maker, _, stage) in makers.items() if tensor in turns}
-    waits = [replace(w, data=(_group_of(w.event), w.stage) in turning) for w in task.waits]
-    for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in makers and s not in task.writes):
-        maker, source, stage = makers[tensor]
-        if not any(w.stage == stage and _group_of(w.event) == maker for w in waits):
-            reads = task.reads if turns.get(tensor) != "step" else ()  # else the step before has cleared it
-            names = _events(maker, source, reads)
-            waits += [Wait(name, source.events[name], stage, data=tensor in turns) for name in names]
-    return replace(task, waits=tuple(waits))
+class _Marker:
+    """Decides of each wait whether it is for data: if by the values that it reads, or by other waits, a task knows that
+    all are done which signal the event.
+
+    `behind[group]`: the groups, and how many stages away, that every task of a group comes after as a whole.
+    """
+
+    def __init__(self, sources: dict[int, Template], turns: Turns):
+        self.sources, self.turns = sources, turns
+        self.sent = {stage: signallers(template) for stage, template in sources.items()}
+        self.behind: dict[str, set[tuple[str, int]]] = {}
+        self._seen: dict[tuple, bool] = {}
+
+    def marked(self, group: Group, makers: dict[str, tuple[str, int]]) -> tuple[Task, ...]:
+        """The group's tasks. makers: of each tensor the group that wrote it, and how many stages away."""
+        done = [self._marked(task, makers) for task in group.tasks]
+        self.behind[group.name] = set.intersection(*(known for _, known in done)) if done else set()
+        return tuple(task for task, _ in done)
+
+    def _marked(self, task: Task, makers: dict[str, tuple[str, int]]) -> tuple[Task, set[tuple[str, int]]]:
+        waits = [replace(w, data=self._by_values(w, task.reads)) for w in task.waits]
+        known = set().union(*(self._told(w) for w in waits))
+        for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in makers and s not in task.writes):
+            maker, stage = makers[tensor]
+            if any(w.stage == stage and _group_of(w.event) == maker for w in waits):
+                continue
+            reads = task.reads if self.turns.get(tensor) != "step" else ()  # else the step before has cleared it
+            for name in _events(maker, self.sent[stage], reads):
+                wait = Wait(name, self.sources[stage].events[name], stage)
+                data = tensor in self.turns and ((maker, stage) in known or self._by_values(wait, task.reads))
+                waits.append(replace(wait, data=data))
+                known |= self._told(waits[-1])
+        return replace(task, waits=tuple(waits)), known
+
+    def _by_values(self, wait: Wait, reads: tuple[Span, ...]) -> bool:
+        key = wait.event, wait.stage, reads
+        if key not in self._seen:
+            sent = self.sent.get(wait.stage, {}).get(wait.event, [])
+            seen = makers(sent, (s for s in reads if s.tensor in self.turns))
+            self._seen[key] = len(seen) == len(sent) > 0
+        return self._seen[key]
+
+    def _told(self, wait: Wait) -> set[tuple[str, int]]:
+        """What a wait makes known as a whole."""
+        group = _group_of(wait.event)
+        behind = self.behind.get(group, set()) if wait.stage == 0 else set()
+        return behind | ({(group, wait.stage)} if wait.event == f"{group}.done" else set())
 
 
-def _events(maker: str, source: Template, reads: tuple[Span, ...]) -> list[str]:
-    """What says that a group has written `reads`: the event of all its tasks, or those that some of them have."""
-    if (whole := f"{maker}.done") in source.events:
-        return [whole]
-    return [e for e, sent in signallers(source).items() if _group_of(e) == maker and makers(sent, reads)]
+def _events(maker: str, sent: dict[str, list[tuple[int, Task]]], reads: tuple[Span, ...]) -> list[str]:
+    """What says that a group has written `reads`: events of none but their writers, else of all the group's tasks."""
+    whole = f"{maker}.done"
+    wrote = {e: makers(tasks, reads) for e, tasks in sent.items() if _group_of(e) == maker}
+    if whole in sent:
+        exact = [e for e, found in wrote.items() if len(found) == len(sent[e])]
+        told = {task for e in exact for task in wrote[e]}
+        return exact if whole not in exact and told >= {*wrote[whole]} and exact else [whole]
+    return [e for e, found in wrote.items() if found]
 
 
 def _group_of(event: str) -> str:
@@ -210,9 +251,10 @@ def _group_of(event: str) -> str:
 def _told(template: Template, layer: Template, back: int) -> Template:
     """Readers after the layers wait for events: those of the last layer, `back` stages away, whose values they read."""
     makers = {t: group.name for group in layer.groups for t in group.outputs}
+    sent = signallers(layer)
 
     def told(task: Task) -> Task:
-        names = {e for s in task.reads if s.tensor in makers for e in _events(makers[s.tensor], layer, task.reads)}
+        names = {e for s in task.reads if s.tensor in makers for e in _events(makers[s.tensor], sent, task.reads)}
         return _with_waits(task, [Wait(name, layer.events[name], back) for name in sorted(names)])
 
     groups = tuple(replace(g, tasks=tuple(told(t) for t in g.tasks)) for g in template.groups)

@@ -154,3 +154,13 @@ def test_who_makes_what_is_read():
     width = group.tasks[0].writes[0].hi
     assert makers(sent["o_add.done"], [Span("attention.out", 0, width + 1)]) == ((g, 0), (g, 1))
     assert makers(sent["o_add.done"], [Span("y", 0, width)]) == ()
+
+
+def test_a_reader_waits_for_none_but_writers_of_what_it_reads():
+    """Attention apart from what it reads: its append sees keys and values, which one of qkv's two tasks makes."""
+    rules = [{"set": {"qkv": {"grid": [2], "partition": "balanced"}}}]
+    spec = child("qwen3", {"num_key_value_heads": 1}, fusions={"attend": None}, schedule=rules)
+    apart = plan(spec, size="tiny", target="h100", context=256)
+    assert apart.crossing == "data"
+    of_qkv = {w for w in waits(apart.steps["decode"].templates[1], "attention.cache") if w.event.startswith("qkv")}
+    assert of_qkv == {Wait("qkv.done[1:2]", 1, 0, data=True)}
