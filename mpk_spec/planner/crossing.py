@@ -44,6 +44,7 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
     everywhere = [_written(step) for step in made.values()]
     if any(w != everywhere[0] for w in everywhere) or everywhere[0] is None:
         return Crossing(steps, refused="not every layer writes the same values on the same SMs")
+    ranks = any(t.inbox for t in tensors.values())
     by_event = {*states, *(t.name for t in tensors.values() if t.inbox and t.shares != "all")}
     turns: Turns = dict.fromkeys((t for t in everywhere[0] if t not in by_event), "layer")
     turns |= dict.fromkeys((t for step in made.values() for t in _once(step, turns)), "step")
@@ -51,7 +52,7 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
         refused = _why_not(step, turns, tensors, by_event)
         if refused:
             return Crossing(steps, refused=refused)
-    return Crossing({kind: _marked(step, turns) for kind, step in made.items()}, turns)
+    return Crossing({kind: _marked(step, turns, ranks) for kind, step in made.items()}, turns)
 
 
 def in_turns(
@@ -152,14 +153,14 @@ def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], by_event: set
     return None
 
 
-def _marked(step: Step, turns: Turns) -> Step:
+def _marked(step: Step, turns: Turns, ranks: bool) -> Step:
     """Waits of layers for layers are for data; the step's end waits for all events of the last layer as well."""
     templates = list(step.templates)
     for number in {s.template for s in step.stages if s.layer is not None}:
         before = [step.stages[at - 1] for at, s in enumerate(step.stages) if s.template == number]
         follows = all(s.layer is not None for s in before)  # else it is the first, which reads what a step is given
         earlier = step.templates[before[0].template] if follows else None
-        templates[number] = _as_data(step.templates[number], earlier, turns)
+        templates[number] = _as_data(step.templates[number], earlier, turns, ranks)
     at = next(n for n, s in enumerate(step.stages) if s.layer is None)
     last = templates[step.stages[at - 1].template]
     stages = list(step.stages)
@@ -169,19 +170,26 @@ def _marked(step: Step, turns: Turns) -> Step:
     return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
 
 
-def _as_data(template: Template, before: Template | None, turns: Turns) -> Template:
+def _as_data(template: Template, before: Template | None, turns: Turns, ranks: bool) -> Template:
     """Waits for data of this layer and of the one before; every reader waits for every tensor's writers.
 
     Also for those of what does not cross as data: that they are done shows by no value.
     """
     groups = []
+    entry = [] if before is not None or not ranks else _of_step_before(template)
     marker = _Marker({0: template} if before is None else {0: template, -1: before}, turns)
     for g, group in enumerate(template.groups):
         makers = {t: (maker.name, 0) for maker in template.groups[:g] for t in maker.outputs}
         if before is not None:
             makers = {t: (maker.name, -1) for maker in before.groups for t in maker.outputs} | makers
-        groups.append(replace(group, tasks=marker.marked(group, makers)))
+        groups.append(replace(group, tasks=tuple(_with_waits(t, entry) for t in marker.marked(group, makers))))
     return replace(template, groups=tuple(groups))
+
+
+def _of_step_before(template: Template) -> list[Wait]:
+    """What the first tasks of a step wait for. With several ranks all tasks of its first layer do: one rank says that a
+    step begins, and what the others cleared in the step before it does not know."""
+    return list(dict.fromkeys(w for g in template.groups for t in g.tasks for w in t.waits if w.stage < 0))
 
 
 class _Marker:

@@ -203,7 +203,7 @@ class Memory:
 
 def turning(plan: Plan) -> tuple[int, int]:
     """Where in the arena the tensors lie that cross as data: [begin, end), empty where there are none."""
-    found = [t for t in plan.tensors.values() if t.turns > 1]
+    found = [t for t in plan.tensors.values() if t.turns > 1 and t.placement == "cuda"]
     return min((t.offset for t in found), default=0), max((t.offset + t.bytes for t in found), default=0)
 
 

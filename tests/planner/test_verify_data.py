@@ -171,3 +171,93 @@ def test_waits_for_data_where_nothing_lies_twice():
 
     said = refused(edit_template(found, "decode", 2, lambda t: edit_tasks(t, "o", change)))
     assert said == "a wait is for data, and no tensor has a second copy"
+
+
+@cache
+def of_ranks(tp: int = 2) -> Plan:
+    return plan(spec_of("gemma3"), size="tiny", target="h100", tp=tp, context=512, steps=("decode",))
+
+
+def test_other_ranks_do_not_know_what_the_one_that_ends_a_step_knows():
+    """With several ranks a step begins for all when one of them says so: layer 0 waits for the rank's own end."""
+
+    def early(task: Task) -> Task:
+        return replace(task, waits=tuple(w for w in task.waits if w.event != "next_ids.done" or w.stage >= 0))
+
+    for group in ("attend", "o_add", "gate_up", "mlp.down"):
+        assert any(
+            w.stage < 0
+            for w in next(g for g in template_of(of_ranks(), "decode", 0).groups if g.name == group).tasks[0].waits
+        )
+    found = of_ranks()
+    for group in [g.name for g in template_of(found, "decode", 0).groups if g.name != "qkv"]:
+        found = edit_template(found, "decode", 0, lambda t, group=group: edit_tasks(t, group, early))
+    assert "and no event says that it is cleared by" in refused(found)
+
+
+def test_parts_of_other_ranks_are_looked_at_after_an_event_of_theirs():
+    """What this rank has done itself tells nothing of what its peers have cleared."""
+    made = plan(spec_of("qwen3"), size="0.6b", target="h100", tp=2, context=512, steps=("decode",))
+    whole = made.tensors["attention.o"].extent
+
+    def peeks(task: Task) -> Task:
+        return replace(task, reads=(*task.reads, Span("attention.o", 0, whole)))
+
+    found = edit_template(made, "decode", 3, lambda t: edit_tasks(t, "down_add", peeks))
+    assert "looks at parts of 'attention.o' of other ranks and waits for no event of o_add[" in refused(found)
+
+
+def test_layers_that_signal_an_event_differently():
+    """The kernel waits for the signals of the layer before, and for as many as this one has."""
+    found = good()
+    name = "attend.done"
+    template = template_of(found, "decode", 0)
+    first = next(g for g in template.groups if g.name == "attend").tasks[0].index
+
+    def twice(task: Task) -> Task:
+        return replace(task, signals=(*task.signals, name)) if task.index == first else task
+
+    def waits_for_more(task: Task) -> Task:
+        return replace(task, waits=tuple(replace(w, count=w.count + (w.event == name)) for w in task.waits))
+
+    def change(t: Template) -> Template:
+        t = edit_tasks(edit_tasks(t, "attend", twice), "o_add", waits_for_more)
+        return replace(t, events={**t.events, name: t.events[name] + 1})
+
+    found = edit_template(found, "decode", 0, change)
+    assert "signals of 'attend.done' as data; the layer before has" in refused(found)
+
+
+def with_tensor(found: Plan, name: str, **changes) -> Plan:
+    return replace(found, tensors={**found.tensors, name: replace(found.tensors[name], **changes)})
+
+
+def test_layers_out_of_order():
+    step = good().steps["decode"]
+    stages = list(step.stages)
+    stages[3], stages[4] = stages[4], stages[3]
+    found = replace(good(), steps={"decode": replace(step, stages=tuple(stages))})
+    assert "values cross as data, and its layers are not 0, 1, ... one after the other" in refused(found)
+
+
+def test_copies_that_are_counted_otherwise_than_they_are_written():
+    assert "'y' crosses as data, and is not written once in a step and nowhere else" in refused(
+        with_tensor(good(), "y", per="step")
+    )
+
+
+def test_copies_too_small_for_two():
+    size = good().tensors["y"].bytes
+    assert f"two copies of 'y' take {size} bytes, it has {size // 2}" in refused(
+        with_tensor(good(), "y", bytes=size // 2)
+    )
+
+
+def test_values_that_nobody_looks_at():
+    """One feature of each writer shows that it has begun, not that it has ended."""
+
+    def narrow(task: Task) -> Task:
+        reads = tuple(replace(s, hi=s.hi - 1) if s.tensor == "mlp.act" else s for s in task.reads)
+        return replace(task, reads=reads)
+
+    assert "nobody looks at 'mlp.act' from 1535 on" in refused(edited(7, "down_add", narrow))

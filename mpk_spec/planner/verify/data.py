@@ -16,8 +16,9 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from mpk_spec.planner.plan import Plan, Span, Task
+from mpk_spec.planner.plan import Plan, Span, Task, Wait
 from mpk_spec.planner.verify.code import Code
+from mpk_spec.planner.verify.copies import check_copies
 from mpk_spec.planner.verify.report import Report
 
 
@@ -57,6 +58,7 @@ def check_data(plan: Plan, codes: dict[str, list[Code]], report: Report) -> None
             report.add("a wait is for data, and no tensor has a second copy")
         return
     _check_alone(plan, turning, report)
+    check_copies(plan, report)
     kinds = [[codes[kind][s.template] for s in step.stages] for kind, step in plan.steps.items()]
     first, *others = kinds
     if any(len(o) != len(first) or not all(map(_alike, o, first)) for o in others):
@@ -128,6 +130,7 @@ class _Walk:
         walked = shortened([s.template for s in stages])
         self.codes = [codes[n] for n in walked]
         self.layers = [stages[n].layer is not None for n in walked]
+        self.inboxes = {n for n in turning if plan.tensors[n].inbox} if plan.tp > 1 else set()
         self.seen, self.done = [0] * plan.num_sms, [0] * plan.num_sms
         self.stages: list[_Stage] = []
         self.past: dict[str, list[_Write]] = {}
@@ -144,7 +147,8 @@ class _Walk:
                 late = self._name(everything & ~known)
                 self.report.add(f"a step of one token ends and no event says that {late} is done")
                 return
-            self.seen = [known | s for s in self.seen]
+            # who ends the step tells the SMs of its own rank; of several ranks one does it for all
+            self.seen = [known | s if self.plan.tp == 1 else s for s in self.seen]
             self.done = [known | s for s in self.done]
 
     def _stage(self, code: Code, layer: bool, check: bool) -> int:
@@ -160,6 +164,8 @@ class _Walk:
             if check:
                 for span in task.reads:
                     self._check_read(stage, n, group, span, seen, layer)
+                    if layer and span.tensor in self.inboxes:
+                        self._check_ranks(stage, n, group, span, task)
                 for span in task.writes:
                     self._check_write(stage, n, span, seen, done)
             bit = 1 << (stage.base + n)
@@ -194,7 +200,7 @@ class _Walk:
             source = self.stages[at + wait.stage]
             if wait.data:
                 if at + wait.stage > 0:
-                    seen |= self.stages[at + wait.stage - 1].seen.get(wait.event, 0)
+                    seen |= self._cleared(stage, n, wait, source, self.stages[at + wait.stage - 1])
                 unread[wait.event] = self._unread(source, task, wait.event)
             else:
                 seen |= source.seen.get(wait.event, 0)
@@ -204,6 +210,29 @@ class _Walk:
             if bits & ~done:
                 self._tell(stage, n, f"waits for '{event}' as data and reads nothing of", bits & ~done)
         return seen, done
+
+    def _cleared(self, stage: _Stage, n: int, wait: Wait, source: _Stage, before: _Stage) -> int:
+        """What the event of the write before makes visible: the kernel waits for as many signals as of this one."""
+        total = before.code.totals.get(wait.event, 0)
+        if total and not total == source.code.totals.get(wait.event) == wait.count:
+            name = stage.code.name(n)
+            said = f"{name} waits for {wait.count} signals of '{wait.event}' as data; the layer before has {total}"
+            self.report.add(said, name.split("[")[0], wait.event, "count")
+        return before.seen.get(wait.event, 0)
+
+    def _check_ranks(self, stage: _Stage, n: int, group: int, span: Span, task: Task) -> None:
+        """That other ranks have cleared their parts is told by an event of all ranks, not by what this one has done."""
+        here = stage.writes.get(span.tensor)
+        inside = here is not None and here.group < group
+        if not inside and not self.past.get(span.tensor):
+            return
+        writers = (here if inside else self.past[span.tensor][-1]).touching(span)
+        for wait in task.waits:
+            at = len(self.stages) - 1 + wait.stage
+            writers &= ~(self.stages[at].signallers(wait.event) if at >= 0 else 0)
+        if writers:
+            said = f"looks at parts of '{span.tensor}' of other ranks and waits for no event of"
+            self._tell(stage, n, said, writers)
 
     def _unread(self, source: _Stage, task: Task, event: str) -> int:
         """The signallers of an event of which a task reads nothing that crosses as data."""

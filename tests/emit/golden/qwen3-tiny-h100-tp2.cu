@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan c6a2f6dfc9464f51: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan c7e25b8913457896: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -19,8 +19,8 @@ constexpr mpk::u32 event_stride = 32;
 constexpr mpk::u32 sampling_sm = 50;
 constexpr mpk::u32 max_queue = 1;  // tasks of one SM in one stage
 
-using Program = mpk::SmProgram<3, 3, 3, 10, 3>;
-static_assert(sizeof(Program) == 236, "the host packs programs as the kernel reads them");
+using Program = mpk::SmProgram<3, 3, 3, 11, 3>;
+static_assert(sizeof(Program) == 244, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
