@@ -8,6 +8,8 @@ part is who wrote it; everything else is read and overwritten in the order of ev
 The rest of the proof takes a `data` wait for one of its event. That holds if the task reads something of every
 signaller, or knows without that wait that it is `done`. Of an attention's parts those that saw no position are not
 read, and their tasks do nothing. Steps of several tokens wait for the events themselves, and know more.
+
+With several ranks one of them begins a step for all, so that at its start an SM knows no more than its own waits tell.
 """
 
 from __future__ import annotations
