@@ -261,3 +261,8 @@ def test_values_that_nobody_looks_at():
         return replace(task, reads=reads)
 
     assert "nobody looks at 'mlp.act' from 1535 on" in refused(edited(7, "down_add", narrow))
+
+
+def test_one_layer_whose_result_only_the_head_reads():
+    made = plan(child("qwen3", {"num_hidden_layers": 1}), size="tiny", target="h100", context=256)
+    assert made.crossing == "data" and verify(made)

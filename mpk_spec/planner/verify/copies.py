@@ -49,7 +49,7 @@ def _check_seen(step: Step, tensor: Tensor, report: Report) -> None:
     if any(tensor.name in g.published for t in templates for g in t.groups):
         return
     found = [{s for g in t.groups for k in g.tasks for s in k.reads if s.tensor == tensor.name} for t in templates]
-    for spans in [spans for spans in found if spans] or [set()]:
+    for spans in filter(None, found):
         end = 0
         for span in sorted(spans, key=lambda s: s.lo):
             if span.lo > end:
