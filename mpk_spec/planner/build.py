@@ -13,7 +13,6 @@ from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.crossing import Crossing, cross_as_data, in_turns
 from mpk_spec.planner.events import StageOrder, connect, enter
 from mpk_spec.planner.fuse import FusedSection, fuse
-from mpk_spec.planner.loader import resolve_loader
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
@@ -23,6 +22,7 @@ from mpk_spec.planner.shots import choose_shots, inboxes, lone_sums
 from mpk_spec.planner.sums import sums_into_readers
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, chunk_columns, outputs, renamed, smem_bytes, tile
+from mpk_spec.planner.whole_kernel import resolve_whole_kernel
 from mpk_spec.schema import Spec
 
 
@@ -70,7 +70,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         schedulers.append(scheduler)
         lowered[kind] = _lowering(sections, scheduler)
     slots = _slots(lowered, ring)
-    loader = resolve_loader(schedulers, chunk, slots)
+    whole = resolve_whole_kernel(schedulers, chunk, slots)
     splits = _kv_splits(spec, lowered, problems)
     _check_sums(spec, lowered[request.steps[0]], problems)
     if problems:
@@ -78,7 +78,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     drafts = [_draft(kind, request, lowered[kind], splits) for kind in request.steps]
     tensors, kept = _tensors(spec, lowered, request)
     crossing = _cross(
-        spec, {d.kind: _step(d, request) for d in drafts}, tensors, model, request, schedulers[0], loader.crossing
+        spec, {d.kind: _step(d, request) for d in drafts}, tensors, model, request, schedulers[0], whole.crossing
     )
     tensors, arenas = _place(tensors, kept, crossing, drafts, request)
     states = {n: replace(s, extent=s.kv_heads * splits.get(n, 1)) for n, s in model.states.items()}
@@ -88,9 +88,9 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         tp=request.tp, batch=request.batch, context=request.context, num_sms=request.target.num_sms,
         config=model.config, architecture=architecture, steps=crossing.steps, tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
-        notes=(*(n for s in sections for n in s.notes), *_crossing_note(crossing)),
+        notes=(*(n for s in sections for n in s.notes), _crossing_note(crossing)),
         schedule=_resolved(first), ring_bytes=slots * chunk,
-        chunk_bytes=chunk, in_flight_bytes=loader.in_flight, prefetch_bytes=loader.prefetch,
+        chunk_bytes=chunk, in_flight_bytes=whole.in_flight, prefetch_bytes=whole.prefetch,
         crossing="data" if crossing.turns else "event",
         prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
         all_reduces=model.all_reduces,
@@ -285,18 +285,19 @@ def _cross(
     scheduler: Scheduler, wanted: str,
 ) -> Crossing:  # fmt: skip
     """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
-    if wanted == "event" or (wanted == "auto" and request.target.name == "cpu"):
-        return Crossing(steps)
+    if request.target.name == "cpu" and wanted != "data":
+        return Crossing(steps, refused="on the CPU tasks run one after the other")
     crossing = cross_as_data(steps, tensors, model.states)
     if crossing.refused and wanted == "data":
         said = f"values cannot cross as data here: {crossing.refused}"
         raise SpecError(spec.problem(scheduler.pins("*")["crossing"][1], said, "write 'auto' or 'event'"))
-    return crossing
+    return Crossing(steps, refused="a rule says so") if wanted == "event" and not crossing.refused else crossing
 
 
-def _crossing_note(crossing: Crossing) -> list[str]:
-    names = ", ".join(sorted(crossing.turns))
-    return [f"{names}: cross between SMs as data in steps of one token"] if names else []
+def _crossing_note(crossing: Crossing) -> str:
+    if crossing.refused:
+        return f"values cross between SMs by events: {crossing.refused}"
+    return f"{', '.join(sorted(crossing.turns))}: cross between SMs as data in steps of one token"
 
 
 def _tensors(spec: Spec, lowered: dict[str, _Lowering], request: Request) -> tuple[dict[str, Tensor], set[str]]:

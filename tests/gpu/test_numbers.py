@@ -33,7 +33,11 @@ def test_compare_fails_with_a_planted_defect(models, probe, size, defect):
     wrong.defect = defect
     if defect == "early-event":  # whoever waits for too little sees it when others are late
         wrong.at, wrong.delay_seed = find_place(backend.emitted, "down_add"), 7
-    assert _is_caught(models.yardstick("qwen3", size), backend)
+    yardstick = models.yardstick("qwen3", size)
+    if defect == "early-event":
+        assert _is_caught(yardstick, backend)
+    else:
+        assert not yardstick.judge(backend).passed
     wrong.defect = None
 
 

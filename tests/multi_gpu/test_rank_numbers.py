@@ -18,6 +18,7 @@ def truth(checkpoint):
 
 def test_logits_are_those_of_the_reference(ranks, checkpoint, truth):
     ours, reference = ranks.logits(IDS), reference_logits(ranks.plan, checkpoint)
+    assert ours.isfinite().all()
     found = verdict(ours, reference, truth)
     assert found.passed, found.rows
     assert apart(ours, reference, truth) < SAME_ROUNDING

@@ -16,8 +16,8 @@ PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
 
 
 @dataclass(frozen=True)
-class Loader:
-    """Bytes of each SM: copies on their way to its ring, and what is brought into L2 while the ring is full.
+class WholeKernel:
+    """in_flight, prefetch: bytes of each SM, copied to its ring at once and brought into L2 while the ring is full.
 
     crossing: "event", "data" or "auto", see `planner.crossing`.
     """
@@ -27,28 +27,28 @@ class Loader:
     crossing: str
 
 
-def resolve_loader(schedulers: Iterable[Scheduler], chunk: int, slots: int) -> Loader:
-    """The loader of a plan with a ring of `slots` chunks, which serves all its steps.
+def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int) -> WholeKernel:
+    """What holds for a plan with a ring of `slots` chunks, in all its steps.
 
     What cannot be goes to the schedulers' problems.
     """
     found = [(scheduler, _of(scheduler, chunk, slots)) for scheduler in schedulers]
-    (first, loader), *others = found
+    (first, settings), *others = found
     for other, wanted in others:
         for key in WHOLE_KERNEL:
-            ours, theirs = getattr(loader, key), getattr(wanted, key)
+            ours, theirs = getattr(settings, key), getattr(wanted, key)
             if ours != theirs:
                 _, at = (other.pins("*") | first.pins("*"))[key]
                 said = f"'{key}' is {ours} in the {first.step} step and {theirs} in the {other.step} step"
-                hint = "one loader serves all steps: leave 'step' out of this rule's 'when'"
+                hint = "one kernel serves all steps: leave 'step' out of this rule's 'when'"
                 first.problems.append(first.spec.problem(at, said, hint))
-    return loader
+    return settings
 
 
-def _of(scheduler: Scheduler, chunk: int, slots: int) -> Loader:
+def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
     target, ring = scheduler.target, slots * chunk
     share = max(chunk, target.l2_bytes // target.num_sms)
-    return Loader(
+    return WholeKernel(
         _whole_chunks(scheduler, "in_flight", IN_FLIGHT_BYTES, chunk, (chunk, ring), f"the ring's {ring}"),
         _whole_chunks(
             scheduler, "prefetch", PREFETCH_BYTES, chunk, (chunk, share),
