@@ -1,6 +1,6 @@
 # For scripts that run many parts on a GPU machine, none of which can hang the others. To be sourced.
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 summary=()
 
 part() { # name, seconds, command...
