@@ -48,6 +48,7 @@ class Follower:
             except OSError:
                 return EXIT_BAD_INPUT
             if method == "close":
+                self.link.poll(GRACE_S)  # until rank 0 hangs up: ending any sooner would look like an accident to it
                 return EXIT_OK
 
     def _answer(self, method: str, args: tuple) -> tuple[str, Any]:

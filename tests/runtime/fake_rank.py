@@ -52,6 +52,13 @@ class Plain:
         pass
 
 
+class SlowToClose(Plain):
+    """Rank 0 is still closing when the others have done so."""
+
+    def close(self) -> None:
+        time.sleep(0.0 if self.rank else 1.0)
+
+
 class Launcher:
     """A kernel that counts on from the prompt's last id; it looks at the stop and abort flags."""
 

@@ -79,6 +79,14 @@ def test_a_rank_that_is_killed_between_calls_is_noticed(ranks):
     assert ranks.local.aborted.is_set()
 
 
+def test_a_rank_that_has_closed_is_not_lost():
+    ranks = Ranks(2)
+    ranks.open(fake_rank.SlowToClose)
+    ranks.close()
+    assert ranks.lost is None
+    assert [process.returncode for process in ranks.processes] == [0]
+
+
 def test_of_three_ranks_the_third_ends_too():
     three = Ranks(3)
     three.open(fake_rank.Plain)
