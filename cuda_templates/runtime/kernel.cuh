@@ -12,6 +12,7 @@ __device__ void set_up(const Params& params, Shared& shared) {
     reinterpret_cast<u32*>(&shared.program)[i] = from[i];
   for (u32 i = threadIdx.x; i < sizeof(Params) / 4; i += block_threads)
     reinterpret_cast<u32*>(&shared.params)[i] = reinterpret_cast<const u32*>(&params)[i];
+  for (u32 i = threadIdx.x; i < min_of(pages_kept, params.num_pages); i += block_threads) shared.pages[i] = params.pages[i];
   if (threadIdx.x == 0) {
     for (u32 i = 0; i < ring_slots; ++i) {
       ptx::barrier_init(&shared.full[i], ptx::copy_arrivals);

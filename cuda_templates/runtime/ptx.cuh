@@ -49,6 +49,14 @@ __device__ __forceinline__ bool barrier_try(u64* bar, u32 parity) {
   return done != 0;
 }
 
+// The same, and never sleeps.
+__device__ __forceinline__ bool barrier_test(u64* bar, u32 parity) {
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+  return done != 0;
+}
+
 // Until the phase of that parity is complete or the flag in shared memory is set. A loop that the compiler does not see: it
 // has dozens of these inside its other loops, and those would cost it a fifth of its time.
 __device__ __forceinline__ void barrier_wait(u64* bar, u32 parity, const u32* flag) {

@@ -15,6 +15,7 @@ constexpr u32 worker_threads = worker_warps * warp_size;
 constexpr u32 block_threads = producer_threads + worker_threads;
 constexpr u32 producer_registers = 72, worker_registers = 216;  // of each thread; 168 where they cannot be moved
 constexpr u32 ready_depth = 4;
+constexpr u32 pages_kept = 256;  // of the page table in shared memory: a load less to wait for before a key's
 
 // What this SM is doing, for the watchdog: hand-overs from scheduler to workers, and the event that the scheduler waits for.
 struct Watched {
@@ -44,6 +45,7 @@ struct Shared : probe::Recorder {
   Watched watched;
   alignas(8) float reduce[worker_warps * max_tokens];
   float rstd[max_tokens];
+  i32 pages[pages_kept];  // the first entries of the page table
   alignas(16) Params params;
   alignas(16) plan::Program program;
 };
@@ -104,9 +106,15 @@ struct Worker : Progress {
 
   // Layers before this one, those of earlier steps included.
   __device__ __forceinline__ u32 layers_run() const { return step_index * plan::num_layers + layer; }
-  // Whether to go on looking for values that are not there yet.
-  __device__ __forceinline__ bool keeps_looking() const { return !aborted() && !probe::looks_away(params, group); }
+  // Whether to look once more for values that are not there yet; `looks` counts how often. The flag is read seldom: what
+  // lies between two looks is time that a value waits to be seen.
+  __device__ __forceinline__ bool keeps_looking(u32& looks) const {
+    return (++looks % 64 != 0 || !aborted()) && !probe::looks_away(params, group);
+  }
   __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
+
+  // The physical page of a block of positions.
+  __device__ __forceinline__ i32 page(u32 index) const { return index < pages_kept ? shared.pages[index] : params.pages[index]; }
 
   __device__ __forceinline__ u8* activations() const { return scratch; }
   __device__ __forceinline__ float* partials() const { return reinterpret_cast<float*>(scratch + activation_bytes); }
@@ -141,6 +149,33 @@ struct Worker : Progress {
     wait_barrier(shared, &shared.full[slot], slot_parity);
     waits.end();
     return ptx::shared_address(ring) + slot * plan::slot_bytes;
+  }
+  // The slot `ahead` (0 or 1) of the next chunk's, and the parity of the phase in which it is full.
+  __device__ __forceinline__ u32 slot_after(u32 ahead) const { return slot + ahead == ring_slots ? 0 : slot + ahead; }
+  __device__ __forceinline__ u32 parity_after(u32 ahead) const { return slot_parity ^ (slot + ahead == ring_slots); }
+  __device__ __forceinline__ u32 chunk_address(u32 ahead) const {
+    return ptx::shared_address(ring) + slot_after(ahead) * plan::slot_bytes;
+  }
+  // Whether the next `count` (1 or 2) chunks have landed; the same for all lanes of a warp.
+  __device__ __forceinline__ bool chunks_landed(u32 count) const {
+    const bool first = ptx::barrier_test(&shared.full[slot], slot_parity);
+    const bool second = ptx::barrier_test(&shared.full[slot_after(1)], parity_after(1));
+    return __all_sync(all_lanes, first && (second || count == 1));
+  }
+  __device__ __forceinline__ void wait_chunks(u32 count) {
+    waits.begin();
+    if (!chunks_landed(count)) {
+      wait_barrier(shared, &shared.full[slot], slot_parity);
+      if (count == 2) wait_barrier(shared, &shared.full[slot_after(1)], parity_after(1));
+    }
+    waits.end();
+  }
+  __device__ __forceinline__ void free_chunks(u32 count) {
+    __syncwarp();
+    if (lane < count) ptx::barrier_arrive(&shared.empty[slot_after(lane)]);
+    const bool over = slot + count >= ring_slots;
+    slot = over ? slot + count - ring_slots : slot + count;
+    slot_parity ^= over;
   }
   __device__ __forceinline__ void free_chunk() {
     __syncwarp();

@@ -44,10 +44,7 @@ struct SharedSum {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = first + i % count * 4;
-      const auto row = Sum::of(w, token);
-      float4 x = Sum::load(row, feature);
-      while (Sum::is_missing(x) && w.keeps_looking()) x = Sum::load(row, feature);
-      Out::store_everywhere(w, token, feature, x);
+      Out::store_everywhere(w, token, feature, settled<Sum>(w, Sum::of(w, token), feature));
     }
     w.sync();
     w.mark_seen();

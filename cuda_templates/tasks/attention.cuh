@@ -25,6 +25,22 @@ struct AttentionShape {
   static_assert(Heads % KvHeads == 0, "query heads share KV heads evenly");
 };
 
+// The bits of N neighbouring bf16.
+template <int N>
+struct Bits;
+template <>
+struct Bits<1> {
+  using type = u16;
+};
+template <>
+struct Bits<2> {
+  using type = u32;
+};
+template <>
+struct Bits<4> {
+  using type = uint2;
+};
+
 // Output of one split: [tokens, splits, heads, head_dim + 2] float32, or the finished bf16 value where there is one split.
 template <class Shape, class Q, class K, class V, class Norms, class Rotary, u64 CacheOffset, class Out, float Scale>
 struct Attention {
@@ -66,10 +82,12 @@ struct Attention {
     for (int row = 0; row < queries; row += rows) {
       const int used = min_of(rows, queries - row);
       Cached cached{};  // initialised on every path, or the registers would count as in use in all other tasks too
-      if (!idle) load_block(w, head, worker, w.position, cached);
-      turn_vectors(w, s, head, worker, row, used, idle);
-      if (idle) break;
+      const u8* from = idle ? nullptr : cached_page(w, head, worker);
+      if (!idle) load_keys(w, from, worker * block, w.position, cached);
+      turn_vectors(w, s, head, worker, row, used, from, cached);
       w.sync();
+      if (row == 0) w.release_ready();
+      if (idle) break;
       w.mark_seen();
       one_pass(w, s, head, worker, row, used, cached);
       w.sync();
@@ -81,7 +99,7 @@ struct Attention {
 
  private:
   static __device__ __forceinline__ u8* page(const Worker& w, int head, int index) {
-    const u64 at = static_cast<u64>(w.layer) * w.params.num_pages + w.params.pages[index];
+    const u64 at = static_cast<u64>(w.layer) * w.params.num_pages + w.page(index);
     return w.params.cache + CacheOffset + (at * Shape::kv_heads + head) * page_bytes;
   }
 
@@ -92,11 +110,6 @@ struct Attention {
   }
 
   // Positions that an earlier step wrote; the others come from this step's own keys and values.
-  static __device__ __forceinline__ void load_block(const Worker& w, int head, int index, int first_new, Cached& cached) {
-    const u8* from = cached_page(w, head, index);
-    load_keys(w, from, index * block, first_new, cached);
-    load_values(w, from, index * block, first_new, cached);
-  }
   static __device__ __forceinline__ void load_keys(
       const Worker& w, const u8* from, int first_position, int first_new, Cached& cached) {
     const int at = w.warp * positions + w.lane / 4;
@@ -124,19 +137,10 @@ struct Attention {
     if constexpr (per == 2) return make_uint2(ptx::load_l2_4(from), 0);
     return make_uint2(ptx::load_l2_2(from), 0);
   }
-  // The same of what this step has computed.
-  static __device__ __forceinline__ uint2 new_features(const Worker& w, const u8* from) {
-    if constexpr (per == 4) return settled<uint2>(w, from);
-    if constexpr (per == 2) return make_uint2(settled<u32>(w, from), 0);
-    return make_uint2(settled<u16>(w, from), 0);
-  }
-  template <class Bits>
-  static __device__ __forceinline__ Bits settled(const Worker& w, const u8* from) {
-    Bits v;
-    Q::look(from, v);  // K's and V's cross in the same way
-    Q::settle(w, from, v);
-    return v;
-  }
+  // A lane's features of what this step computes: Q's, K's and V's cross in the same way.
+  using Fresh = typename Bits<per>::type;
+  static __device__ __forceinline__ uint2 pairs_of(uint2 v) { return v; }
+  static __device__ __forceinline__ uint2 pairs_of(u32 v) { return make_uint2(v, 0); }
   static __device__ __forceinline__ void widen(uint2 v, float (&to)[per]) {
     to[0] = ptx::low_bf16(v.x);
     if constexpr (per > 1) to[1] = ptx::high_bf16(v.x);
@@ -146,12 +150,13 @@ struct Attention {
   // --- this step's queries, keys and values, a vector to a warp
 
   // The pass's queries go to shared memory; in the first pass also new keys and values of the blocks that this worker owns,
-  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for.
+  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for; but
+  // the cached values `from` (none: the task is idle) are wanted last, and asked for behind this step's own.
   static __device__ __forceinline__ void turn_vectors(
-      Worker& w, Scratch& s, int head, int worker, int first_row, int used, bool idle) {
-    const int vectors = idle ? 0 : used + (first_row ? 0 : 2 * w.tokens);
-    bool waiting = first_row == 0;
-    for (int i = w.warp; waiting || i < vectors; i += worker_warps) {
+      Worker& w, Scratch& s, int head, int worker, int first_row, int used, const u8* cached_from, Cached& cached) {
+    const int vectors = cached_from ? used + (first_row ? 0 : 2 * w.tokens) : 0;
+    bool waiting = first_row == 0, asked = false;
+    for (int i = w.warp; waiting || i < vectors || !asked; i += worker_warps) {
       const int row = first_row + i, token = i < used ? row / group : (i - used) / 2;
       const bool query = i < used, value = !query && (i - used) % 2;
       const int position = w.position + token;
@@ -165,15 +170,18 @@ struct Attention {
       }
       if (waiting) {
         w.wait_ready();
-        w.sync();
-        w.release_ready();
         waiting = false;
       }
-      if (!mine) continue;
-      float x[per];
       const u8* from = query ? Q::at(w, token, (head * group + row % group) * dim)
                              : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim));
-      widen(new_features(w, from + w.lane * per * 2), x);
+      Fresh fresh{};
+      if (mine) Q::look(from + w.lane * per * 2, fresh);
+      if (!asked && cached_from) load_values(w, cached_from, worker * block, w.position, cached);
+      asked = true;
+      if (!mine) continue;
+      Q::settle(w, from + w.lane * per * 2, fresh);
+      float x[per];
+      widen(pairs_of(fresh), x);
       if (!value) {
         Norms::apply(gain, x);
         Rotary::apply(w, angle, x);

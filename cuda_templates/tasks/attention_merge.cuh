@@ -44,8 +44,6 @@ struct AttentionMerge {
  private:
   static constexpr int few = 4;  // so many splits are loaded at once
   static constexpr u32 split_bytes = Heads * row * 4;
-  static_assert(Heads <= static_cast<int>(worker_threads), "a thread works out one head's factors");
-  static_assert(Heads * 8 * 4 <= partial_bytes, "the heads' factors fit where partial sums go later");
 
   // Splits that saw a position of a token.
   static __device__ __forceinline__ int seen(const Worker& w, int token) {
@@ -53,8 +51,11 @@ struct AttentionMerge {
   }
   // Bytes from a split's begin.
   static __device__ __forceinline__ u32 place(int feature) { return (feature / HeadDim * row + feature % HeadDim) * 4; }
+  // Bytes from there to the head's statistics: maximum and sum of weights.
+  static __device__ __forceinline__ u32 to_stats(int feature) { return (HeadDim - feature % HeadDim) * 4; }
 
-  // One token, few splits: all is asked for at once, and a thread works out the factors of a whole head.
+  // One token, few splits. A thread looks at the splits' statistics until all are there, and only then at their values, which
+  // are hundreds of times as many bytes: looking at those again and again would keep L2 from the weights.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
     constexpr int per_thread = ceil_div(Heads * HeadDim / 4, worker_threads);
@@ -63,71 +64,71 @@ struct AttentionMerge {
     const u8* row_begin = Source::at(w, 0, 0);
 #pragma unroll 1
     for (int first = 0; first < count; first += at_once * worker_threads) {
-      uint2 low[at_once][Live], high[at_once][Live];
+      const u8* from[at_once];
+      uint2 stats[at_once][Live], low[at_once][Live], high[at_once][Live];
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
+        from[n] = row_begin + place(feature);
+#pragma unroll
+        for (int s = 0; s < Live; ++s) Source::look(from[n] + to_stats(feature) + s * split_bytes, stats[n][s]);
+      }
+      bool missing = true;
+#pragma unroll 1
+      for (u32 looks = 0; missing && w.keeps_looking(looks);) {
+        missing = false;
+#pragma unroll
+        for (int n = 0; n < at_once; ++n)
+#pragma unroll
+          for (int s = 0; s < Live; ++s) {
+            if (!Source::is_missing(stats[n][s])) continue;
+            missing = true;
+            const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
+            Source::look(from[n] + to_stats(feature) + s * split_bytes, stats[n][s]);
+          }
+      }
 #pragma unroll
       for (int n = 0; n < at_once; ++n)
 #pragma unroll
-        for (int s = 0; s < Live; ++s) clear(low[n][s]), clear(high[n][s]);
-      uint2 stats[Live] = {};
-      const bool has_head = first == 0 && static_cast<int>(w.thread) < Heads;
-#pragma unroll
-      for (int s = 0; s < Live; ++s)
-        if (has_head) clear(stats[s]);
-      bool missing = true;
+        for (int s = 0; s < Live; ++s) {
+          Source::look(from[n] + s * split_bytes, low[n][s]);
+          Source::look(from[n] + s * split_bytes + 8, high[n][s]);
+        }
+      missing = true;
 #pragma unroll 1
-      while (missing && w.keeps_looking()) {  // for all that is missing, until nothing is
+      for (u32 looks = 0; missing && w.keeps_looking(looks);) {
         missing = false;
 #pragma unroll
-        for (int n = 0; n < at_once; ++n) {
-          const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
-          const u8* from = row_begin + place(feature);
+        for (int n = 0; n < at_once; ++n)
 #pragma unroll
           for (int s = 0; s < Live; ++s) {
-            if (!is_cleared<float>(low[n][s]) && !is_cleared<float>(high[n][s])) continue;
+            if (!Source::is_missing(low[n][s]) && !Source::is_missing(high[n][s])) continue;
             missing = true;
-            Source::look(from + s * split_bytes, low[n][s]);
-            Source::look(from + s * split_bytes + 8, high[n][s]);
+            Source::look(from[n] + s * split_bytes, low[n][s]);
+            Source::look(from[n] + s * split_bytes + 8, high[n][s]);
           }
-        }
-#pragma unroll
-        for (int s = 0; s < Live; ++s) {
-          if (!is_cleared<float>(stats[s])) continue;
-          missing = true;
-          Source::look(row_begin + place(w.thread * HeadDim) + HeadDim * 4 + s * split_bytes, stats[s]);
-        }
-      }
-      if (first == 0) {
-        if (has_head) leave_factors<Live>(w, w.thread, stats);
-        w.sync();
       }
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         const int i = first + w.thread + n * worker_threads;
-        if (i >= count) continue;
-        const int feature = panel.lo + i * 4;
-        const float* factors = w.partials() + feature / HeadDim * 8;
-        float top[4] = {};
-#pragma unroll
-        for (int s = 0; s < Live; ++s) add(top, low[n][s], high[n][s], factors[s]);
-        panel.store_four(w, 0, feature, rounded(top, factors[few]));
+        if (i < count) panel.store_four(w, 0, panel.lo + i * 4, merged<Live>(stats[n], low[n], high[n]));
       }
     }
   }
 
-  // A head's factors of its splits and, behind them, of their sum.
   template <int Live>
-  static __device__ __forceinline__ void leave_factors(const Worker& w, int head, const uint2 (&stats)[Live]) {
-    float* to = w.partials() + head * 8;
-    float peak = -infinity, bottom = 0.f;
+  static __device__ __forceinline__ uint2 merged(
+      const uint2 (&stats)[Live], const uint2 (&low)[Live], const uint2 (&high)[Live]) {
+    float peak = -infinity, bottom = 0.f, top[4] = {};
 #pragma unroll
     for (int s = 0; s < Live; ++s) peak = fmaxf(peak, __uint_as_float(stats[s].x));
 #pragma unroll
     for (int s = 0; s < Live; ++s) {
       const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - peak);
       bottom = fmaf(__uint_as_float(stats[s].y), factor, bottom);
-      to[s] = factor;
+      add(top, low[s], high[s], factor);
     }
-    to[few] = 1.f / bottom;
+    return rounded(top, 1.f / bottom);
   }
 
   // Four values, until all are there. Rows are 8 bytes aligned.
@@ -169,7 +170,7 @@ struct AttentionMerge {
         const u8* at = from + (first + s) * split_bytes;
         Source::look(at, low[s]);
         Source::look(at + 8, high[s]);
-        Source::look(at + (HeadDim - feature % HeadDim) * 4, stats[s]);
+        Source::look(at + to_stats(feature), stats[s]);
       }
     }
     __device__ __forceinline__ void settle(const Worker& w, int first) {
@@ -178,7 +179,7 @@ struct AttentionMerge {
         if (first + s >= live) continue;
         const u8* at = from + (first + s) * split_bytes;
         settle_four(w, at, low[s], high[s]);
-        Source::settle(w, at + (HeadDim - feature % HeadDim) * 4, stats[s]);
+        Source::settle(w, at + to_stats(feature), stats[s]);
       }
     }
     __device__ __forceinline__ void add_splits(int first) {

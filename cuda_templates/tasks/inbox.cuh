@@ -78,7 +78,7 @@ struct Inbox {
     for (u32 rank = 0; rank < num_ranks; ++rank) look(at(w, rank, token, feature), part[rank]);
 #pragma unroll
     for (u32 rank = 0; rank < num_ranks; ++rank)
-      while (is_missing(part[rank]) && w.keeps_looking()) look(at(w, rank, token, feature), part[rank]);
+      for (u32 looks = 0; is_missing(part[rank]) && w.keeps_looking(looks);) look(at(w, rank, token, feature), part[rank]);
     float total = __uint_as_float(part[0]);
 #pragma unroll
     for (u32 rank = 1; rank < num_ranks; ++rank) total += __uint_as_float(part[rank]);
@@ -123,34 +123,41 @@ struct Gathered : Tensor<Offset, Features, float> {
 template <class Residual, class Parts>
 struct SumRow {
   static constexpr int features = Parts::features;
-  static constexpr bool adds_up = true;
+  static constexpr int vectors = 1 + static_cast<int>(num_ranks);
   static_assert(sizeof(typename Residual::type) == 4 && Residual::features == features, "the residual stream is float32");
 
   struct From {
     const u8 *residual, *parts;
   };
+  struct Raw {
+    uint4 residual, part[num_ranks];
+  };
   static __device__ __forceinline__ From of(const Worker& w, int token) {
     return {Residual::at(w, token, 0), Parts::at(w, 0, token, 0)};
   }
-  static __device__ __forceinline__ float4 load(From row, int feature) {
-    uint4 residual;
-    Residual::look(row.residual + feature * 4, residual);
-    uint4 part[num_ranks];
+  static __device__ __forceinline__ void look(From row, int feature, Raw& v) {
+    Residual::look(row.residual + feature * 4, v.residual);
 #pragma unroll
-    for (u32 rank = 0; rank < num_ranks; ++rank) Parts::look(row.parts + rank * Parts::slot_bytes + feature * 4, part[rank]);
-    float4 total = floats(part[0]);
-#pragma unroll
-    for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(part[rank]));
-    total = sum(floats(residual), total);
-    bool missing = Residual::is_missing(residual);
-#pragma unroll
-    for (u32 rank = 0; rank < num_ranks; ++rank) missing |= Parts::is_missing(part[rank]);
-    if (missing) total.x = __uint_as_float(0xffffffffu);
-    return total;
+    for (u32 rank = 0; rank < num_ranks; ++rank) Parts::look(row.parts + rank * Parts::slot_bytes + feature * 4, v.part[rank]);
   }
-  // What is not there yet shows in the first value: no sum has these bits.
-  static __device__ __forceinline__ bool is_missing(float4 x) {
-    return Residual::is_missing(__float_as_uint(x.x)) || Parts::is_missing(__float_as_uint(x.x));
+  static __device__ __forceinline__ bool is_missing(const Raw& v) {
+    bool missing = Residual::is_missing(v.residual);
+#pragma unroll
+    for (u32 rank = 0; rank < num_ranks; ++rank) missing |= Parts::is_missing(v.part[rank]);
+    return missing;
+  }
+  // For what is missing only: the parts of several ranks come at different times.
+  static __device__ __forceinline__ void look_again(From row, int feature, Raw& v) {
+    if (Residual::is_missing(v.residual)) Residual::look(row.residual + feature * 4, v.residual);
+#pragma unroll
+    for (u32 rank = 0; rank < num_ranks; ++rank)
+      if (Parts::is_missing(v.part[rank])) Parts::look(row.parts + rank * Parts::slot_bytes + feature * 4, v.part[rank]);
+  }
+  static __device__ __forceinline__ float4 value(const Raw& v) {
+    float4 total = floats(v.part[0]);
+#pragma unroll
+    for (u32 rank = 1; rank < num_ranks; ++rank) total = sum(total, floats(v.part[rank]));
+    return sum(floats(v.residual), total);
   }
 
  private:

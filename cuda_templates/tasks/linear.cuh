@@ -148,9 +148,34 @@ struct Linear {
 
   // --- one token
 
+  // This warp's part of a chunk of each of two tiles, or of one.
+  struct Pair {
+    u32 b[2][per_warp][4];
+
+    // Of `count` chunks that have landed.
+    __device__ __forceinline__ void load(Worker& w, int chunk, int count) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        if (t >= count) continue;
+        const u32 from = w.chunk_address(t) + w.warp * 512 + w.lane * 16;
+#pragma unroll
+        for (int j = 0; j < per_warp; ++j) {
+          if (!Shape::even) b[t][j][0] = b[t][j][1] = b[t][j][2] = b[t][j][3] = 0;
+          if (Shape::has_block(w, chunk, j)) ptx::load_matrices(b[t][j], from + j * worker_warps * 512);
+        }
+      }
+      w.free_chunks(count);
+    }
+  };
+
   static __device__ __forceinline__ void run_one(Worker& w, const Entry& entry) {
     constexpr bool whole = Panel::fits_one_token(Shape::k);
     Panel panel{0, Shape::k};
+    Pair pair{};
+    // Weights that are there already are taken before the values are waited for.
+    const int first = min_of(2, entry.hi - entry.lo);
+    bool loaded = w.chunks_landed(first);
+    if (loaded) pair.load(w, 0, first);
     const bool filled = Prologue::prepare(w, entry, whole);
     if constexpr (whole) {
       if (!filled) Prologue::fill(w, panel);
@@ -161,7 +186,7 @@ struct Linear {
       const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
       typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
       Epilogue::load_early(w, block, early);
-      one_token(w, block.tiles, panel);
+      one_token(w, block.tiles, panel, pair, loaded);
       w.sync();
       Epilogue::finish(w, block, early);
       if (tile + tiles_per_block < entry.hi) w.sync();
@@ -169,12 +194,12 @@ struct Linear {
     if (w.lane == 0) w.shared.mark_waited(w.waits);
   }
 
-  // Lanes 0 to 3 have the results of two rows each.
+  // Lanes 0 to 3 have the results of two rows each. `loaded`: whether the pair holds the first chunks.
   //
   // The operand's rows 8 to 15, which no token needs, take the other half of a block's columns: the first chain is in row 0 of
   // one multiplication and the second one in row 8 of the other. Between chunks the chains lie behind the partial sums.
 
-  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel) {
+  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel, Pair& pair, bool& loaded) {
     float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
     float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
     u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
@@ -185,30 +210,29 @@ struct Linear {
 #pragma unroll
       for (int j = 0; j < per_warp; ++j)
         ptx::load_shared_16(a[j], row + j * worker_warps * 64, w.lane < 4 && Shape::has_block(w, chunk, j));
-      int t = 0;
 #pragma unroll 1
-      for (; t + 2 <= tiles; t += 2) {
-        Weights weights[2];
-        weights[0].load(w, chunk);
-        weights[1].load(w, chunk);
-        add_one_token(w, chunk, a, weights, chains + t * 4, partial + t * 4);
-      }
-      if (t < tiles) {
-        Weights weights[1];
-        weights[0].load(w, chunk);
-        add_one_token(w, chunk, a, weights, chains + t * 4, partial + t * 4);
+      for (int t = 0; t < tiles; t += 2) {
+        const int count = min_of(2, tiles - t);
+        if (w.thread == 0) w.shared.mark_opened();
+        if (!loaded) {
+          w.wait_chunks(count);
+          pair.load(w, chunk, count);
+        }
+        loaded = false;
+        add_one_token(w, chunk, a, pair, count, chains + t * 4, partial + t * 4);
+        if (w.thread == 0) w.shared.mark_used();
       }
     }
   }
 
-  template <int Count>
+  // Of a pair's second tile only where `count` is 2 is there anything to keep.
   static __device__ __forceinline__ void add_one_token(
-      const Worker& w, int chunk, const u32 (&a)[per_warp][4], const Weights (&weights)[Count], float4* chains,
-      float2* partial) {
-    float even[Count][4] = {}, odd[Count][4] = {};
+      const Worker& w, int chunk, const u32 (&a)[per_warp][4], const Pair& pair, int count, float4* chains, float2* partial) {
+    float even[2][4] = {}, odd[2][4] = {};
     if (Shape::chunks > 1 && chunk && w.lane < 4) {
 #pragma unroll
-      for (int t = 0; t < Count; ++t) {
+      for (int t = 0; t < 2; ++t) {
+        if (t >= count) continue;
         const float4 c = chains[t * 4];
         even[t][0] = c.x, even[t][1] = c.y, odd[t][2] = c.z, odd[t][3] = c.w;
       }
@@ -217,14 +241,15 @@ struct Linear {
     for (int j = 0; j < per_warp; ++j) {
       if (!Shape::has_block(w, chunk, j)) continue;
 #pragma unroll
-      for (int t = 0; t < Count; ++t) {
-        ptx::mma(even[t], a[j], weights[t].b[j][0], weights[t].b[j][1]);
-        ptx::mma(odd[t], a[j], weights[t].b[j][2], weights[t].b[j][3]);
+      for (int t = 0; t < 2; ++t) {
+        ptx::mma(even[t], a[j], pair.b[t][j][0], pair.b[t][j][1]);
+        ptx::mma(odd[t], a[j], pair.b[t][j][2], pair.b[t][j][3]);
       }
     }
     if (w.lane >= 4) return;
 #pragma unroll
-    for (int t = 0; t < Count; ++t) {
+    for (int t = 0; t < 2; ++t) {
+      if (t >= count) continue;
       if (chunk + 1 < Shape::chunks)
         chains[t * 4] = make_float4(even[t][0], even[t][1], odd[t][2], odd[t][3]);
       else

@@ -53,7 +53,7 @@ struct Plain {
   static __device__ __forceinline__ void settle(const Worker& w, const u8* from, uint4 (&v)[per_thread]) {
     bool missing = true;
 #pragma unroll 1
-    while (missing && w.keeps_looking()) {
+    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
       missing = false;
 #pragma unroll
       for (int n = 0; n < per_thread; ++n) {

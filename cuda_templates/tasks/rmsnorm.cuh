@@ -11,22 +11,32 @@ __device__ __forceinline__ float4 floats(uint4 v) {
   return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
-// Four neighbouring features of a float32 activation. `of`: a token's row.
+// A source: four neighbouring features of a float32 activation. `of`: a token's row; `Raw`: what is loaded for them, of
+// `vectors` vectors, which may be missing yet.
 template <class Activation>
 struct Row {
   static constexpr int features = Activation::features;
-  static constexpr bool adds_up = false;
+  static constexpr int vectors = 1;
   static_assert(sizeof(typename Activation::type) == 4, "the residual stream is float32");
 
   using From = const u8*;
+  using Raw = uint4;
   static __device__ __forceinline__ From of(const Worker& w, int token) { return Activation::at(w, token, 0); }
-  static __device__ __forceinline__ float4 load(From row, int feature) {
-    uint4 v;
-    Activation::look(row + feature * 4, v);
-    return floats(v);
-  }
-  static __device__ __forceinline__ bool is_missing(float4 x) { return Activation::is_missing(bits_of(x)); }
+  static __device__ __forceinline__ void look(From row, int feature, Raw& v) { Activation::look(row + feature * 4, v); }
+  static __device__ __forceinline__ bool is_missing(Raw v) { return Activation::is_missing(v); }
+  static __device__ __forceinline__ void look_again(From row, int feature, Raw& v) { look(row, feature, v); }
+  static __device__ __forceinline__ float4 value(Raw v) { return floats(v); }
 };
+
+// Four neighbouring features, as soon as they are there.
+template <class Source>
+__device__ __forceinline__ float4 settled(const Worker& w, typename Source::From row, int feature) {
+  typename Source::Raw v;
+  Source::look(row, feature, v);
+#pragma unroll 1
+  for (u32 looks = 0; Source::is_missing(v) && w.keeps_looking(looks);) Source::look_again(row, feature, v);
+  return Source::value(v);
+}
 
 struct NotPublished {
   static constexpr bool present = false;
@@ -44,6 +54,7 @@ struct RmsNorm {
   static constexpr int features = Source::features;
   static constexpr int vectors = features / 4;
   static constexpr int per_thread = ceil_div(vectors, worker_threads);
+  static constexpr int at_once = min_of(per_thread, max_of(1, 12 / Source::vectors));  // so many that registers hold them
   static constexpr bool fits_one_token = per_thread <= 8 && Panel::fits_one_token(features);
   static_assert(features % 4 == 0, "rows are read four features at a time");
 
@@ -65,12 +76,19 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = panel.lo + i % count * 4;
-      const float4 x = Source::load(Source::of(w, token), feature);
+      const float4 x = load(Source::of(w, token), feature);
       panel.store_four(w, token, feature, scaled(x, w.shared.rstd[token], gain(w, feature)));
     }
   }
 
  private:
+  // Of steps that wait for events.
+  static __device__ __forceinline__ float4 load(typename Source::From row, int feature) {
+    typename Source::Raw v;
+    Source::look(row, feature, v);
+    return Source::value(v);
+  }
+
   static __device__ __forceinline__ uint2 gain(const Worker& w, int feature) {
     if (probe::planted(w.params, probe::missing_gain)) return make_uint2(0x3f803f80u, 0x3f803f80u);  // ones
     return ptx::load_constant_8(Gain::at(w, feature));
@@ -115,14 +133,10 @@ struct RmsNorm {
     float sum = 0.f;
     const auto row = Source::of(w, 0);
 #pragma unroll
-    for (int n = 0; n < per_thread; ++n) {
-      const int i = w.thread + n * worker_threads;
-      if (i < vectors) {
-        x[n] = Source::load(row, i * 4);
-        g[n] = gain(w, i * 4);
-      }
-    }
-    settle(w, row, x);
+    for (int n = 0; n < per_thread; ++n)
+      if (w.thread + n * worker_threads < vectors) g[n] = gain(w, (w.thread + n * worker_threads) * 4);
+#pragma unroll
+    for (int first = 0; first < per_thread; first += at_once) look(w, row, first, x);
 #pragma unroll
     for (int n = 0; n < per_thread; ++n)
       if (w.thread + n * worker_threads < vectors) add_squares(sum, x[n]);
@@ -138,24 +152,30 @@ struct RmsNorm {
     }
   }
 
-  // Looks again for all that is missing, until nothing is.
-  static __device__ __forceinline__ void settle(const Worker& w, typename Source::From row, float4 (&x)[per_thread]) {
+  // Vectors `first` and following of this thread: looks again for all that is missing, until nothing is.
+  static __device__ __forceinline__ void look(
+      const Worker& w, typename Source::From row, int first, float4 (&x)[per_thread]) {
+    typename Source::Raw raw[at_once] = {};
+#pragma unroll
+    for (int n = 0; n < at_once; ++n)
+      if (has(w, first + n)) Source::look(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
     bool missing = true;
 #pragma unroll 1
-    while (missing && w.keeps_looking()) {
+    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
       missing = false;
 #pragma unroll
-      for (int n = 0; n < per_thread; ++n) {
-        if (!Source::adds_up && !Source::is_missing(x[n])) continue;
-        missing |= Source::is_missing(x[n]);
-        if (!Source::adds_up) x[n] = Source::load(row, (w.thread + n * worker_threads) * 4);
+      for (int n = 0; n < at_once; ++n) {
+        if (!Source::is_missing(raw[n])) continue;
+        missing = true;
+        Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
       }
-      if (!Source::adds_up || !missing) continue;
-      // Of several parts all again, at once: a sum waits for its parts, and must not keep the next one from asking for its own.
-#pragma unroll
-      for (int n = 0; n < per_thread; ++n)
-        if (w.thread + n * worker_threads < vectors) x[n] = Source::load(row, (w.thread + n * worker_threads) * 4);
     }
+#pragma unroll
+    for (int n = 0; n < at_once; ++n)
+      if (first + n < per_thread) x[first + n] = Source::value(raw[n]);
+  }
+  static __device__ __forceinline__ bool has(const Worker& w, int n) {
+    return n < per_thread && static_cast<int>(w.thread + n * worker_threads) < vectors;
   }
 
   // Shares are whole vectors.
@@ -169,10 +189,7 @@ struct RmsNorm {
   static __device__ void arrive(const Worker& w) {
     const auto row = Source::of(w, 0);
 #pragma unroll 1
-    for (int i = w.thread; i < vectors; i += worker_threads) {
-      float4 x = Source::load(row, i * 4);
-      while (Source::is_missing(x) && w.keeps_looking()) x = Source::load(row, i * 4);
-    }
+    for (int i = w.thread; i < vectors; i += worker_threads) settled<Source>(w, row, i * 4);
     w.sync();
   }
 
@@ -181,7 +198,7 @@ struct RmsNorm {
       const auto row = Source::of(w, token);
       float sum = 0.f;
 #pragma unroll 4
-      for (int i = w.thread; i < vectors; i += worker_threads) add_squares(sum, Source::load(row, i * 4));
+      for (int i = w.thread; i < vectors; i += worker_threads) add_squares(sum, load(row, i * 4));
       sum = over_warp(sum);
       if (w.lane == 0) w.shared.reduce[token * worker_warps + w.warp] = sum;
     }
@@ -195,7 +212,7 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = entry.share_lo + i % count * 4;
-      publish_vector(w, entry, token, feature, Source::load(Source::of(w, token), feature));
+      publish_vector(w, entry, token, feature, load(Source::of(w, token), feature));
     }
   }
 };

@@ -115,7 +115,7 @@ struct Turns {
   template <class V>
   static __device__ __forceinline__ void settle(const Worker& w, const u8* from, V& v) {
 #pragma unroll 1
-    while (is_cleared<T>(v) && w.keeps_looking()) ptx::look(from, v);
+    for (u32 looks = 0; is_cleared<T>(v) && w.keeps_looking(looks);) ptx::look(from, v);
   }
 
   static __device__ __forceinline__ float load(const Worker& w, int token, int feature) {
