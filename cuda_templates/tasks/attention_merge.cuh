@@ -54,8 +54,8 @@ struct AttentionMerge {
   // Bytes from there to the head's statistics: maximum and sum of weights.
   static __device__ __forceinline__ u32 to_stats(int feature) { return (HeadDim - feature % HeadDim) * 4; }
 
-  // One token, few splits. A thread looks at the splits' statistics until all are there, and only then at their values, which
-  // are hundreds of times as many bytes: looking at those again and again would keep L2 from the weights.
+  // One token, few splits: all is asked for at once. While a split's statistics are missing only those are looked at again:
+  // its values are hundreds of times as many bytes, and looks at them, by all SMs, would keep L2 from the weights.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
     constexpr int per_thread = ceil_div(Heads * HeadDim / 4, worker_threads);
@@ -64,72 +64,72 @@ struct AttentionMerge {
     const u8* row_begin = Source::at(w, 0, 0);
 #pragma unroll 1
     for (int first = 0; first < count; first += at_once * worker_threads) {
-      const u8* from[at_once];
-      uint2 stats[at_once][Live], low[at_once][Live], high[at_once][Live];
+      Few<Live> few_splits[at_once];
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
-        from[n] = row_begin + place(feature);
-#pragma unroll
-        for (int s = 0; s < Live; ++s) Source::look(from[n] + to_stats(feature) + s * split_bytes, stats[n][s]);
+        few_splits[n].load(row_begin + place(feature), to_stats(feature));
       }
       bool missing = true;
 #pragma unroll 1
       for (u32 looks = 0; missing && w.keeps_looking(looks);) {
         missing = false;
 #pragma unroll
-        for (int n = 0; n < at_once; ++n)
-#pragma unroll
-          for (int s = 0; s < Live; ++s) {
-            if (!Source::is_missing(stats[n][s])) continue;
-            missing = true;
-            const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
-            Source::look(from[n] + to_stats(feature) + s * split_bytes, stats[n][s]);
-          }
-      }
-#pragma unroll
-      for (int n = 0; n < at_once; ++n)
-#pragma unroll
-        for (int s = 0; s < Live; ++s) {
-          Source::look(from[n] + s * split_bytes, low[n][s]);
-          Source::look(from[n] + s * split_bytes + 8, high[n][s]);
+        for (int n = 0; n < at_once; ++n) {
+          const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
+          missing |= few_splits[n].look_again(row_begin + place(feature), to_stats(feature));
         }
-      missing = true;
-#pragma unroll 1
-      for (u32 looks = 0; missing && w.keeps_looking(looks);) {
-        missing = false;
-#pragma unroll
-        for (int n = 0; n < at_once; ++n)
-#pragma unroll
-          for (int s = 0; s < Live; ++s) {
-            if (!Source::is_missing(low[n][s]) && !Source::is_missing(high[n][s])) continue;
-            missing = true;
-            Source::look(from[n] + s * split_bytes, low[n][s]);
-            Source::look(from[n] + s * split_bytes + 8, high[n][s]);
-          }
       }
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         const int i = first + w.thread + n * worker_threads;
-        if (i < count) panel.store_four(w, 0, panel.lo + i * 4, merged<Live>(stats[n], low[n], high[n]));
+        if (i < count) panel.store_four(w, 0, panel.lo + i * 4, few_splits[n].merged());
       }
     }
   }
 
+  // Four features of few splits.
   template <int Live>
-  static __device__ __forceinline__ uint2 merged(
-      const uint2 (&stats)[Live], const uint2 (&low)[Live], const uint2 (&high)[Live]) {
-    float peak = -infinity, bottom = 0.f, top[4] = {};
+  struct Few {
+    uint2 stats[Live], low[Live], high[Live];
+
+    __device__ __forceinline__ void load(const u8* from, u32 stats_at) {
 #pragma unroll
-    for (int s = 0; s < Live; ++s) peak = fmaxf(peak, __uint_as_float(stats[s].x));
-#pragma unroll
-    for (int s = 0; s < Live; ++s) {
-      const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - peak);
-      bottom = fmaf(__uint_as_float(stats[s].y), factor, bottom);
-      add(top, low[s], high[s], factor);
+      for (int s = 0; s < Live; ++s) {
+        Source::look(from + s * split_bytes + stats_at, stats[s]);
+        Source::look(from + s * split_bytes, low[s]);
+        Source::look(from + s * split_bytes + 8, high[s]);
+      }
     }
-    return rounded(top, 1.f / bottom);
-  }
+    // Whether something was missing.
+    __device__ __forceinline__ bool look_again(const u8* from, u32 stats_at) {
+      bool missing = false;
+#pragma unroll
+      for (int s = 0; s < Live; ++s) {
+        if (Source::is_missing(stats[s])) {
+          missing = true;
+          Source::look(from + s * split_bytes + stats_at, stats[s]);
+        } else if (Source::is_missing(low[s]) || Source::is_missing(high[s])) {
+          missing = true;
+          Source::look(from + s * split_bytes, low[s]);
+          Source::look(from + s * split_bytes + 8, high[s]);
+        }
+      }
+      return missing;
+    }
+    __device__ __forceinline__ uint2 merged() const {
+      float peak = -infinity, bottom = 0.f, top[4] = {};
+#pragma unroll
+      for (int s = 0; s < Live; ++s) peak = fmaxf(peak, __uint_as_float(stats[s].x));
+#pragma unroll
+      for (int s = 0; s < Live; ++s) {
+        const float factor = ptx::exp_fast(__uint_as_float(stats[s].x) - peak);
+        bottom = fmaf(__uint_as_float(stats[s].y), factor, bottom);
+        add(top, low[s], high[s], factor);
+      }
+      return rounded(top, 1.f / bottom);
+    }
+  };
 
   // Four values, until all are there. Rows are 8 bytes aligned.
   static __device__ __forceinline__ void settle_four(const Worker& w, const u8* from, uint2& low, uint2& high) {

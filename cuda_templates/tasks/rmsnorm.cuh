@@ -152,7 +152,8 @@ struct RmsNorm {
     }
   }
 
-  // Vectors `first` and following of this thread: looks again for all that is missing, until nothing is.
+  // Vectors `first` and following of this thread. While the first one is missing only that is looked at again, then all that
+  // is missing: looks at whole rows, by all SMs, would keep L2 from the weights.
   static __device__ __forceinline__ void look(
       const Worker& w, typename Source::From row, int first, float4 (&x)[per_thread]) {
     typename Source::Raw raw[at_once] = {};
@@ -163,11 +164,12 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 looks = 0; missing && w.keeps_looking(looks);) {
       missing = false;
+      const bool all = !Source::is_missing(raw[0]);
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         if (!Source::is_missing(raw[n])) continue;
         missing = true;
-        Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
+        if (n == 0 || all || !MPK_REP) Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
       }
     }
 #pragma unroll
