@@ -101,6 +101,8 @@ __device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
 #endif
 }
 
+__device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
+
 // --- events and flags ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void red_release(u32* p, u32 by) {

@@ -83,7 +83,7 @@ struct Attention {
       const int used = min_of(rows, queries - row);
       Cached cached{};  // initialised on every path, or the registers would count as in use in all other tasks too
       const u8* from = idle ? nullptr : cached_page(w, head, worker);
-      if (!idle) load_keys(w, from, worker * block, w.position, cached);
+      if (!idle) prefetch_block(w, from, worker * block);
       turn_vectors(w, s, head, worker, row, used, from, cached);
       w.sync();
       if (row == 0) w.release_ready();
@@ -110,6 +110,19 @@ struct Attention {
   }
 
   // Positions that an earlier step wrote; the others come from this step's own keys and values.
+  static __device__ __forceinline__ void load_block(
+      const Worker& w, const u8* from, int first_position, int first_new, Cached& cached) {
+    load_keys(w, from, first_position, first_new, cached);
+    load_values(w, from, first_position, first_new, cached);
+  }
+  // The same into L2, a line to a lane.
+  static __device__ __forceinline__ void prefetch_block(const Worker& w, const u8* from, int first_position) {
+    constexpr u32 lines = positions * dim * 2 / 128;  // of a warp's keys, and of its values
+    const u32 line = w.lane % lines, rows = w.warp * positions;
+    const int first = first_position + static_cast<int>(rows + line * 128 / (dim * 2));
+    const u8* at = from + (w.lane / lines * block + rows) * dim * 2 + line * 128;
+    if (w.lane < 2 * lines && first < static_cast<int>(w.position)) ptx::prefetch_line(at);
+  }
   static __device__ __forceinline__ void load_keys(
       const Worker& w, const u8* from, int first_position, int first_new, Cached& cached) {
     const int at = w.warp * positions + w.lane / 4;
@@ -150,8 +163,9 @@ struct Attention {
   // --- this step's queries, keys and values, a vector to a warp
 
   // The pass's queries go to shared memory; in the first pass also new keys and values of the blocks that this worker owns,
-  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for; but
-  // the cached values `from` (none: the task is idle) are wanted last, and asked for behind this step's own.
+  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for; what
+  // is cached at `cached_from` (none: the task is idle) is on its way to L2, and loaded behind this step's own values: a dozen
+  // loads before them would keep them back.
   static __device__ __forceinline__ void turn_vectors(
       Worker& w, Scratch& s, int head, int worker, int first_row, int used, const u8* cached_from, Cached& cached) {
     const int vectors = cached_from ? used + (first_row ? 0 : 2 * w.tokens) : 0;
@@ -176,7 +190,7 @@ struct Attention {
                              : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim));
       Fresh fresh{};
       if (mine) Q::look(from + w.lane * per * 2, fresh);
-      if (!asked && cached_from) load_values(w, cached_from, worker * block, w.position, cached);
+      if (!asked && cached_from) load_block(w, cached_from, worker * block, w.position, cached);
       asked = true;
       if (!mine) continue;
       Q::settle(w, from + w.lane * per * 2, fresh);

@@ -49,18 +49,17 @@ struct Plain {
   }
 
  private:
-  // Looks again until nothing is missing, as a norm does for its row.
+  // Looks again for all that is missing, until nothing is.
   static __device__ __forceinline__ void settle(const Worker& w, const u8* from, uint4 (&v)[per_thread]) {
     bool missing = true;
 #pragma unroll 1
     for (u32 looks = 0; missing && w.keeps_looking(looks);) {
       missing = false;
-      const bool all = !Source::is_missing(v[0]);
 #pragma unroll
       for (int n = 0; n < per_thread; ++n) {
         if (!Source::is_missing(v[n])) continue;
         missing = true;
-        if (n == 0 || all || !MPK_REP) Source::look(from + (w.thread + n * worker_threads) * 16, v[n]);
+        Source::look(from + (w.thread + n * worker_threads) * 16, v[n]);
       }
     }
   }

@@ -152,8 +152,7 @@ struct RmsNorm {
     }
   }
 
-  // Vectors `first` and following of this thread. While the first one is missing only that is looked at again, then all that
-  // is missing: looks at whole rows, by all SMs, would keep L2 from the weights.
+  // Vectors `first` and following of this thread: looks again for all that is missing, until nothing is.
   static __device__ __forceinline__ void look(
       const Worker& w, typename Source::From row, int first, float4 (&x)[per_thread]) {
     typename Source::Raw raw[at_once] = {};
@@ -164,12 +163,11 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 looks = 0; missing && w.keeps_looking(looks);) {
       missing = false;
-      const bool all = !Source::is_missing(raw[0]);
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         if (!Source::is_missing(raw[n])) continue;
         missing = true;
-        if (n == 0 || all || !MPK_REP) Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
+        Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
       }
     }
 #pragma unroll

@@ -2,10 +2,6 @@
 #pragma once
 #include "runtime/worker.cuh"
 
-#ifndef MPK_REP
-#define MPK_REP 1
-#endif
-
 namespace mpk {
 
 // Bits of a value, or of neighbouring ones: u16, u32, uint2 or uint4.
