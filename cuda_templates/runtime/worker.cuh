@@ -43,7 +43,7 @@ struct Shared : probe::Recorder {
   u32 abort;
   u32 host_stop;
   Watched watched;
-  alignas(8) float reduce[worker_warps * max_tokens];
+  alignas(16) float reduce[worker_warps * max_tokens];
   float rstd[max_tokens];
   i32 pages[pages_kept];  // the first entries of the page table
   alignas(16) Params params;
@@ -62,6 +62,12 @@ constexpr u32 ring_bytes = ring_slots * plan::slot_bytes;
 constexpr u32 shared_bytes = ring_bytes + scratch_bytes + sizeof(Shared);
 static_assert(plan::slot_bytes % 128 == 0, "ring slots are aligned to 128 bytes");
 static_assert(scratch_bytes + sizeof(Shared) + 2 * plan::slot_bytes <= plan::shared_limit, "two chunks fit beside the scratch");
+
+// The warps' sums together: neighbours first, so that three additions come after one another instead of seven.
+__device__ __forceinline__ float sum_in_pairs(const float (&x)[worker_warps]) {
+  static_assert(worker_warps == 8);
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
 
 // Waits for a phase of an mbarrier. After an abort it returns at once.
 __device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32 parity) {
@@ -156,12 +162,13 @@ struct Worker : Progress {
   __device__ __forceinline__ u32 chunk_address(u32 ahead) const {
     return ptx::shared_address(ring) + slot_after(ahead) * plan::slot_bytes;
   }
-  // Whether the next `count` (1 or 2) chunks have landed; the same for all lanes of a warp.
-  __device__ __forceinline__ bool chunks_landed(u32 count) const {
+  // Whether the next `count` (1 or 2) chunks have landed, as this lane sees it; as all lanes of the warp do.
+  __device__ __forceinline__ bool sees_landed(u32 count) const {
     const bool first = ptx::barrier_test(&shared.full[slot], slot_parity);
     const bool second = ptx::barrier_test(&shared.full[slot_after(1)], parity_after(1));
-    return __all_sync(all_lanes, first && (second || count == 1));
+    return first && (second || count == 1);
   }
+  __device__ __forceinline__ bool chunks_landed(u32 count) const { return __all_sync(all_lanes, sees_landed(count)); }
   __device__ __forceinline__ void wait_chunks(u32 count) {
     waits.begin();
     if (!chunks_landed(count)) {

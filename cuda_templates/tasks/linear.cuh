@@ -6,7 +6,7 @@
 // ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Tokens are the 16 rows
 // of mma.m16n8k16, weight rows its 8 columns, so 16 tokens cost what one costs. Order of summation of a result: two chains,
 // of the first and of the second 16 columns of the blocks b, b + 8, ... of every chunk, chunks in order; their sum; then
-// the 8 warps in order. It does not depend on the number of tokens.
+// the 8 warps in pairs, pairs of pairs and so on. It does not depend on the number of tokens.
 //
 // One token has a path of its own with little code, which keeps the sums of a block's tiles in shared memory: at so few
 // instructions per byte, what counts is how many there are, and that a layer's tasks fit the instruction cache.
@@ -81,10 +81,10 @@ struct Block {
   __device__ __forceinline__ float sum(const Worker& w, int tile, int row, u32 token) const {
     const u32 stride = tiles * w.tokens * tile_rows;
     const float* at = w.partials() + (tile * w.tokens + token) * tile_rows + row;
-    float total = at[0];
+    float part[worker_warps];
 #pragma unroll
-    for (u32 i = 1; i < worker_warps; ++i) total += at[i * stride];
-    return total;
+    for (u32 i = 0; i < worker_warps; ++i) part[i] = at[i * stride];
+    return sum_in_pairs(part);
   }
 };
 
@@ -154,18 +154,25 @@ struct Linear {
 
     // Of `count` chunks that have landed.
     __device__ __forceinline__ void load(Worker& w, int chunk, int count) {
+      const u32 first = address(w, 0), second = address(w, 1);
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        if (t >= count) continue;
-        const u32 from = w.chunk_address(t) + w.warp * 512 + w.lane * 16;
-#pragma unroll
-        for (int j = 0; j < per_warp; ++j) {
-          if (!Shape::even) b[t][j][0] = b[t][j][1] = b[t][j][2] = b[t][j][3] = 0;
-          if (Shape::has_block(w, chunk, j)) ptx::load_matrices(b[t][j], from + j * worker_warps * 512);
-        }
-      }
+      for (int j = 0; j < per_warp; ++j) load_block(w, chunk, count, j, first, second);
       w.free_chunks(count);
     }
+    // Block `j` of each, the first of which this lane finds at those addresses.
+    __device__ __forceinline__ void load_block(const Worker& w, int chunk, int count, int j, u32 first, u32 second) {
+      if (!Shape::has_block(w, chunk, j)) return;
+      ptx::load_matrices(b[0][j], first + j * worker_warps * 512);
+      if (count == 2) ptx::load_matrices(b[1][j], second + j * worker_warps * 512);
+    }
+    static __device__ __forceinline__ u32 address(const Worker& w, u32 ahead) {
+      return w.chunk_address(ahead) + w.warp * 512 + w.lane * 16;
+    }
+  };
+
+  // The pair that follows; `count` 0: the task ends before.
+  struct Following {
+    int chunk, count;
   };
 
   static __device__ __forceinline__ void run_one(Worker& w, const Entry& entry) {
@@ -186,7 +193,7 @@ struct Linear {
       const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
       typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
       Epilogue::load_early(w, block, early);
-      one_token(w, block.tiles, panel, pair, loaded);
+      one_token(w, block.tiles, entry.hi - tile - block.tiles, panel, pair, loaded);
       w.sync();
       Epilogue::finish(w, block, early);
       if (tile + tiles_per_block < entry.hi) w.sync();
@@ -194,12 +201,14 @@ struct Linear {
     if (w.lane == 0) w.shared.mark_waited(w.waits);
   }
 
-  // Lanes 0 to 3 have the results of two rows each. `loaded`: whether the pair holds the first chunks.
+  // Lanes 0 to 3 have the results of two rows each. `loaded`: whether the pair holds the first chunks; then, those of the block
+  // that follows, of `rest` tiles with all that come after.
   //
   // The operand's rows 8 to 15, which no token needs, take the other half of a block's columns: the first chain is in row 0 of
   // one multiplication and the second one in row 8 of the other. Between chunks the chains lie behind the partial sums.
 
-  static __device__ __forceinline__ void one_token(Worker& w, int tiles, Panel& panel, Pair& pair, bool& loaded) {
+  static __device__ __forceinline__ void one_token(
+      Worker& w, int tiles, int rest, Panel& panel, Pair& pair, bool& loaded) {
     float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
     float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
     u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
@@ -218,16 +227,27 @@ struct Linear {
           w.wait_chunks(count);
           pair.load(w, chunk, count);
         }
-        loaded = false;
-        add_one_token(w, chunk, a, pair, count, chains + t * 4, partial + t * 4);
+        loaded = add_one_token(w, chunk, a, pair, count, chains + t * 4, partial + t * 4, following(chunk, t, tiles, rest));
         if (w.thread == 0) w.shared.mark_used();
       }
     }
   }
 
-  // Of a pair's second tile only where `count` is 2 is there anything to keep.
-  static __device__ __forceinline__ void add_one_token(
-      const Worker& w, int chunk, const u32 (&a)[per_warp][4], const Pair& pair, int count, float4* chains, float2* partial) {
+  // What comes after the pair of tiles `t` and t + 1 of a chunk. Not looked at where registers are short.
+  static __device__ __forceinline__ Following following(int chunk, int t, int tiles, int rest) {
+    if (!MPK_MOVES_REGISTERS) return {0, 0};
+    if (t + 2 < tiles) return {chunk, min_of(2, tiles - t - 2)};
+    if (chunk + 1 < Shape::chunks) return {chunk + 1, min_of(2, tiles)};
+    return {0, min_of(2, rest)};
+  }
+
+  // Of a pair's second tile only where `count` is 2 is there anything to keep. The weights of the pair that follows, if they
+  // have landed, are loaded as soon as this one's have been used; returns whether they were.
+  static __device__ __forceinline__ bool add_one_token(
+      Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, int count, float4* chains, float2* partial,
+      Following next) {
+    bool landed = next.count > 0 && w.sees_landed(next.count);
+    const u32 first = Pair::address(w, 0), second = Pair::address(w, 1);
     float even[2][4] = {}, odd[2][4] = {};
     if (Shape::chunks > 1 && chunk && w.lane < 4) {
 #pragma unroll
@@ -239,22 +259,26 @@ struct Linear {
     }
 #pragma unroll
     for (int j = 0; j < per_warp; ++j) {
-      if (!Shape::has_block(w, chunk, j)) continue;
+      if (Shape::has_block(w, chunk, j)) {
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        ptx::mma(even[t], a[j], pair.b[t][j][0], pair.b[t][j][1]);
-        ptx::mma(odd[t], a[j], pair.b[t][j][2], pair.b[t][j][3]);
+        for (int t = 0; t < 2; ++t) {
+          ptx::mma(even[t], a[j], pair.b[t][j][0], pair.b[t][j][1]);
+          ptx::mma(odd[t], a[j], pair.b[t][j][2], pair.b[t][j][3]);
+        }
       }
+      if (j == 0) landed = __all_sync(all_lanes, landed);
+      if (landed) pair.load_block(w, next.chunk, next.count, j, first, second);
     }
-    if (w.lane >= 4) return;
+    if (landed) w.free_chunks(next.count);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      if (t >= count) continue;
+      if (t >= count || w.lane >= 4) continue;
       if (chunk + 1 < Shape::chunks)
         chains[t * 4] = make_float4(even[t][0], even[t][1], odd[t][2], odd[t][3]);
       else
         partial[t * 4] = make_float2(even[t][0] + odd[t][2], even[t][1] + odd[t][3]);
     }
+    return landed;
   }
 
   // --- several tokens: a block's sums stay in registers while its activations pass by

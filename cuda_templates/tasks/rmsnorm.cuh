@@ -1,7 +1,8 @@
 // Prologue of a linear: every task normalises the whole row again, which is cheaper than another hop between SMs.
 //
 // Shared memory: Shared::reduce, Shared::rstd. The normalised value is rounded to bf16 before the gain unless the gain has
-// an offset, as in transformers' modeling files. Sums of squares: each thread its features in order, then lanes, then warps.
+// an offset, as in transformers' modeling files. Sums of squares: each thread its features in order, then lanes, then warps
+// in pairs.
 #pragma once
 #include "tasks/linear.cuh"
 
@@ -108,10 +109,10 @@ struct RmsNorm {
   }
 
   static __device__ __forceinline__ float root(const Worker& w, int token) {
-    float total = 0.f;
+    float part[worker_warps];
 #pragma unroll
-    for (u32 i = 0; i < worker_warps; ++i) total += w.shared.reduce[token * worker_warps + i];
-    return rsqrtf(total / features + (probe::planted(w.params, probe::wrong_eps) ? 0.05f : Eps));
+    for (u32 i = 0; i < worker_warps; ++i) part[i] = w.shared.reduce[token * worker_warps + i];
+    return rsqrtf(sum_in_pairs(part) / features + (probe::planted(w.params, probe::wrong_eps) ? 0.05f : Eps));
   }
 
   static __device__ __forceinline__ float weighed(float x, float g) {
