@@ -1,4 +1,6 @@
 // Greedy sampling in two stages: the highest logit of each slice, then the highest of the slices; the lowest id among equals.
+// NaN is never the highest. Slices are those of the tasks that make the logits, which find their own best as they store them,
+// or of tasks of their own.
 //
 // The second stage runs on one SM and is the authority over the token loop: it appends to the host's ring, decides whether
 // to stop, and publishes the descriptor of the next step, which every SM waits for. With several ranks each of them finds the
@@ -8,9 +10,11 @@
 
 namespace mpk {
 
+constexpr i32 no_id = 0x7fffffff;
+
 struct Best {
-  float value;
-  i32 id;
+  float value = -infinity;
+  i32 id = no_id;
 
   __device__ __forceinline__ void consider(float other, i32 other_id) {
     if (other > value || (other == value && other_id < id)) {
@@ -19,57 +23,129 @@ struct Best {
     }
   }
   __device__ __forceinline__ void over_warp() {
-#pragma unroll
-    for (int d = 16; d; d /= 2) {
-      const float other = __shfl_xor_sync(all_lanes, value, d);
-      const i32 other_id = __shfl_xor_sync(all_lanes, id, d);
-      consider(other, other_id);
-    }
+    const u32 mine = rank(value), top = __reduce_max_sync(all_lanes, mine);
+    id = __reduce_min_sync(all_lanes, mine == top ? id : no_id);
+    value = __uint_as_float(top & 0x80000000u ? top & 0x7fffffffu : ~top);
+  }
+  __device__ __forceinline__ float2 pair() const { return make_float2(value, __int_as_float(id)); }
+
+ private:
+  // Ordered as the values are, whose zeros are equal.
+  static __device__ __forceinline__ u32 rank(float x) {
+    const u32 bits = __float_as_uint(x + 0.f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   }
 };
 
-constexpr i32 no_id = 0x7fffffff;
+// The ids of the logits that this rank has: from `first` on, up to `end` of them. Where ranks share the vocabulary, a rank's
+// start at `rank * RankStride`; from `Valid` on they are padding.
+template <int Valid, int RankStride>
+struct OwnIds {
+  int first, end;
 
-// Entry: slices [lo, hi). Pairs [tokens, slices, 2]: the value and the bits of its id. Where ranks share the vocabulary, a
-// rank's ids start at `rank * RankStride`, and every rank gets the pairs of all.
+  __device__ __forceinline__ OwnIds(const Worker& w)
+      : first(w.params.rank * RankStride), end(RankStride ? min_of(RankStride, Valid - first) : Valid) {}
+
+  // The best of every `step`th logit of [lo, hi) from the `from`th on, over the lanes of this warp.
+  template <class Logits>
+  __device__ __forceinline__ Best best_of(const Worker& w, int token, int lo, int hi, u32 from, u32 step) const {
+    const int last = min_of(hi, end);
+    Best best;
+#pragma unroll 8
+    for (int id = lo + from; id < last; id += step) best.consider(Logits::load(w, token, id), first + id);
+    best.over_warp();
+    return best;
+  }
+};
+
+// Entry: slices [lo, hi). Pairs [tokens, slices, 2]: the value and the bits of its id. Where ranks share the vocabulary, every
+// rank gets the pairs of all.
 template <class Logits, class Pairs, int Slice, int Valid, int RankStride = 0>
 struct ArgmaxPartial {
   static __device__ void run(Worker& w, const Entry& entry) {
     w.wait_ready();
     const u32 count = (entry.hi - entry.lo) * w.tokens;
-    const int first_id = w.params.rank * RankStride;
-    const int end = RankStride ? min_of(RankStride, Valid - first_id) : Valid;
+    const OwnIds<Valid, RankStride> ids(w);
     if (count == 1) {  // all warps share the slice
       float2* bests = reinterpret_cast<float2*>(w.shared.reduce);
-      const Best mine = best_of(w, 0, entry.lo, end, first_id, w.thread, worker_threads);
-      if (w.lane == 0) bests[w.warp] = make_float2(mine.value, __int_as_float(mine.id));
+      const Best mine = ids.template best_of<Logits>(w, 0, entry.lo * Slice, entry.hi * Slice, w.thread, worker_threads);
+      if (w.lane == 0) bests[w.warp] = mine.pair();
       w.sync();
-      Best best{-infinity, no_id};
+      Best best;
       if (w.thread < worker_warps) best.consider(bests[w.thread].x, __float_as_int(bests[w.thread].y));
       best.over_warp();
-      if (w.thread == 0) store_pair<Pairs>(w, 0, entry.lo, make_float2(best.value, __int_as_float(best.id)));
+      if (w.thread == 0) store_pair<Pairs>(w, 0, entry.lo, best.pair());
     } else {
       for (u32 i = w.warp; i < count; i += worker_warps) {
         const int token = i % w.tokens, slice = entry.lo + i / w.tokens;
-        const Best best = best_of(w, token, slice, end, first_id, w.lane, warp_size);
-        if (w.lane == 0) store_pair<Pairs>(w, token, slice, make_float2(best.value, __int_as_float(best.id)));
+        const Best best = ids.template best_of<Logits>(w, token, slice * Slice, (slice + 1) * Slice, w.lane, warp_size);
+        if (w.lane == 0) store_pair<Pairs>(w, token, slice, best.pair());
       }
     }
     w.sync();
     w.release_ready();
     w.signal(entry, outgoing_pairs<Pairs>(w, entry.lo, entry.hi));
   }
+};
 
- private:
-  // Of every `step`th id of a slice from its `first` on, over the lanes of this warp.
-  static __device__ __forceinline__ Best best_of(
-      const Worker& w, int token, int slice, int end, int first_id, u32 first, u32 step) {
-    const int lo = slice * Slice, hi = min_of(lo + Slice, end);
-    Best best{-infinity, no_id};
-#pragma unroll 8
-    for (int id = lo + first; id < hi; id += step) best.consider(Logits::load(w, token, id), first_id + id);
+// Epilogue: stores the logits, and of each task the best of its own: pair `i` is that of task `i`.
+template <class Logits, int Rows, class Bias, class Pairs, int Valid, int RankStride>
+struct StoreBest : Store<1, Part<Logits, Rows, Bias>> {
+  // In a step of one token each thread remembers the best that it has stored.
+  static __device__ __forceinline__ void finish_one(const Worker& w, const Block& block, Best& kept) {
+    if (w.thread >= block.tiles * tile_rows) return;
+    const auto at = Block::place<tile_rows>(w.thread, 1);
+    const int row = (block.first + at.tile) * tile_rows + at.row;
+    const OwnIds<Valid, RankStride> ids(w);
+    if (row >= Rows) return;
+    const float value = block.sum(w, at.tile, at.row, 0) + Bias::load(w, row);
+    Logits::store(w, 0, row, value);
+    if (row < ids.end) kept.consider(as_stored<typename Logits::type>(value), ids.first + row);
+  }
+
+  // No prologue needs Shared::reduce any more.
+  static __device__ __forceinline__ void end_one(const Worker& w, const Entry& entry, Best best) {
+    constexpr u32 holders = ceil_div(block_rows, warp_size);  // warps that have stored something
+    float2* bests = reinterpret_cast<float2*>(w.shared.reduce);
     best.over_warp();
-    return best;
+    if (w.lane == 0 && w.warp < holders) bests[w.warp] = best.pair();
+    w.sync();
+    if (w.thread != 0) return;
+#pragma unroll
+    for (u32 i = 1; i < holders; ++i) best.consider(bests[i].x, __float_as_int(bests[i].y));
+    store_pair<Pairs>(w, 0, entry.task, best.pair());
+  }
+
+  // In a step of several tokens the task looks at its logits again.
+  static __device__ __forceinline__ void end_many(const Worker& w, const Entry& entry) {
+    const OwnIds<Valid, RankStride> ids(w);
+    w.sync();
+    for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
+      const Best best =
+          ids.template best_of<Logits>(w, token, entry.lo * tile_rows, entry.hi * tile_rows, w.lane, warp_size);
+      if (w.lane == 0) store_pair<Pairs>(w, token, entry.task, best.pair());
+    }
+  }
+};
+
+template <class Logits, int Rows, class Bias, class Pairs, int Valid, int RankStride>
+struct Ending<StoreBest<Logits, Rows, Bias, Pairs, Valid, RankStride>> {
+  using Epilogue = StoreBest<Logits, Rows, Bias, Pairs, Valid, RankStride>;
+  using Kept = Best;
+  static __device__ __forceinline__ void finish(
+      const Worker& w, const Block& block, const typename Epilogue::Early&, Best& kept) {
+    Epilogue::finish_one(w, block, kept);
+  }
+  static __device__ __forceinline__ void one(const Worker& w, const Entry& entry, const Best& kept) {
+    Epilogue::end_one(w, entry, kept);
+  }
+  static __device__ __forceinline__ void many(const Worker& w, const Entry& entry) { Epilogue::end_many(w, entry); }
+};
+
+template <class Logits, int Rows, class Bias, class Pairs, int Valid, int RankStride>
+struct ForPeers<StoreBest<Logits, Rows, Bias, Pairs, Valid, RankStride>> {
+  static __device__ __forceinline__ Outgoing of(const Worker& w, const Entry& entry) {
+    return outgoing_pairs<Pairs>(w, entry.task, entry.task + 1);
   }
 };
 
@@ -131,7 +207,7 @@ struct ArgmaxReduce {
   static __device__ void run(Worker& w, const Entry& entry) {
     w.wait_ready();
     for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
-      Best best{-infinity, no_id};
+      Best best;
 #pragma unroll 8
       for (int slice = w.lane; slice < parts_of<Pairs> * Slices; slice += warp_size) {
         const uint2 pair = ptx::load_l2_8(pair_at<Pairs>(w, token, slice / Slices, slice % Slices));

@@ -94,6 +94,18 @@ struct ForPeers {
   static __device__ __forceinline__ Outgoing of(const Worker&, const Entry&) { return {}; }
 };
 
+// What an epilogue keeps from block to block of a task of one token, and what it does at a task's end: mostly nothing, see
+// tasks/argmax.cuh.
+template <class Epilogue>
+struct Ending {
+  struct Kept {};
+  static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const typename Epilogue::Early& early, Kept&) {
+    Epilogue::finish(w, block, early);
+  }
+  static __device__ __forceinline__ void one(const Worker&, const Entry&, const Kept&) {}
+  static __device__ __forceinline__ void many(const Worker&, const Entry&) {}
+};
+
 template <class Shape, class Prologue, class Epilogue>
 struct Linear {
   static __device__ void run(Worker& w, const Entry& entry) {
@@ -189,15 +201,17 @@ struct Linear {
       w.sync();
       w.mark_seen();
     }
+    typename Ending<Epilogue>::Kept kept{};
     for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
       const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
       typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
       Epilogue::load_early(w, block, early);
       one_token(w, block.tiles, entry.hi - tile - block.tiles, panel, pair, loaded);
       w.sync();
-      Epilogue::finish(w, block, early);
+      Ending<Epilogue>::finish(w, block, early, kept);
       if (tile + tiles_per_block < entry.hi) w.sync();
     }
+    Ending<Epilogue>::one(w, entry, kept);
     if (w.lane == 0) w.shared.mark_waited(w.waits);
   }
 
@@ -306,6 +320,7 @@ struct Linear {
       finish_many(w, block, sums);
       if (tile + tiles_per_block < entry.hi) w.sync();
     }
+    Ending<Epilogue>::many(w, entry);
     if (w.lane == 0) w.shared.mark_waited(w.waits);
     return w;
   }

@@ -12,6 +12,14 @@ __device__ __forceinline__ auto bits_of(float value) {
   else
     return ptx::round_bf16(value);
 }
+// The value as a tensor of `T` holds it.
+template <class T>
+__device__ __forceinline__ float as_stored(float value) {
+  if constexpr (sizeof(T) == 4)
+    return value;
+  else
+    return ptx::widen_bf16(ptx::round_bf16(value));
+}
 __device__ __forceinline__ uint2 bits_of(float2 v) { return make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)); }
 __device__ __forceinline__ uint4 bits_of(float4 v) {
   return make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));

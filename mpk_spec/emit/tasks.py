@@ -169,6 +169,9 @@ class _Writer:
                 raise Refused(self.group, "the gate must be the first of the packed linears")
             fn = ACTIVATIONS[nodes[0].values["fn"]]
             return f"GatedAct<{fn}, {self.tensor(nodes[0].output, write=True)}, {biases[0]}, {biases[1]}>"
+        if ops == ["argmax_partial"] and len(linears) == 1:
+            logits, pairs = self.tensor(linears[0].output, write=True), self.tensor(nodes[0].output, write=True)
+            return f"StoreBest<{logits}, {packed.used_rows}, {biases[0]}, {pairs}, {self.ids(nodes[0])}>"
         raise Refused(self.group, f"no epilogue does {' and '.join(ops)} here")
 
     # sums over ranks
@@ -242,15 +245,20 @@ class _Writer:
         values = node.values
         if len(self.group.nodes) != 1:
             raise Refused(self.group, "its first stage of argmax has a prologue")
-        stride = values["rank_stride"]
-        valid = f"{values['valid']}, {stride}" if stride else min(values["vocab"], values["valid"])
+        if values["slices"] != -(-values["vocab"] // values["unit"]):
+            raise Refused(self.group, "its slices are not alike")
         tensors = f"{self.tensor(node.inputs[0])}, {self.tensor(node.output)}"
-        return f"ArgmaxPartial<{tensors}, {values['slice']}, {valid}>"
+        return f"ArgmaxPartial<{tensors}, {values['unit']}, {self.ids(node)}>"
+
+    @staticmethod
+    def ids(node: Node) -> str:
+        """Below which they are valid, and by how many those of neighbouring ranks are apart."""
+        stride = node.values["rank_stride"]
+        return f"{node.values['valid'] if stride else min(node.values['vocab'], node.values['valid'])}, {stride}"
 
     def argmax_reduce(self) -> str:
         node = self.group.nodes[-1]
-        slices = self.plan.tensors[node.inputs[0]].extent // 2
-        return f"ArgmaxReduce<{self.tensor(node.inputs[0])}, {self.tensor(node.output)}, {slices}>"
+        return f"ArgmaxReduce<{self.tensor(node.inputs[0])}, {self.tensor(node.output)}, {node.values['slices']}>"
 
 
 def number(value) -> str:

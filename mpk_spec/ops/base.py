@@ -118,6 +118,8 @@ class Op(BaseModel):
     """The CUDA task template in cuda_templates/tasks/."""
     epilogue_of: ClassVar[frozenset[str]] = frozenset()
     """Roles after which it may be computed in the same task, on the features that the task made."""
+    keeps_input: ClassVar[bool] = False
+    """Whether, as an epilogue, it leaves in memory what it reads."""
     prologue_of: ClassVar[frozenset[str]] = frozenset()
     """Roles before which it may be recomputed by every task."""
     cuda: ClassVar[bool] = False

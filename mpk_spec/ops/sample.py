@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 from pydantic import Field
@@ -11,11 +12,15 @@ from mpk_spec.ops.base import Axis, Op, OpError, Ref, TensorType, register
 
 @register
 class Sample(Op):
-    """The token with the highest logit, the lowest id among equals. The planner lowers it to the two ops below."""
+    """The token with the highest logit, the lowest id among equals. The planner lowers it to the two ops below.
+
+    Fused with the linear that makes the logits, the first of them is done by that linear's tasks.
+    """
 
     op: ClassVar[str] = "sample"
     role: ClassVar[str] = "reduce"
     task: ClassVar[str] = "argmax_reduce"
+    epilogue_of: ClassVar[frozenset[str]] = frozenset({"linear"})
     cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="sample")
@@ -31,19 +36,21 @@ class Sample(Op):
 
 @register
 class ArgmaxPartial(Op):
-    """For each slice of `slice` logits its maximum and the id of that: `[tokens, slices, 2]` as float32 and int32 bits.
+    """For each slice of the logits its maximum and the id of that: `[tokens, slices, 2]` as float32 and int32 bits.
 
-    A rank's ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); ids at `valid` or above
-    are padding.
+    The `vocab` logits come in units of `unit` neighbours, which the slices share out as tasks share out rows. A rank's
+    ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); ids at `valid` or above are padding.
     """
 
     op: ClassVar[str] = "argmax_partial"
     role: ClassVar[str] = "row"
     task: ClassVar[str] = "argmax_partial"
+    keeps_input: ClassVar[bool] = True
     cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="argmax_partial")
-    slice: int
+    slices: int
+    unit: int
     vocab: int
     valid: int
     rank_stride: int
@@ -52,23 +59,28 @@ class ArgmaxPartial(Op):
         return (self.input,)
 
     def infer(self, inputs, weights, values):
-        return TensorType((Axis(-(-self.vocab // self.slice)), Axis(2)), dtype="f32")
+        return TensorType((Axis(self.slices), Axis(2)), dtype="f32")
 
     def granule(self, output):
         return 2
 
+    def edge(self, slice_: int) -> int:
+        """The first logit of a slice."""
+        units = -(-self.vocab // self.unit)
+        return min(slice_ * units // self.slices * self.unit, self.vocab)
+
     def needs(self, span, output, inputs):
-        return ((span[0] // 2 * self.slice, min(span[1] // 2 * self.slice, self.vocab)),)
+        return ((self.edge(span[0] // 2), self.edge(span[1] // 2)),)
 
     def compute(self, inputs, weights, scope):
         import torch
 
         slices = []
-        base = scope.span[0] // 2 * self.slice
-        rank = scope.extras["rank"]
-        for lo in range(0, inputs[0].shape[-1], self.slice):
-            part = inputs[0][:, lo : lo + self.slice].contiguous()
-            ids = torch.arange(part.shape[-1]) + base + lo + rank * self.rank_stride
+        first, end = (edge // 2 for edge in scope.span)
+        base, rank = self.edge(first), scope.extras["rank"]
+        for lo, hi in pairwise(self.edge(n) for n in range(first, end + 1)):
+            part = inputs[0][:, lo - base : hi - base].contiguous()
+            ids = torch.arange(lo, hi) + rank * self.rank_stride
             part = part.masked_fill(ids >= self.valid, float("-inf"))
             best = part.argmax(-1)  # the first of equals
             slices.append(torch.stack((part.gather(-1, best[:, None])[:, 0], ids[best].int().view(torch.float32)), -1))
@@ -85,6 +97,7 @@ class ArgmaxReduce(Op):
     cuda: ClassVar[bool] = True
 
     input: Ref = Field(alias="argmax_reduce")
+    slices: int
 
     def operands(self):
         return (self.input,)

@@ -2,7 +2,7 @@
 task recomputes and an epilogue on the features that the task made; or row operators alone.
 
 A fusion that the spec names is legal or refused at its line. An `all_reduce` cuts a group in two: what follows it
-starts a group of its own, named after it.
+starts a group of its own, named after it. So does a `sample` that no longer comes right after its linear.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Fused:
     def epilogue(self) -> tuple[BoundOp, ...]:
         last = max((n for n, o in enumerate(self.ops) if o in self.body), default=len(self.ops) - 1)
         return self.ops[last + 1 :]
+
+    @property
+    def keeps_body(self) -> bool:
+        """Whether its tasks store what its linears make, for want of an epilogue or for one that leaves it there."""
+        return self.kind == "linear" and all(o.op.keeps_input for o in self.epilogue)
 
     @property
     def inner(self) -> frozenset[str]:
@@ -162,10 +167,12 @@ def _ordered(section: Section, ops: Sequence[BoundOp]) -> list[BoundOp]:
 
 
 def _cut_at_collectives(name: str, ops: list[BoundOp]) -> list[tuple[str, list[BoundOp]]]:
-    """A collective starts a new group, unless nothing but rows of the same group comes before it."""
+    """A collective starts a new group, unless nothing but rows of the same group comes before it; and what follows one
+    is sampled by a group of its own."""
     parts: list[tuple[str, list[BoundOp]]] = [(name, [])]
     for op in ops:
-        if op.op.op == "all_reduce" and parts[-1][1]:
+        before = parts[-1][1]
+        if before and (op.op.op == "all_reduce" or (op.op.op == "sample" and before[-1].op.op == "all_reduce")):
             parts.append((op.name, []))
         parts[-1][1].append(op)
     return parts
@@ -255,6 +262,8 @@ def _illegal(model: Model, ops: Sequence[BoundOp], readers) -> tuple[str, str | 
                 f"'{op.name}' ({op.op.op}) cannot follow '{fused.body[-1].name}' ({fused.kind}) in one task",
                 "it needs more of the row than one task makes" if op.op.op == "rmsnorm" else None,
             )
+        if op.op.op == "sample" and (len(fused.body) > 1 or fused.epilogue != (op,)):
+            return f"'{op.name}' (sample) is fused with nothing but the linear that makes its logits", None
     if fused.epilogue or not fused.body:
         for op in [*fused.body, *fused.epilogue[:-1]] if fused.body else ops[:-1]:
             outside = readers.get(op.output, set()) - names

@@ -1,7 +1,8 @@
 """Groups + schedule -> groups that tasks can be cut from: splits get their merges and reductions, sampling two stages.
 
 A merge of attention splits is recomputed by the linear that reads it (one hop less); where something else reads the
-attention it is a group of its own.
+attention it is a group of its own. Of a sample that is fused with the linear that makes the logits, each of the
+linear's tasks finds the best of its own; where K is split they are groups apart.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from mpk_spec.ops import all_ops
 from mpk_spec.ops.base import Axis, TensorType
+from mpk_spec.ops.linear import ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.schedule import Scheduler, Settings
@@ -28,8 +30,8 @@ def lower(groups: tuple[Fused, ...], model: Model, scheduler: Scheduler) -> list
     """In program order. New values get their types in `model.types`."""
     done: list[Lowered] = []
     for group in groups:
-        for part in _stages_of_sample(group, model, scheduler):
-            settings = scheduler.resolve(part)
+        for part, given in _stages_of_sample(group, model, scheduler):
+            settings = given or scheduler.resolve(part)
             slots = settings.grid[1] // settings.split_k if part.kind == "linear" else 1
             if slots > 1:
                 model.slots |= {v: slots for v in outputs(part, model)}
@@ -43,30 +45,47 @@ def lower(groups: tuple[Fused, ...], model: Model, scheduler: Scheduler) -> list
     return _place_merges(done, scheduler)
 
 
-def _stages_of_sample(group: Fused, model: Model, scheduler: Scheduler) -> list[Fused]:
-    """`sample` -> argmax of slices, then of the slices' results (of all ranks)."""
+def _stages_of_sample(group: Fused, model: Model, scheduler: Scheduler) -> list[tuple[Fused, Settings | None]]:
+    """`sample` -> argmax of slices, then of the slices' results (of all ranks). With settings, where they are known."""
     op = group.ops[-1]
     if op.op.op != "sample":
-        return [group]
+        return [(group, None)]
+    head, settings = replace(group, ops=group.ops[:-1]), None
+    if head.body:
+        settings = scheduler.resolve(head)
+        if settings.split_k == 1:
+            partial = _partial(op, settings.grid[0], ROW_TILE, model)
+            return [(replace(group, ops=(*head.ops, partial)), settings), (_reduce(op, partial), None)]
+    features = model.types[op.inputs[0]].features
+    unit = -(-features // min(scheduler.target.num_sms, -(-features // 16)))
+    partial = _partial(op, -(-features // unit), unit, model)
+    alone = [(head, settings)] if head.ops else []
+    return [*alone, (Fused(partial.name, (partial,)), None), (_reduce(op, partial), None)]
+
+
+def _partial(op: BoundOp, slices: int, unit: int, model: Model) -> BoundOp:
+    """The first stage of a sample."""
     logits = op.inputs[0]
     kind = model.types[logits]
-    slices = min(scheduler.target.num_sms, -(-kind.features // 16))
-    per_slice = -(-kind.features // slices)
     split = bool(kind.axes[0].split)
     values = {
-        "slice": per_slice,
+        "slices": slices,
+        "unit": unit,
         "vocab": kind.features,
         "valid": _vocab(logits, model),
         "rank_stride": kind.features if split else 0,
     }
-    partial = all_ops()["argmax_partial"](argmax_partial=logits, **values)
+    made = all_ops()["argmax_partial"](argmax_partial=logits, **values)
     name = f"{op.name}.partial"
-    model.types[name] = replace(partial.infer([kind], {}, {}), partial=split)
-    reduce = all_ops()["argmax_reduce"](argmax_reduce=name)
-    return [
-        Fused(name, (BoundOp(name, partial, (logits,), name, {}, values, path=op.path),)),
-        Fused(group.name, (*group.ops[:-1], BoundOp(op.name, reduce, (name,), op.output, {}, {}, path=op.path))),
-    ]
+    model.types[name] = replace(made.infer([kind], {}, {}), partial=split)
+    return BoundOp(name, made, (logits,), name, {}, values, path=op.path)
+
+
+def _reduce(op: BoundOp, partial: BoundOp) -> Fused:
+    """The second stage."""
+    values = {"slices": partial.values["slices"]}
+    made = all_ops()["argmax_reduce"](argmax_reduce=partial.name, **values)
+    return Fused(op.name, (BoundOp(op.name, made, (partial.name,), op.output, {}, values, path=op.path),))
 
 
 def _vocab(logits: str, model: Model) -> int:

@@ -81,9 +81,9 @@ def renamed(group: Group, old: str, new: str) -> Group:
 
 
 def outputs(group: Fused, model: Model) -> tuple[str, ...]:
-    """The tensors that a group stores: its last value (all linears without an epilogue) and what it publishes."""
-    if group.kind == "linear" and not group.epilogue:
-        made = tuple(o.output for o in group.body)
+    """The tensors that a group stores: its last value (or all linears, if they are kept) and what it publishes."""
+    if group.keeps_body:
+        made = tuple(o.output for o in (*group.body, *group.epilogue))
     else:
         made = (group.ops[-1].output,)
     return tuple(v for v in (*made, *group.published) if model.types[v].kind != "cache")
@@ -199,6 +199,8 @@ def _linear(group: Fused, settings: Settings, model: Model, tokens: int, kv_spli
                 for linear in group.body:
                     trace(group, model, linear.output, (0, 1), found)
                 wrote = _linear_writes(group, model, span, part if settings.split_k > 1 else slot, found)
+                if group.keeps_body and group.epilogue:
+                    wrote.append(Span(group.ops[-1].output, 2 * index, 2 * index + 2))  # a pair for each task
                 wrote += _published(group, model, index, prod(settings.grid))
                 choice = (slot, slot + 1) if slots > 1 else None
                 summed = (k_lo * 512, min(k_hi * 512, k)) if settings.split_k > 1 else choice
@@ -234,7 +236,7 @@ def chunk_columns(k: int, size: float = 2) -> int:
 def _linear_writes(group: Fused, model: Model, span: FeatureSpan, part: int, found: dict) -> list[Span]:
     """Spans of the group's outputs for the rows `span`; adds what the epilogue reads to `found`."""
     last = group.ops[-1]
-    if group.epilogue:
+    if not group.keeps_body:
         linears = {o.output for o in group.body}
         _trace_epilogue(group, model, last.output, span, found, linears)
         return [Span(last.output, *_shifted(model, last.output, span, part))]

@@ -117,7 +117,8 @@ class GroupRun:
 
     def _linear(self, linears: list[Node]) -> None:
         last = self.group.nodes[-1]
-        gated = last is not linears[-1]
+        sampled = last.op == "argmax_partial"
+        gated = last is not linears[-1] and not sampled
         sizes = [(n.output, self._rows_of(n)) for n in linears]
         lo, hi = self.task.out if self.task else (0, sizes[0][1] if gated else sum(s for _, s in sizes))
         if gated:
@@ -135,10 +136,21 @@ class GroupRun:
                 base = (part[0] if part else 0) * self._rows_of(node)
                 take = partial(self.results.__setitem__, output)
                 write = take if gated else self._writer(output, base + first, base + end)
+                if sampled:
+                    self.firsts[output] = first
+                    write = partial(self._keep, output, write)
                 products.append((self._product(node, first, end, part), write))
             self._actions.append(partial(self._multiply, self._linear_input(linears[0], part), products))
             if gated:
                 self._store(last.output, lo, hi)
+            if sampled:
+                slices = (self.task.index, self.task.index + 1) if self.task else (0, last.values["slices"])
+                self._store(last.output, 2 * slices[0], 2 * slices[1])
+
+    def _keep(self, output: str, write, value: torch.Tensor) -> None:
+        """What is stored and sampled from as well: as it is stored."""
+        self.results[output] = round_to(value, self.plan.tensors[output].dtype)
+        write(self.results[output])
 
     @staticmethod
     def _multiply(x: Value, products: list[tuple[Callable, Callable]], step) -> None:
@@ -232,11 +244,13 @@ class GroupRun:
 
     def _input(self, node: Node, source: str, span: tuple[int, int]) -> Value:
         """What `node` needs of `source` for its features `span`."""
+        if node.op == "argmax_reduce":
+            return self.value(source, (0, 2 * node.values["slices"]))
         if node.op in WHOLE_INPUT or (node.op == "combine" and source == node.inputs[1]):
             return self._whole(source)
         if node.op == "argmax_partial":
-            size, vocab = node.values["slice"], node.values["vocab"]
-            return self.value(source, (span[0] // 2 * size, min(span[1] // 2 * size, vocab)))
+            op = op_of(node)
+            return self.value(source, (op.edge(span[0] // 2), op.edge(span[1] // 2)))
         return self.value(source, span) if node.op != "embedding" else self._read(source, 0, 1)
 
     def _scope(self, node: Node, span: tuple[int, int]) -> Callable[[Any], Scope]:
@@ -304,7 +318,7 @@ class GroupRun:
                     self._store(name, span.lo, span.hi)
 
 
-WHOLE_INPUT = frozenset({"top_k", "argmax_reduce", "attention_merge", "split_k_reduce"})
+WHOLE_INPUT = frozenset({"top_k", "attention_merge", "split_k_reduce"})
 
 
 def rope_key(node: Node) -> str:

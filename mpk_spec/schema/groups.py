@@ -74,7 +74,8 @@ _DERIVED = {"merge": "attention", "reduce": "linear", "all_reduce": None, "parti
 
 def _check_schedule(draft: Draft) -> Iterator[Problem]:
     fused = {member: name for name, fusion in draft.file.fusions.items() for member in fusion.of}
-    known = (operators(draft) - set(fused)) | draft.written("fusions")
+    samples = {name for name, op in draft.layers.items() if getattr(op, "op", None) == "sample"}  # groups of their own
+    known = (operators(draft) - (set(fused) - samples)) | draft.written("fusions")
     for index, rule in enumerate(draft.file.schedule):
         for group, settings in rule.set.items():
             yield from _check_whole_kernel(draft, ("schedule", index, "set", group), settings)

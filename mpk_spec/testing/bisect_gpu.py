@@ -221,8 +221,8 @@ def reference(
             for g, group in enumerate(step.templates[stage.template].groups):
                 for rank in ranks:
                     GroupRun(rank, group, stage.layer).run(given)
-                sampling = group.task in ("argmax_partial", "argmax_reduce")  # ids: near ties may fall either way
-                names = () if sampling else group.outputs
+                ids = {n.output for n in group.nodes if n.op in ("argmax_partial", "argmax_reduce")}
+                names = [name for name in group.outputs if name not in ids]  # near ties may fall either way
                 held = [{name: rank.buffers[name].clone() for name in names} for rank in ranks]
                 yield (s, g), stage.layer, group, held
 

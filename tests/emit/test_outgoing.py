@@ -18,6 +18,8 @@ def outgoing(emitted, group, task) -> tuple[int, int]:
     if group.task == "argmax_partial":
         return lo * 2, hi * 2
     assert group.task == "linear"
+    if group.nodes[-1].op == "argmax_partial":  # the pair of the task
+        return task.index * 2, task.index * 2 + 2
     return lo * TILE_ROWS, min(hi * TILE_ROWS, emitted.layout.packed[group.name].used_rows)
 
 

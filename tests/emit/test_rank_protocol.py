@@ -153,10 +153,10 @@ def test_every_count_of_a_peers_signal_is_needed():
 def test_events_of_an_inbox_are_the_ones_that_peers_signal():
     made = emitted("qwen3", 2)
     groups = {name.partition(".done")[0] for name in made.programs.from_peers}
-    assert groups == {"o_add", "down_add", "next_ids.partial"}
+    assert groups == {"o_add", "down_add", "head"}
     two = in_two_shots("qwen3", 2)
     assert {name.partition(".done")[0] for name in two.programs.from_peers} == {
-        "o_add", "attention.o.all_reduce", "down_add", "mlp.down.all_reduce", "next_ids.partial",
+        "o_add", "attention.o.all_reduce", "down_add", "mlp.down.all_reduce", "head",
     }  # fmt: skip
     for name in sorted(two.programs.from_peers):
         with pytest.raises(AssertionError, match="deadlock"):

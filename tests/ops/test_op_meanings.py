@@ -172,36 +172,43 @@ def test_split_k_reduce_cuts_features():
 # ---- sampling
 
 
-def argmax(logits: torch.Tensor, slice_: int, ranks: int = 1, valid: int | None = None) -> list[int]:
-    """Both stages, `ranks` ranks having an equal share of the vocabulary each."""
+def argmax(
+    logits: torch.Tensor, unit: int, ranks: int = 1, valid: int | None = None, slices: int | None = None
+) -> list[int]:
+    """Both stages, `ranks` ranks having an equal share of the vocabulary each. `slices`: else one for each unit."""
     share = -(-logits.shape[1] // ranks)
     padded = F.pad(logits, (0, share * ranks - logits.shape[1]))
     valid = logits.shape[1] if valid is None else valid
-    made = op("argmax_partial", slice=slice_, vocab=share, valid=valid, rank_stride=share if ranks > 1 else 0)
-    count = -(-share // slice_)
+    stride = share if ranks > 1 else 0
+    count = slices or -(-share // unit)
+    made = op("argmax_partial", slices=count, unit=unit, vocab=share, valid=valid, rank_stride=stride)
     parts = [
         torch.cat([
-            compute(made, part[:, n * slice_ : (n + 1) * slice_], span=(2 * n, 2 * n + 2), rank=rank)
+            compute(made, part[:, made.edge(n) : made.edge(n + 1)], span=(2 * n, 2 * n + 2), rank=rank)
             for n in range(count)
         ], -1)
         for rank, part in enumerate(padded.split(share, -1))
     ]  # fmt: skip
     pairs = parts[0] if ranks == 1 else torch.stack(parts)
-    return compute(op("argmax_reduce"), pairs)[:, 0].tolist()
+    return compute(op("argmax_reduce", slices=count), pairs)[:, 0].tolist()
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     vocab=st.integers(2, 60),
-    slice_=st.integers(1, 20),
+    unit=st.integers(1, 20),
+    few=st.integers(1, 5),
     ranks=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 1000),
 )
-def test_argmax(vocab, slice_, ranks, seed):
-    """With ties (few different values), at any slicing and degree: the lowest id among equals."""
+def test_argmax(vocab, unit, few, ranks, seed):
+    """With ties (few different values), at any slicing and degree: the lowest id among equals. Slices have one unit each,
+    or share them out as tasks do."""
     logits = torch.randint(-2, 3, (3, vocab), generator=torch.Generator().manual_seed(seed)).float()
     expected = [row.tolist().index(row.max()) for row in logits]
-    assert argmax(logits, slice_, ranks) == expected
+    assert argmax(logits, unit, ranks) == expected
+    share = -(-vocab // ranks)
+    assert argmax(logits, unit, ranks, slices=min(few, -(-share // unit))) == expected
 
 
 def test_padding_is_never_sampled():

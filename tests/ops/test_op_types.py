@@ -199,9 +199,11 @@ def split_rows(*sizes: int) -> TensorType:
 
 def test_regions():
     """Which features of an input the features of a result need."""
-    partial = all_ops()["argmax_partial"](argmax_partial="a", slice=10, vocab=95, valid=95, rank_stride=0)
+    partial = all_ops()["argmax_partial"](argmax_partial="a", slices=10, unit=10, vocab=95, valid=95, rank_stride=0)
     assert partial.needs((2, 6), partial.infer([value(95)], {}, {}), [value(95)]) == ((10, 30),)
     assert partial.needs((18, 20), partial.infer([value(95)], {}, {}), [value(95)]) == ((90, 95),)
+    few = partial.model_copy(update={"slices": 4})  # of 2, 3, 2 and 3 units
+    assert [few.edge(n) for n in range(5)] == [0, 20, 50, 70, 95]
     mixed = all_ops()["combine"].model_validate({"combine": "a", "route": "r"})
     assert mixed.needs((8, 16), value(96), [value(96, routed=3), ROUTE]) == ((8, 16), (0, 6))
     assert all_ops()["linear"].model_validate({"linear": "a", "weight": "w"}).needs((0, 8), value(8), [value(96)]) == (

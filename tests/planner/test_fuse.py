@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from tiny_specs import child, planned, spec_of
+
+from mpk_spec.errors import SpecError
+from mpk_spec.ops import all_ops
 
 GPU = {"target": "h100", "context": 256}
 
@@ -54,6 +58,37 @@ def test_what_is_explained():
     assert "fusion embed: applied in layer 0" in one and "fusion embed: applied in layer 0" in two
     assert "fusion o_add: cut at attention.o.all_reduce: ranks add their parts there" in two
     assert not any("cut" in note for note in one)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_head_finds_the_best_of_its_own_logits(tp):
+    head, last = planned(spec_of("qwen3"), tp=tp, **GPU).steps["decode"].templates[-1].groups
+    assert [n.op for n in head.nodes][-2:] == ["linear", "argmax_partial"]
+    assert head.outputs == ("logits", "next_ids.partial") and last.inputs == ("next_ids.partial",)
+    pairs = [next(s for s in t.writes if s.tensor == "next_ids.partial") for t in head.tasks]
+    assert [(s.lo, s.hi) for s in pairs] == [(2 * n, 2 * n + 2) for n in range(len(head.tasks))]
+    values = head.nodes[-1].values
+    assert values["slices"] == last.nodes[0].values["slices"] == len(head.tasks)
+    op = all_ops()["argmax_partial"](argmax_partial="logits", **values)
+    assert [(op.edge(t.index), op.edge(t.index + 1)) for t in head.tasks] == [t.out for t in head.tasks]
+    assert last.tasks[0].waits[0].event == "head.done"
+
+
+def test_a_sample_whose_logits_are_summed_first_is_a_group_of_its_own():
+    rules = [{"set": {"head": {"split_k": 2}}}]
+    step = planned(child("qwen3", {"hidden_size": 1024}, schedule=rules), **GPU).steps["decode"]
+    assert [g.name for g in step.templates[-1].groups] == ["head", "head.reduce", "next_ids.partial", "next_ids"]
+
+
+def test_a_sample_is_fused_with_its_linear_or_not_at_all():
+    layers = {"loud": {"add": ["logits", "logits"]}, "next_ids": {"sample": "loud"}}
+    members = {"head": {"of": ["h", "logits", "loud", "next_ids"]}}
+    with pytest.raises(
+        SpecError, match="'next_ids' .sample. is fused with nothing but the linear that makes its logits"
+    ):
+        planned(child("qwen3", layers=layers, fusions=members), **GPU)
+    apart = planned(child("qwen3", layers=layers, fusions={"head": {"of": ["h", "logits", "loud"]}}), **GPU)
+    assert [g.name for g in apart.steps["decode"].templates[-1].groups] == ["head", "next_ids.partial", "next_ids"]
 
 
 def test_a_group_waits_for_what_it_reads():

@@ -50,7 +50,7 @@ MEMBERS = {
     "o_add": {"attention.o", "attention.out"},
     "gate_up": {"mlp.h", "mlp.gate", "mlp.up", "mlp.act"},
     "down_add": {"mlp.down", "mlp.out"},
-    "head": {"h", "logits"},
+    "head": {"h", "logits", "next_ids.partial", "next_ids"},
 }
 
 
@@ -128,7 +128,7 @@ def test_pack_layout():
 
 @pytest.mark.parametrize(
     ("group", "grid"),
-    [("qkv", 12), ("o_add", 3), ("gate_up", 16), ("down_add", 2), ("head", 13), ("next_ids.partial", 11)],
+    [("qkv", 12), ("o_add", 3), ("gate_up", 16), ("down_add", 2), ("head", 13)],
 )
 def test_grid(group, grid):
     made = right(ruled("qwen3", group, grid=[grid, 1, 1]))
@@ -137,6 +137,16 @@ def test_grid(group, grid):
         assert found.grid == (grid, 1, 1) and len(found.tasks) == grid and found.partition == "even"
     assert made.schedule[group]["grid"] == [grid, 1, 1]
     assert groups(planned(spec_of("qwen3"), **GPU))[group].grid != (grid, 1, 1)
+
+
+def test_grid_of_a_sample_of_its_own():
+    """Fused, each task of the head finds the best of its own logits."""
+    apart = {"head": {"of": ["h", "logits"]}}
+    rule = {"set": {"next_ids.partial": {"grid": [11, 1, 1]}}}
+    made = right(child("qwen3", fusions=apart, schedule=[rule]))
+    assert groups(made)["next_ids.partial"].grid == (11, 1, 1) and made.tensors["next_ids.partial"].shape == (33, 2)
+    fused = right(ruled("qwen3", "head", grid=[13, 1, 1]))
+    assert "next_ids.partial" not in groups(fused) and fused.tensors["next_ids.partial"].shape == (13, 2)
 
 
 def test_a_short_grid_is_filled_up():

@@ -96,7 +96,7 @@ def test_a_part_that_another_sm_writes_the_next_time(stage, group):
 def test_a_step_that_ends_before_its_last_layer(event):
     """All others' events say is that somebody looked at these tasks' values, not that they are over. Of SMs that have a
     part of the head its event says so: here few do."""
-    few = child("qwen3", schedule=[{"set": {"head": {"grid": [5, 1, 1]}, "next_ids.partial": {"grid": [3, 1, 1]}}}])
+    few = child("qwen3", schedule=[{"set": {"head": {"grid": [5, 1, 1]}}}])
     found = plan(few, size="tiny", target="h100", context=256, steps=("decode",))
 
     def change(task: Task) -> Task:
