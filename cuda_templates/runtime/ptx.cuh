@@ -241,12 +241,18 @@ __device__ __forceinline__ void show(void* p, uint4 v) {
 __device__ __forceinline__ void look_system(const void* p, u32& v) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
 }
+__device__ __forceinline__ void look_system(const void* p, uint2& v) {
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+}
 __device__ __forceinline__ void look_system(const void* p, uint4& v) {
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
 }
 __device__ __forceinline__ void show_system(void* p, u32 v) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void show_system(void* p, uint2 v) {
+  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // --- shared memory ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // The signaller: the warp that tells the events of a task once all workers have stored its values. A release waits until they
-// are visible everywhere, which takes about a microsecond; the workers need not.
+// are visible everywhere, which takes about a microsecond; the workers need not. For the same reason it tells the host.
 #pragma once
 #include "runtime/stop_after.cuh"
 #include "runtime/worker.cuh"
@@ -118,7 +118,17 @@ struct Signaller {
       if (!more) return;
       for (stage = 0; stage < plan::num_stages; ++stage)
         if (!run_stage()) return;
+      if (lane == 0 && blockIdx.x == plan::sampling_sm) tell_host();
     }
+  }
+
+  // The step's token. The workers write this place again four steps on, when this warp has signalled all tasks before.
+  __device__ __forceinline__ void tell_host() const {
+    News& news = shared.news[step % step_slots];
+    if (news.count == 0) return;
+    params.host->tokens[news.count - 1] = news.token;
+    ptx::store_host_release(&params.host->count, news.count);
+    news.count = 0;
   }
 };
 

@@ -29,6 +29,12 @@ struct Outgoing {
   u32 bytes, stride;
 };
 
+// A token for the host: the `count`th of this launch. 0: none.
+struct News {
+  u32 count;
+  i32 token;
+};
+
 struct Shared : probe::Recorder {
   u64 full[plan::ring_slots];
   u64 empty[plan::ring_slots];
@@ -39,6 +45,7 @@ struct Shared : probe::Recorder {
   Outgoing outgoing[ready_depth];
 #endif
   Step step[2];
+  News news[step_slots];  // by step, from the task that samples to the warp that signals, which is a few tasks behind
   u32 stop;  // the loader may leave
   u32 abort;
   u32 host_stop;

@@ -149,77 +149,120 @@ struct ForPeers<StoreBest<Logits, Rows, Bias, Pairs, Valid, RankStride>> {
   }
 };
 
-// What the sampled (or prompted) tokens make of the next step.
+// What the sampled (or prompted) tokens make of the next step: the work of one warp.
+//
+// The SMs wait for it, so all that the sampled id does not decide is worked out by `prepare`, before it is there, and the host,
+// which is far away, is told by the warp that signals.
 struct TokenLoop {
-  static __device__ bool is_stop(const Params& p, i32 id) {
-    for (u32 i = 0; i < p.num_stop_ids; ++i)
-      if (p.stop_ids[i] == id) return true;
-    return false;
-  }
+  u32 tokens;  // of the next step, unless it is the end
+  u32 position, emitted;
+  bool samples;  // or the prompt goes on
+  i32 stop_id, prompted;  // this lane's: one of the ids that end it, or none; the id of its word of the descriptor
 
-  static __device__ void advance(const Worker& w, i32 sampled, u32 step_index) {
+  __device__ __forceinline__ void prepare(const Worker& w) {
     const Params& p = w.params;
-    if (p.rank != authority) return;
-    Step next{};
-    next.position = w.position + w.tokens;
-    const u32 emitted = next.emitted = w.step->emitted;
-    const bool stopped = ptx::load_shared_flag(&w.shared.host_stop) != 0;
-    if (next.position < p.prompt_end) {
-      next.tokens = stopped ? 0 : min_of(p.chunk, p.prompt_end - next.position);
-      for (u32 i = 0; i < next.tokens; ++i) next.ids[i] = p.prompt[next.position + i];
-    } else if (p.max_new > 0) {
-      const bool none = sampled == no_id;  // every logit is NaN: the host says so
-      ++next.emitted;
-      const bool full = next.position >= p.context || next.emitted >= p.max_new;
-      next.tokens = stopped || none || full || is_stop(p, sampled) ? 0 : 1;
-      next.ids[0] = sampled;
+    position = w.position + w.tokens;
+    emitted = w.step->emitted;
+    samples = position >= p.prompt_end && p.max_new > 0;
+    tokens = position < p.prompt_end ? min_of(p.chunk, p.prompt_end - position) : 0;
+    prompted = w.lane - first_id < tokens ? p.prompt[position + w.lane - first_id] : 0;
+    stop_id = w.lane < p.num_stop_ids ? p.stop_ids[w.lane] : -1;
+    if (samples) {
+      ++emitted;
+      tokens = position < p.context && emitted < p.max_new;
     }
-    if (w.aborted()) return;
-    publish(p, p.control->steps[(step_index + 1) % step_slots], next);
-    // The host last: it is far away, and the SMs wait for the step.
-    if (next.emitted != emitted) p.host->tokens[emitted] = sampled == no_id ? -1 : sampled;
-    ptx::store_host_release(&p.host->count, next.emitted);
+    if (ptx::load_shared_flag(&w.shared.host_stop)) tokens = 0;
   }
 
-  // On every rank.
-  static __device__ __forceinline__ void publish(const Params& p, Step& slot, const Step& next) {
+  __device__ __forceinline__ void advance(const Worker& w, i32 sampled) const {
+    if (w.params.rank != authority || __any_sync(all_lanes, w.aborted())) return;
+    // no_id: every logit is NaN, and the host says so
+    const bool ends = samples && (sampled == no_id || __any_sync(all_lanes, sampled == stop_id));
+    const u32 id = !samples ? prompted : w.lane == first_id ? sampled : 0;
+    const u32 number = w.step_index + 1;
+    publish(w, number, w.lane == 0 ? (ends ? 0 : tokens) : w.lane == 1 ? position : w.lane == 2 ? emitted : id);
+    if (samples && w.lane == 0) w.shared.news[w.step_index % step_slots] = {emitted, sampled == no_id ? -1 : sampled};
+  }
+
+ private:
+  static constexpr u32 words = sizeof(Step) / 4, first_id = words - max_tokens;
+  static_assert(words <= warp_size && max_stop_ids <= warp_size, "a lane for each");
+
+  // On every rank; this lane's word of the descriptor.
+  static __device__ __forceinline__ void publish(const Worker& w, u32 number, u32 word) {
+    const Params& p = w.params;
+    Step& slot = p.control->steps[number % step_slots];
+    u32* to = reinterpret_cast<u32*>(&slot) + w.lane;
 #if MPK_NVSHMEM
-    slot = next;
+    if (w.lane < words) *to = word;
+    __syncwarp();
+    if (w.lane != 0) return;
     for (u32 peer = 0; peer < num_ranks; ++peer)
       if (peer != p.rank) shmem::put_and_signal(&slot, sizeof(Step), &p.control->published, peer);
     shmem::signal(&p.control->published, p.rank);
 #else
+    for (u32 peer = 0; peer < num_ranks; ++peer)
+      if (w.lane < words) *p.on(peer, to) = word;
+    __syncwarp();
+    if (w.lane != 0) return;
     if constexpr (num_ranks > 1) {
-      for (u32 peer = 0; peer < num_ranks; ++peer) *p.on(peer, &slot) = next;
       ptx::fence_system();
       for (u32 peer = 0; peer < num_ranks; ++peer) ptx::red_system(p.on(peer, &p.control->published), 1);
     } else {
-      slot = next;
       ptx::red_release(&p.control->published, 1);
     }
 #endif
   }
 };
 
-// One task on one SM.
+// One task on one SM: of each token's pairs, those of all ranks, one warp finds the best.
 template <class Pairs, class Ids, int Slices>
 struct ArgmaxReduce {
   static __device__ void run(Worker& w, const Entry& entry) {
     w.wait_ready();
     for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
-      Best best;
-#pragma unroll 8
-      for (int slice = w.lane; slice < parts_of<Pairs> * Slices; slice += warp_size) {
-        const uint2 pair = ptx::load_l2_8(pair_at<Pairs>(w, token, slice / Slices, slice % Slices));
-        best.consider(__uint_as_float(pair.x), static_cast<i32>(pair.y));
-      }
-      best.over_warp();
-      if (w.lane == 0) *reinterpret_cast<i32*>(Ids::at(w, token, 0)) = best.id;
-      if (w.lane == 0 && token == w.tokens - 1) TokenLoop::advance(w, best.id, w.step_index);
+      TokenLoop loop;
+      const bool last = token == w.tokens - 1;
+      if (last) loop.prepare(w);
+      const i32 id = best_id(w, token);
+      if (last) loop.advance(w, id);
+      if (w.lane == 0) *reinterpret_cast<i32*>(Ids::at(w, token, 0)) = id;
     }
     w.sync();
     w.release_ready();
     w.signal(entry);
+  }
+
+ private:
+  static constexpr int count = parts_of<Pairs> * Slices, per_lane = ceil_div(count, warp_size);
+
+  // Asks for all of the lane's pairs at once; in a step of one token, where they cross as data, again for what is missing.
+  static __device__ __forceinline__ i32 best_id(const Worker& w, u32 token) {
+    const u8* from[per_lane];
+    uint2 pair[per_lane];
+#pragma unroll
+    for (int n = 0; n < per_lane; ++n) {
+      const int slice = min_of<int>(w.lane + n * warp_size, count - 1);  // the last one may be considered twice
+      from[n] = pair_at<Pairs>(w, token, slice / Slices, slice % Slices);
+      Pairs::look(from[n], pair[n]);
+    }
+    bool missing = w.tokens == 1;
+#pragma unroll 1
+    while (missing && w.keeps_looking()) {
+      missing = false;
+#pragma unroll
+      for (int n = 0; n < per_lane; ++n) {
+        if (!Pairs::is_missing(pair[n])) continue;
+        missing = true;
+        Pairs::look(from[n], pair[n]);
+      }
+    }
+    w.mark_seen();
+    Best best;
+#pragma unroll
+    for (int n = 0; n < per_lane; ++n) best.consider(__uint_as_float(pair[n].x), static_cast<i32>(pair[n].y));
+    best.over_warp();
+    return best.id;
   }
 };
 

@@ -36,16 +36,21 @@ struct Inbox {
     }
   }
   static __device__ __forceinline__ void store(const Worker& w, int token, int feature, float value) {
+    put(w, token, feature, __float_as_uint(value));
+  }
+  template <class V>
+  static __device__ __forceinline__ void put(const Worker& w, int token, int feature, V bits) {
     if constexpr (!crosses) {
-      store_everywhere(w, token, feature, value);
+      store_everywhere(w, token, feature, bits);
     } else {
       u8* here = at(w, w.params.rank, token, feature);
       u8* other = second(w) ? here - Copy : here + Copy;
 #pragma unroll
-      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(w.params.on(peer, here), __float_as_uint(value));
+      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(w.params.on(peer, here), bits);
       if (token != 0) return;
+      clear(bits);
 #pragma unroll
-      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(w.params.on(peer, other), 0xffffffffu);
+      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(w.params.on(peer, other), bits);
     }
   }
 
@@ -59,6 +64,12 @@ struct Inbox {
       ptx::look_system(from, v);
     else
       v = ptx::load_l2_4(from);
+  }
+  static __device__ __forceinline__ void look(const u8* from, uint2& v) {
+    if constexpr (crosses)
+      ptx::look_system(from, v);
+    else
+      v = ptx::load_l2_8(from);
   }
   static __device__ __forceinline__ void look(const u8* from, uint4& v) {
     if constexpr (crosses)
@@ -187,10 +198,7 @@ constexpr int parts_of = is_inbox<T> ? static_cast<int>(num_ranks) : 1;
 // Pairs [tokens, slices, 2], of one rank or in an inbox.
 template <class Pairs>
 __device__ __forceinline__ void store_pair(const Worker& w, int token, int slice, float2 pair) {
-  if constexpr (is_inbox<Pairs>)
-    Pairs::store_everywhere(w, token, slice * 2, pair);
-  else
-    *reinterpret_cast<float2*>(Pairs::at(w, token, slice * 2)) = pair;
+  Pairs::put(w, token, slice * 2, bits_of(pair));
 }
 
 // What of the pairs [tokens, lo to hi, 2] peers get.

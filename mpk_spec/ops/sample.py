@@ -39,7 +39,7 @@ class ArgmaxPartial(Op):
     """For each slice of the logits its maximum and the id of that: `[tokens, slices, 2]` as float32 and int32 bits.
 
     The `vocab` logits come in units of `unit` neighbours, which the slices share out as tasks share out rows. A rank's
-    ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); ids at `valid` or above are padding.
+    ids start at `rank * rank_stride` (0 where every rank has all of the vocabulary); from `valid` on they are padding.
     """
 
     op: ClassVar[str] = "argmax_partial"

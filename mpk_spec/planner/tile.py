@@ -82,10 +82,8 @@ def renamed(group: Group, old: str, new: str) -> Group:
 
 def outputs(group: Fused, model: Model) -> tuple[str, ...]:
     """The tensors that a group stores: its last value (or all linears, if they are kept) and what it publishes."""
-    if group.keeps_body:
-        made = tuple(o.output for o in (*group.body, *group.epilogue))
-    else:
-        made = (group.ops[-1].output,)
+    kept = (*group.body, *group.epilogue) if group.keeps_body else group.ops[-1:]
+    made = tuple(o.output for o in kept)
     return tuple(v for v in (*made, *group.published) if model.types[v].kind != "cache")
 
 

@@ -202,8 +202,10 @@ def argmax(
     seed=st.integers(0, 1000),
 )
 def test_argmax(vocab, unit, few, ranks, seed):
-    """With ties (few different values), at any slicing and degree: the lowest id among equals. Slices have one unit each,
-    or share them out as tasks do."""
+    """With ties (few different values), at any slicing and degree: the lowest id among equals.
+
+    Slices have one unit each, or share them out as tasks do.
+    """
     logits = torch.randint(-2, 3, (3, vocab), generator=torch.Generator().manual_seed(seed)).float()
     expected = [row.tolist().index(row.max()) for row in logits]
     assert argmax(logits, unit, ranks) == expected

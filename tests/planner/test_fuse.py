@@ -84,7 +84,7 @@ def test_a_sample_is_fused_with_its_linear_or_not_at_all():
     layers = {"loud": {"add": ["logits", "logits"]}, "next_ids": {"sample": "loud"}}
     members = {"head": {"of": ["h", "logits", "loud", "next_ids"]}}
     with pytest.raises(
-        SpecError, match="'next_ids' .sample. is fused with nothing but the linear that makes its logits"
+        SpecError, match=r"'next_ids' \(sample\) is fused with nothing but the linear that makes its logits"
     ):
         planned(child("qwen3", layers=layers, fusions=members), **GPU)
     apart = planned(child("qwen3", layers=layers, fusions={"head": {"of": ["h", "logits", "loud"]}}), **GPU)
