@@ -26,8 +26,8 @@ struct Load {
   i32 lo, hi;
 };
 
-// `back` stages before this one, `event` must have `count` signals. `data`: in a step of one token one stage further back, if
-// that one has the event: its values cross as data (tasks/tensor.cuh), and it only says that the other copy was cleared.
+// `back` stages before this one, `event` must have `count` signals. In a step of one token `data` stages further back, if that
+// one has the event: its values cross as data (tasks/tensor.cuh), and it only says that the other copy was cleared.
 struct Wait {
   u16 event;
   u8 back, data;

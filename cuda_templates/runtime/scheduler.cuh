@@ -28,7 +28,8 @@ struct Scheduler {
 
   // Events are never set back: after n steps a counter stands at n times the signals of one step.
   __device__ __forceinline__ void wait_event(const Wait& wait, const Entry& entry, u32 number) {
-    const u32 back = wait.back + (wait.data && tokens == 1 && !(through_nvshmem && plan::from_peers(wait.event)));
+    const bool looks = tokens == 1 && !(through_nvshmem && plan::from_peers(wait.event));  // the workers do, for values
+    const u32 back = wait.back + (looks ? wait.data : 0);
     const bool before = back > stage;  // it belongs to the step before
     const u32 at = before ? stage + plan::num_stages - back : stage - back;
     const u32 total = plan::event_total[plan::stage_template[at]][wait.event];

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpk_spec.emit.layout import Layout
 from mpk_spec.errors import UserError
+from mpk_spec.planner.crossing import further_back
 from mpk_spec.planner.plan import Group, Plan, Step, Task
 
 ENTRY = np.dtype(
@@ -27,6 +28,7 @@ ENTRY = np.dtype(
     ]
 )
 LOAD = np.dtype([("shape", "<u4"), ("lo", "<i4"), ("hi", "<i4")])
+MOST_STAGES = 255  # a wait counts stages in a byte
 WAIT = np.dtype([("event", "<u2"), ("back", "u1"), ("data", "u1"), ("count", "<u4")])
 
 
@@ -57,6 +59,8 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
     events = tuple(sorted({name for t in step.templates for name in t.events}))
     number = {name: n for n, name in enumerate(events)}
     shapes = {name: n for n, name in enumerate(layout.packed)}
+    if len(step.stages) > MOST_STAGES:
+        raise UserError(f"the CUDA kernel runs at most {MOST_STAGES} stages, this plan has {len(step.stages)}")
     drafts = [_SmDraft(step, runs, number, layout, shapes, sm) for sm in range(plan.num_sms)]
     most = [max(1, max(len(getattr(d, k)) for d in drafts)) for k in ("entries", "loads", "waits", "signals")]
     dtype = _program_dtype(len(step.templates), *most)
@@ -107,6 +111,7 @@ class _SmDraft:
         self.queue_begin, self.load_begin = [0], [0]
         self.layout, self.number = layout, number
         for t, template in enumerate(step.templates):
+            self.further = further_back(step, t)
             for group, task in template.queues[sm]:
                 self._entry(template.groups[group], template.groups[group].tasks[task], runs[t][group], group)
             for group, task in template.loads[sm]:
@@ -116,7 +121,7 @@ class _SmDraft:
             self.load_begin.append(len(self.loads))
 
     def _entry(self, group: Group, task: Task, run: int, index: int) -> None:
-        waits = [(self.number[w.event], -w.stage, w.data, w.count) for w in task.waits]
+        waits = [(self.number[w.event], -w.stage, w.data * self.further, w.count) for w in task.waits]
         share = next(((s.lo, s.hi) for s in task.writes if s.tensor in group.published), (0, 0))
         self.entries.append(
             (run, index, task.index, len(waits), len(self.waits), len(task.signals), len(self.signals), 0,

@@ -6,13 +6,15 @@ and whoever writes one copy fills the same part of the other with a pattern that
 reader waits for the one of the write before, which says that the copy was cleared, and for which nobody waits long.
 
 Steps of several tokens wait for events as ever. All of the layers' values cross in one way, or none: then nothing but
-the end of a step relies on events for what was written in the same step.
+the end of a step relies on events for what was written in the same step. There, what the sampling reads crosses as data
+too, if it is written once in a step: the event of the write before is then that of the step before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from mpk_spec.planner.memory import ALIGN, bytes_of
@@ -48,6 +50,7 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
     by_event = {*states, *(t.name for t in tensors.values() if t.inbox and t.shares != "all")}
     turns: Turns = dict.fromkeys((t for t in everywhere[0] if t not in by_event), "layer")
     turns |= dict.fromkeys((t for step in made.values() for t in _once(step, turns)), "step")
+    turns |= dict.fromkeys(_sampled(made.values()), "step")
     for step in made.values():
         refused = _why_not(step, turns, tensors, by_event)
         if refused:
@@ -68,6 +71,12 @@ def in_turns(
         placed[name] = replace(like, name=name, offset=offset, bytes=2 * copy, turns=2, per=per)
         arenas[like.placement] = offset + 2 * copy
     return placed, arenas
+
+
+def further_back(step: Step, template: int) -> int:
+    """How many stages before the one that it names a template's wait for data looks, in a step of one token."""
+    in_layers = any(s.template == template and s.layer is not None for s in step.stages)
+    return 1 if in_layers else len(step.stages)
 
 
 def signallers(template: Template) -> dict[str, list[tuple[int, Task]]]:
@@ -138,6 +147,16 @@ def _once(step: Step, turns: Turns) -> set[str]:
     return {t for t in _parts(step.templates[step.stages[0].template]) if t.endswith(FIRST) and t not in turns}
 
 
+def _sampled(steps: Iterable[Step]) -> set[str]:
+    """What the last group of a step reads of the groups before it, if all steps write it on the same SMs."""
+    found = []
+    for template in (step.templates[step.stages[-1].template] for step in steps):
+        reads = {s.tensor for task in template.groups[-1].tasks for s in task.reads}
+        static = all(g.launch == "static" for g in template.groups)
+        found.append({t: parts for t, parts in _parts(template).items() if static and t in reads})
+    return {t for t, parts in found[0].items() if all(other.get(t) == parts for other in found)}
+
+
 def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], by_event: set[str]) -> str | None:
     for name in turns:
         tensor = tensors[name.removesuffix(FIRST)]
@@ -164,7 +183,7 @@ def _marked(step: Step, turns: Turns, ranks: bool) -> Step:
     at = next(n for n, s in enumerate(step.stages) if s.layer is None)
     last = templates[step.stages[at - 1].template]
     stages = list(step.stages)
-    for place, change in ((at, _told), (len(stages) - 1, _ended)):
+    for place, change in ((at, _told), (len(stages) - 1, partial(_ended, turns))):
         templates.append(change(templates[stages[place].template], last, at - 1 - place))
         stages[place] = Stage(len(templates) - 1)
     return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
@@ -212,7 +231,7 @@ class _Marker:
         return tuple(task for task, _ in done)
 
     def _marked(self, task: Task, makers: dict[str, tuple[str, int]]) -> tuple[Task, set[tuple[str, int]]]:
-        waits = [replace(w, data=self._by_values(w, task.reads)) for w in task.waits]
+        waits = [replace(w, data=self.by_values(w, task.reads)) for w in task.waits]
         known = set().union(*(self._told(w) for w in waits))
         for tensor in dict.fromkeys(s.tensor for s in task.reads if s.tensor in makers and s not in task.writes):
             maker, stage = makers[tensor]
@@ -221,12 +240,12 @@ class _Marker:
             reads = task.reads if self.turns.get(tensor) != "step" else ()  # else the step before has cleared it
             for name in _events(maker, self.sent[stage], reads):
                 wait = Wait(name, self.sources[stage].events[name], stage)
-                data = tensor in self.turns and ((maker, stage) in known or self._by_values(wait, task.reads))
+                data = tensor in self.turns and ((maker, stage) in known or self.by_values(wait, task.reads))
                 waits.append(replace(wait, data=data))
                 known |= self._told(waits[-1])
         return replace(task, waits=tuple(waits)), known
 
-    def _by_values(self, wait: Wait, reads: tuple[Span, ...]) -> bool:
+    def by_values(self, wait: Wait, reads: tuple[Span, ...]) -> bool:
         key = wait.event, wait.stage, reads
         if key not in self._seen:
             sent = self.sent.get(wait.stage, {}).get(wait.event, [])
@@ -269,11 +288,16 @@ def _told(template: Template, layer: Template, back: int) -> Template:
     return replace(template, groups=groups)
 
 
-def _ended(template: Template, layer: Template, back: int) -> Template:
-    """The tasks of the last group wait for all events of the last layer, `back` stages away."""
+def _ended(turns: Turns, template: Template, layer: Template, back: int) -> Template:
+    """The tasks of the last group wait for all events of the last layer, `back` stages away, and look at what was made of
+    it since."""
     *groups, last = template.groups
     more = [Wait(name, count, back) for name, count in layer.events.items()]
-    return replace(template, groups=(*groups, replace(last, tasks=tuple(_with_waits(t, more) for t in last.tasks))))
+    marker = _Marker({0: template}, turns)
+    tasks = (
+        replace(t, waits=tuple(replace(w, data=marker.by_values(w, t.reads)) for w in t.waits)) for t in last.tasks
+    )
+    return replace(template, groups=(*groups, replace(last, tasks=tuple(_with_waits(t, more) for t in tasks))))
 
 
 def _with_waits(task: Task, more: list[Wait]) -> Task:

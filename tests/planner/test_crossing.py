@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import pytest
 from tiny_specs import child, spec_of
 
+from mpk_spec.emit.program import _program_dtype
+from mpk_spec.emit.source import emit
 from mpk_spec.errors import SpecError
 from mpk_spec.planner import plan
-from mpk_spec.planner.crossing import makers, signallers
+from mpk_spec.planner.crossing import further_back, makers, signallers
 from mpk_spec.planner.plan import Plan, Span, Template, Wait
 from mpk_spec.planner.verify import verify
 
@@ -46,13 +49,16 @@ def test_dense_models_cross_as_data_and_are_proved(name):
     layers = [step.templates[s.template] for s in step.stages if s.layer is not None]
     written = {s.tensor for t in layers for g in t.groups for task in g.tasks for s in task.writes}
     written -= found.states.keys()
+    written.add("next_ids.partial")
     assert {n for n, t in found.tensors.items() if t.turns == 2} == written
-    assert {n for n, t in found.tensors.items() if t.per == "step"} == {n for n in written if n.endswith(".first")}
+    once = {n for n in written if n.endswith(".first")} | {"next_ids.partial"}
+    assert {n for n, t in found.tensors.items() if t.per == "step"} == once
     assert found.notes[-1] == f"{', '.join(sorted(written))}: cross between SMs as data in steps of one token"
     for template in layers[1:]:
         assert all(w.data for g in template.groups for t in g.tasks for w in t.waits)
     head = step.templates[step.stages[-1].template]
-    assert not any(w.data for g in head.groups for t in g.tasks for w in t.waits)
+    of_data = {(g.name, w) for g in head.groups for t in g.tasks for w in t.waits if w.data}
+    assert of_data == {("next_ids", Wait("head.done", head.events["head.done"], 0, data=True))}
 
 
 @pytest.mark.parametrize(("name", "size", "tp"), [("qwen3", "0.6b", 2), ("llama3", "8b", 8), ("gemma3", "270m", 4)])
@@ -60,7 +66,7 @@ def test_so_they_do_on_several_ranks(name, size, tp):
     found = made(name, size, tp=tp)
     verify(found)
     parts = {n for n, t in found.tensors.items() if t.inbox and t.turns == 2}
-    assert found.crossing == "data" and len(parts) == 2  # of attention and mlp; the head's cross by event
+    assert found.crossing == "data" and len(parts) == 3 and "next_ids.partial" in parts
 
 
 def test_more_kv_heads_than_a_scheduler_has_lanes():
@@ -116,6 +122,28 @@ def test_sums_in_two_shots_are_waited_for_by_everybody_who_reads_them():
     for template, group, stage in ((1, "gate_up", 0), (1, "qkv", -1), (len(step.templates) - 1, "head", -1)):
         summed = [w for w in waits(step.templates[template], group) if w.event == "attention.o.all_reduce.done"]
         assert [(w.data, w.stage) for w in summed] == [(False, stage)], group
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_wait_for_data_after_the_layers_is_for_the_step_before(fused, tp):
+    members = {} if fused else {"fusions": {"head": {"of": ["h", "logits"]}}}
+    found = pinned("data", sections=members, tp=tp)
+    step = found.steps["decode"]
+    further = [further_back(step, n) for n in range(len(step.templates))]
+    assert further == [1] * (len(further) - 1) + [len(step.stages)]
+    (wait,) = (w for w in waits(step.templates[-1], "next_ids") if w.data)
+    assert wait.event == ("head.done" if fused else "next_ids.partial.done") and wait.stage == 0
+    packed = {(int(w["back"]), int(w["data"])) for w in packed_waits(found)}
+    assert (0, len(step.stages)) in packed and (0, 1) in packed and (1, len(step.stages)) not in packed
+
+
+def packed_waits(found: Plan):
+    """Of all SMs' programs."""
+    made = emit(found)
+    sizes = made.programs.sizes
+    dtype = _program_dtype(len(made.step.templates), sizes.entries, sizes.loads, sizes.waits, sizes.signals)
+    return np.frombuffer(made.programs.blob, dtype)["wait"].reshape(-1)
 
 
 def test_by_event_nothing_lies_twice():

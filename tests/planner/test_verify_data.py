@@ -143,6 +143,54 @@ def test_what_is_not_data_is_read_after_its_event():
     assert "reads 'attention.out' [0, 96), and no event says that it is written by attention.o.all_reduce[" in said
 
 
+END = LAYERS  # the stage after the layers
+
+
+def test_a_sampling_that_does_not_know_that_the_pairs_were_cleared():
+    """In the step before: its event is what the wait for data is for. Without it nothing says that all are there."""
+    said = refused(edited(END, "next_ids", without("head.done", 0)))
+    assert "head[" in said and "next_ids" in said
+
+
+def test_ranks_that_do_not_know_that_others_cleared_their_pairs():
+    found = plan(spec_of("qwen3"), size="tiny", target="h100", context=256, tp=2, steps=("decode",))
+    verify(found)
+    end = len(found.steps["decode"].stages) - 1
+
+    def change(task: Task) -> Task:
+        return replace(task, waits=tuple(w for w in task.waits if w.event != "head.done"))
+
+    said = refused(edit_template(found, "decode", end, lambda t: edit_tasks(t, "next_ids", change)))
+    assert "head[" in said and "next_ids" in said
+
+
+def test_pairs_that_another_sm_writes_the_next_time():
+    """Copies are of steps: they would be cleared by who writes them only if the same SM does in all steps. They do where
+    a plan has one kind of step; two kinds must agree."""
+    both = good(("decode", "prefill"))
+
+    def swap(template: Template) -> Template:
+        g = [x.name for x in template.groups].index("head")
+        places = {(g, 0): (g, 1), (g, 1): (g, 0)}
+
+        def lists(of: tuple) -> tuple:
+            return tuple(tuple(places.get(entry, entry) for entry in one) for one in of)
+
+        return replace(template, queues=lists(template.queues), loads=lists(template.loads))
+
+    said = refused(edit_template(both, "decode", END, swap))
+    assert "the plan's steps differ in their queues, spans or waits" in said
+
+
+def test_a_part_of_the_pairs_that_nobody_looks_at():
+    def change(task: Task) -> Task:
+        (span,) = task.reads
+        return replace(task, reads=(replace(span, hi=span.hi - 2),))
+
+    said = refused(edited(END, "next_ids", change))
+    assert "nobody looks at 'next_ids.partial' from" in said
+
+
 def test_a_wait_for_data_in_the_head():
     """Whoever reads after the layers looks at no values, so the event of the write before says nothing."""
 
@@ -225,7 +273,7 @@ def test_layers_that_signal_an_event_differently():
         return replace(t, events={**t.events, name: t.events[name] + 1})
 
     found = edit_template(found, "decode", 0, change)
-    assert "signals of 'attend.done' as data; the layer before has" in refused(found)
+    assert "signals of 'attend.done' as data; the time before it has" in refused(found)
 
 
 def with_tensor(found: Plan, name: str, **changes) -> Plan:

@@ -45,7 +45,9 @@ def _check_writes(step: Step, tensor: Tensor, layers: int, report: Report) -> No
 
 def _check_seen(step: Step, tensor: Tensor, report: Report) -> None:
     """Of what is written (if not published by the way) readers look at all, in every layer that has readers."""
+    after = step.templates[step.stages[-1].template]
     templates = [step.templates[n] for n in {s.template for s in step.stages if s.layer is not None}]
+    templates += [after] if any(tensor.name in g.outputs for g in after.groups) else []
     if any(tensor.name in g.published for t in templates for g in t.groups):
         return
     found = [{s for g in t.groups for k in g.tasks for s in k.reads if s.tensor == tensor.name} for t in templates]

@@ -9,6 +9,9 @@ The rest of the proof takes a `data` wait for one of its event. That holds if th
 signaller, or knows without that wait that it is `done`. Of an attention's parts those that saw no position are not
 read, and their tasks do nothing. Steps of several tokens wait for the events themselves, and know more.
 
+What the sampling reads crosses as data as well, once in a step. The tasks that wrote it are over when the step ends, and
+so is what they knew to be; their other stores are seen by who waits for their event, in the next step.
+
 With several ranks one of them begins a step for all, so that at its start an SM knows no more than its own waits tell.
 """
 
@@ -141,32 +144,34 @@ class _Walk:
 
     def run(self) -> None:
         for step in range(2):
-            begin, known = self.end, 0
+            begin, known, looked = self.end, 0, 0
             for code, layer in zip(self.codes, self.layers, strict=True):
-                known |= self._stage(code, layer, check=step > 0)
+                seen, values = self._stage(code, layer, check=step > 0)
+                known, looked = known | seen, looked | values
             everything = (1 << self.end) - (1 << begin)
-            if everything & ~known:
-                late = self._name(everything & ~known)
-                self.report.add(f"a step of one token ends and no event says that {late} is done")
+            late = everything & ~known & ~looked
+            if late:
+                self.report.add(f"a step of one token ends and no event says that {self._name(late)} is done")
                 return
             # who ends the step tells the SMs of its own rank; of several ranks one does it for all
             self.seen = [known | s if self.plan.tp == 1 else s for s in self.seen]
-            self.done = [known | s for s in self.done]
+            self.done = [known | looked | s for s in self.done]
 
-    def _stage(self, code: Code, layer: bool, check: bool) -> int:
-        """Runs one stage; returns what is known to whoever writes what feeds the next step."""
+    def _stage(self, code: Code, layer: bool, check: bool) -> tuple[int, int]:
+        """Runs one stage; returns what whoever writes what feeds the next step knows, and which tasks are over because it
+        has seen their values, or those of others who knew it."""
         tasks = [(g, t) for g, group in enumerate(code.template.groups) for t in group.tasks]
         stage = _Stage(code, self.end, self._writes(code, self.end))
         self.stages.append(stage)
         self.end += code.size
-        known_at_end = 0
+        known_at_end = looked_at = 0
         for n in code.order:
             group, task = tasks[n]
-            seen, done = self._known(stage, n, task)
+            seen, done = self._known(stage, n, task, layer)
             if check:
                 for span in task.reads:
                     self._check_read(stage, n, group, span, seen, layer)
-                    if layer and span.tensor in self.inboxes:
+                    if span.tensor in self.inboxes and self._polled(stage, group, span.tensor, layer):
                         self._check_ranks(stage, n, group, span, task)
                 for span in task.writes:
                     self._check_write(stage, n, span, seen, done)
@@ -177,13 +182,15 @@ class _Walk:
                 stage.done[event] = stage.done.get(event, 0) | done | bit
             if any(s.tensor in self.plan.feeds.values() for s in task.writes):
                 known_at_end |= seen | bit
+                for wait in task.waits:
+                    looked_at |= self.stages[wait.stage - 1].seen.get(wait.event, 0) if wait.data else 0
         for tensor, write in stage.writes.items():
             self._check_turn(stage, tensor, write)
             self.past.setdefault(tensor, []).append(write)
         for n, (_, task) in enumerate(tasks):
             for span in task.reads:
                 self.readers[span.tensor] = self.readers.get(span.tensor, 0) | 1 << (stage.base + n)
-        return known_at_end
+        return known_at_end, looked_at
 
     def _writes(self, code: Code, base: int) -> dict[str, _Write]:
         return {
@@ -192,7 +199,12 @@ class _Walk:
             for tensor, parts in group.writes.items()
         }
 
-    def _known(self, stage: _Stage, n: int, task: Task) -> tuple[int, int]:
+    def _polled(self, stage: _Stage, group: int, tensor: str, layer: bool) -> bool:
+        """Whether a group looks for values of a tensor that lies twice. After the layers: for those made there."""
+        here = stage.writes.get(tensor)
+        return tensor in self.turning and (layer or (here is not None and here.group < group))
+
+    def _known(self, stage: _Stage, n: int, task: Task, layer: bool) -> tuple[int, int]:
         sm, at = stage.code.sms[n], len(self.stages) - 1
         seen, done = self.seen[sm], self.done[sm]
         unread: dict[str, int] = {}
@@ -201,8 +213,9 @@ class _Walk:
                 continue
             source = self.stages[at + wait.stage]
             if wait.data:
-                if at + wait.stage > 0:
-                    seen |= self._cleared(stage, n, wait, source, self.stages[at + wait.stage - 1])
+                before = at + wait.stage - (1 if layer else len(self.codes))
+                if before >= 0:
+                    seen |= self._cleared(stage, n, wait, source, self.stages[before])
                 unread[wait.event] = self._unread(source, task, wait.event)
             else:
                 seen |= source.seen.get(wait.event, 0)
@@ -218,7 +231,7 @@ class _Walk:
         total = before.code.totals.get(wait.event, 0)
         if total and not total == source.code.totals.get(wait.event) == wait.count:
             name = stage.code.name(n)
-            said = f"{name} waits for {wait.count} signals of '{wait.event}' as data; the layer before has {total}"
+            said = f"{name} waits for {wait.count} signals of '{wait.event}' as data; the time before it has {total}"
             self.report.add(said, name.split("[")[0], wait.event, "count")
         return before.seen.get(wait.event, 0)
 
@@ -252,7 +265,7 @@ class _Walk:
             writes.append(here)
         if not writes:
             return  # a weight, or this task's own page
-        polled = tensor in self.turning and layer
+        polled = self._polled(stage, group, tensor, layer)
         if polled and len(writes) < 2:
             return
         late = writes[-2 if polled else -1].touching(span) & ~seen & ~(1 << (stage.base + n))

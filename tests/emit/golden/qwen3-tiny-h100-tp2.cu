@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 569d90ddabe8427e: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan f71f169da16cfc9b: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -77,24 +77,24 @@ using attend_1 = Attention<
 using o_add_2 = Linear<
     Tiles<128, 96, 128>,
     AttentionMerge<Turns<16896ull, 544, float, 34816ull, of_layer>, 4, 32, 4, 64>,
-    Store<1, Part<Inbox<8448ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
+    Store<1, Part<Inbox<0ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 256, 96>,
-    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<8448ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
     GatedAct<Silu, Turns<111104ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<128, 96, 128>,
     Plain<Turns<111104ull, 128, bf16, 4096ull, of_layer>>,
-    Store<1, Part<Inbox<33024ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
+    Store<1, Part<Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 192, 96>,
-    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<33024ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
           Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
@@ -102,11 +102,11 @@ using qkv_5 = Linear<
 // head: head
 using head_6 = Linear<
     Tiles<96, 258, 96>,
-    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<33024ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
-    StoreBest<Tensor<0ull, 258, float>, 258, NoVector, Inbox<0ull, 66, 4224ull>, 515, 258>>;
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    StoreBest<Tensor<0ull, 258, float>, 258, NoVector, Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, 515, 258>>;
 
 // head: next_ids
-using next_ids_7 = ArgmaxReduce<Inbox<0ull, 66, 4224ull>, Tensor<16640ull, 1, i32>, 33>;
+using next_ids_7 = ArgmaxReduce<Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, Tensor<16640ull, 1, i32>, 33>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {

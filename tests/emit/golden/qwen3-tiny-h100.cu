@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan dc4544b76cd4c566: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 77835ec8e91a8e59: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
@@ -55,59 +55,59 @@ namespace mpk {
 // y.0: qkv
 using qkv_0 = Linear<
     Tiles<96, 384, 96>,
-    RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Turns<246528ull, 96, float, 6144ull, of_step>>>,
-    Store<2, Part<Turns<197376ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
-          Part<Turns<180992ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
-          Part<Turns<213760ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
+    RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Turns<254976ull, 96, float, 6144ull, of_step>>>,
+    Store<2, Part<Turns<188928ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
+          Part<Turns<172544ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
+          Part<Turns<205312ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
 
 // y.0: attend, y.1: attend
 using attend_1 = Attention<
     AttentionShape<8, 2, 32, 4, 64>,
-    Turns<197376ull, 256, bf16, 8192ull, of_layer>, Turns<180992ull, 64, bf16, 2048ull, of_layer>, Turns<213760ull, 64, bf16, 2048ull, of_layer>,
+    Turns<188928ull, 256, bf16, 8192ull, of_layer>, Turns<172544ull, 64, bf16, 2048ull, of_layer>, Turns<205312ull, 64, bf16, 2048ull, of_layer>,
     HeadNorms<Vector<1010944ull, 256ull>, Vector<1011712ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
-    Turns<41728ull, 1088, float, 69632ull, of_layer>, 0.1767766952966369f>;
+    Turns<33280ull, 1088, float, 69632ull, of_layer>, 0.1767766952966369f>;
 
 // y.0: o_add
 using o_add_2 = Linear<
     Tiles<256, 96, 256>,
-    AttentionMerge<Turns<41728ull, 1088, float, 69632ull, of_layer>, 8, 32, 4, 64>,
-    AddResidual<Turns<246528ull, 96, float, 6144ull, of_step>, Turns<185088ull, 96, float, 6144ull, of_layer>, NoVector>>;
+    AttentionMerge<Turns<33280ull, 1088, float, 69632ull, of_layer>, 8, 32, 4, 64>,
+    AddResidual<Turns<254976ull, 96, float, 6144ull, of_step>, Turns<176640ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 512, 96>,
-    RmsNorm<Row<Turns<185088ull, 96, float, 6144ull, of_layer>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
-    GatedAct<Silu, Turns<217856ull, 256, bf16, 8192ull, of_layer>, NoVector, NoVector>>;
+    RmsNorm<Row<Turns<176640ull, 96, float, 6144ull, of_layer>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    GatedAct<Silu, Turns<209408ull, 256, bf16, 8192ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<256, 96, 256>,
-    Plain<Turns<217856ull, 256, bf16, 8192ull, of_layer>>,
-    AddResidual<Turns<185088ull, 96, float, 6144ull, of_layer>, Turns<234240ull, 96, float, 6144ull, of_layer>, NoVector>>;
+    Plain<Turns<209408ull, 256, bf16, 8192ull, of_layer>>,
+    AddResidual<Turns<176640ull, 96, float, 6144ull, of_layer>, Turns<242688ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 384, 96>,
-    RmsNorm<Row<Turns<234240ull, 96, float, 6144ull, of_layer_before>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
-    Store<2, Part<Turns<197376ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
-          Part<Turns<180992ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
-          Part<Turns<213760ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
+    RmsNorm<Row<Turns<242688ull, 96, float, 6144ull, of_layer_before>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    Store<2, Part<Turns<188928ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
+          Part<Turns<172544ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
+          Part<Turns<205312ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
 
 // y.1: o_add
 using o_add_6 = Linear<
     Tiles<256, 96, 256>,
-    AttentionMerge<Turns<41728ull, 1088, float, 69632ull, of_layer>, 8, 32, 4, 64>,
-    AddResidual<Turns<234240ull, 96, float, 6144ull, of_layer_before>, Turns<185088ull, 96, float, 6144ull, of_layer>, NoVector>>;
+    AttentionMerge<Turns<33280ull, 1088, float, 69632ull, of_layer>, 8, 32, 4, 64>,
+    AddResidual<Turns<242688ull, 96, float, 6144ull, of_layer_before>, Turns<176640ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // head: head
 using head_7 = Linear<
     Tiles<96, 515, 96>,
-    RmsNorm<Row<Turns<234240ull, 96, float, 6144ull, of_layer>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
-    StoreBest<Tensor<0ull, 515, float>, 515, NoVector, Tensor<33024ull, 130, float>, 515, 0>>;
+    RmsNorm<Row<Turns<242688ull, 96, float, 6144ull, of_layer>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    StoreBest<Tensor<0ull, 515, float>, 515, NoVector, Turns<225792ull, 130, float, 8448ull, of_step>, 515, 0>>;
 
 // head: next_ids
-using next_ids_8 = ArgmaxReduce<Tensor<33024ull, 130, float>, Tensor<41472ull, 1, i32>, 65>;
+using next_ids_8 = ArgmaxReduce<Turns<225792ull, 130, float, 8448ull, of_step>, Tensor<33024ull, 1, i32>, 65>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
