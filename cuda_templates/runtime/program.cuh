@@ -67,15 +67,26 @@ struct Step {
   i32 ids[max_tokens];
 };
 
-constexpr u32 step_slots = 4;
+constexpr u32 step_slots = 4, step_words = sizeof(Step) / 4;
+static_assert(step_words <= warp_size, "a warp stores or looks at all words at once");
+
+// One word of a descriptor (the low half) with the number of its step, counted from 1: stored and looked at as a whole, so that
+// a word says by itself whether it has come, and neither an event nor a fence has to say so. No release goes with it. Who sees
+// it knows that the step before is over, since whoever wrote it had seen that, and of other SMs' stores what its waits tell.
+__device__ __forceinline__ u64 described(u32 number, u32 word) { return static_cast<u64>(number) << 32 | word; }
+
+// Whether a word is the step's. Later ones will do: an SM that has no task may be steps behind.
+__device__ __forceinline__ bool describes(u64 word, u32 number) {
+  return static_cast<i32>(static_cast<u32>(word >> 32) - number) >= 0;
+}
 
 // Device memory shared by all SMs and, between launches, the host.
 struct Control {
-  u32 published;  // steps described so far; only grows
+  u32 published;  // steps described so far, where descriptors come through NVSHMEM; only grows
   u32 pad0[31];
   u32 abort;
   u32 pad1[31];
-  Step steps[step_slots];
+  u64 steps[step_slots][step_words];
 };
 
 // What an SM was doing when the kernel was aborted.

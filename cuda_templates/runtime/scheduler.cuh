@@ -37,7 +37,7 @@ struct Scheduler {
     const u32 wanted = (before ? step - 1 : step) * total + count;
     const u32 event = at * plan::num_events + wait.event;
     const u32* counter = params.events + event * plan::event_stride;
-    u32 seen = look(counter, wait.event);
+    u32 seen = total == 0 ? wanted : look(counter, wait.event);  // of what is not there nothing needs to be known
     if (static_cast<i32>(seen - wanted) < 0) say({given, 0, step, stage, entry.group, entry.task, event, wanted});
     while (static_cast<i32>(seen - wanted) < 0) {
       if (aborted()) return;
@@ -72,21 +72,37 @@ struct Scheduler {
     if (lane == 0) ptx::store_shared_flag(&shared.watched.given, given);
   }
 
-  __device__ __forceinline__ u32 look_published() const {
-    return num_ranks > 1 ? look_for_peers(&params.control->published) : ptx::load_acquire(&params.control->published);
+  static __device__ __forceinline__ u64 look_described(const u64* from) {
+    u64 word;
+    if constexpr (num_ranks > 1)
+      ptx::look_system(from, word);
+    else
+      ptx::look(from, word);
+    return word;
+  }
+
+  // Looks for this lane's word of the step's descriptor until all lanes have theirs, or there is an abort.
+  __device__ __forceinline__ u32 wait_described() {
+    const u64* from = &params.control->steps[step % step_slots][min_of(lane, step_words - 1)];
+    if constexpr (through_nvshmem) {
+      while (static_cast<i32>(look_for_peers(&params.control->published) - (step + 1)) < 0)
+        if (aborted()) return 0;
+      arrived_from_peers(&params.control->published);
+    }
+    u64 word = look_described(from);
+    while (__any_sync(all_lanes, !describes(word, step + 1) && !aborted())) word = look_described(from);
+    return static_cast<u32>(word);
   }
 
   // The descriptor of the next step goes to shared memory. 0: stop or abort.
   __device__ u32 next_step() {
     if (stops_early() && step != params.first_step) return end_early();
     if (lane == 0) say({given, 0, step, plan::num_stages, 0, 0, 0, step + 1});
-    while (static_cast<i32>(look_published() - (step + 1)) < 0)
-      if (aborted()) return 0;
-    arrived_from_peers(&params.control->published);
     wait_taken();
-    const u32* from = reinterpret_cast<const u32*>(&params.control->steps[step % step_slots]);
+    const u32 word = wait_described();
+    if (__any_sync(all_lanes, aborted())) return 0;
     u32* to = reinterpret_cast<u32*>(&shared.step[step % 2]);
-    if (lane < sizeof(Step) / 4) to[lane] = ptx::load_l2_4(from + lane);
+    if (lane < step_words) to[lane] = word;
     __syncwarp();
     tokens = shared.step[step % 2].tokens;
     give();
@@ -147,8 +163,9 @@ __device__ void run_lookout(const Params& params, Shared& shared, u32 lane) {
     if (now - since > params.timeout_ns) ptx::claim_once(&params.control->abort);
     if (ptx::load_relaxed(&params.control->abort)) {
       ptx::store_shared_flag(&shared.abort, 1);
+      const u64* described = params.control->steps[watched.step % step_slots];
       const u32 seen = watched.stage < plan::num_stages ? ptx::load_relaxed(params.events + watched.event * plan::event_stride)
-                                                        : ptx::load_relaxed(&params.control->published);
+                                                        : ptx::load_relaxed(reinterpret_cast<const u32*>(described) + 1);
       params.reports[blockIdx.x] = {1, watched.given, watched.taken, watched.step, watched.stage, watched.group,
                                     watched.task, watched.event, seen, watched.wanted};
       return;

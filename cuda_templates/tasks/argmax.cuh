@@ -3,7 +3,7 @@
 // or of tasks of their own.
 //
 // The second stage runs on one SM and is the authority over the token loop: it appends to the host's ring, decides whether
-// to stop, and publishes the descriptor of the next step, which every SM waits for. With several ranks each of them finds the
+// to stop, and publishes the descriptor of the next step, which every SM looks for. With several ranks each of them finds the
 // same id and one of them is the authority.
 #pragma once
 #include "tasks/inbox.cuh"
@@ -179,37 +179,34 @@ struct TokenLoop {
     // no_id: every logit is NaN, and the host says so
     const bool ends = samples && (sampled == no_id || __any_sync(all_lanes, sampled == stop_id));
     const u32 id = !samples ? prompted : w.lane == first_id ? sampled : 0;
-    const u32 number = w.step_index + 1;
-    publish(w, number, w.lane == 0 ? (ends ? 0 : tokens) : w.lane == 1 ? position : w.lane == 2 ? emitted : id);
+    publish(w, w.lane == 0 ? (ends ? 0 : tokens) : w.lane == 1 ? position : w.lane == 2 ? emitted : id);
     if (samples && w.lane == 0) w.shared.news[w.step_index % step_slots] = {emitted, sampled == no_id ? -1 : sampled};
   }
 
  private:
-  static constexpr u32 words = sizeof(Step) / 4, first_id = words - max_tokens;
-  static_assert(words <= warp_size && max_stop_ids <= warp_size, "a lane for each");
+  static constexpr u32 first_id = step_words - max_tokens;
+  static_assert(max_stop_ids <= warp_size, "a lane for each");
 
-  // On every rank; this lane's word of the descriptor.
-  static __device__ __forceinline__ void publish(const Worker& w, u32 number, u32 word) {
+  // On every rank; this lane's word of the descriptor of the next step. The one in this place is of three steps before this
+  // one, and every SM with tasks has read this step's, or the step would not be over.
+  static __device__ __forceinline__ void publish(const Worker& w, u32 value) {
     const Params& p = w.params;
-    Step& slot = p.control->steps[number % step_slots];
-    u32* to = reinterpret_cast<u32*>(&slot) + w.lane;
+    const u32 step = w.step_index + 1;
+    u64* slot = p.control->steps[step % step_slots];
+    const u64 word = described(step + 1, value);
 #if MPK_NVSHMEM
-    if (w.lane < words) *to = word;
+    if (w.lane < step_words) slot[w.lane] = word;
     __syncwarp();
     if (w.lane != 0) return;
     for (u32 peer = 0; peer < num_ranks; ++peer)
-      if (peer != p.rank) shmem::put_and_signal(&slot, sizeof(Step), &p.control->published, peer);
+      if (peer != p.rank) shmem::put_and_signal(slot, sizeof(p.control->steps[0]), &p.control->published, peer);
     shmem::signal(&p.control->published, p.rank);
 #else
-    for (u32 peer = 0; peer < num_ranks; ++peer)
-      if (w.lane < words) *p.on(peer, to) = word;
-    __syncwarp();
-    if (w.lane != 0) return;
+    if (w.lane >= step_words) return;
     if constexpr (num_ranks > 1) {
-      ptx::fence_system();
-      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::red_system(p.on(peer, &p.control->published), 1);
+      for (u32 peer = 0; peer < num_ranks; ++peer) ptx::show_system(p.on(peer, slot + w.lane), word);
     } else {
-      ptx::red_release(&p.control->published, 1);
+      ptx::show(slot + w.lane, word);
     }
 #endif
   }

@@ -287,7 +287,7 @@ def _cross(
     """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
     if request.target.name == "cpu" and wanted != "data":
         return Crossing(steps, refused="on the CPU tasks run one after the other")
-    crossing = cross_as_data(steps, tensors, model.states)
+    crossing = cross_as_data(steps, tensors, model.states, _feeds(model))
     if crossing.refused and wanted == "data":
         said = f"values cannot cross as data here: {crossing.refused}"
         raise SpecError(spec.problem(scheduler.pins("*")["crossing"][1], said, "write 'auto' or 'event'"))

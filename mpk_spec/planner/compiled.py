@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from mpk_spec.errors import UserError
@@ -60,7 +60,7 @@ def compile_stage(
     plan: Plan, step: Step, template: Template, context: int, cost: CostModel, before: Template | None = None
 ) -> ReadyStage:
     """The `ReadyStage` of a template that follows `before`. Raises UserError for queues that cannot run to the end."""
-    looks = _Looks(step, template, before)
+    looks = _Looks(plan, step, template, before)
     peers = set().union(*(_events_of_peers(one) for one in step.templates))  # also of the stage before
     tasks = [
         [_ready(plan, step, template, g, task, peers, looks, cost, context) for task in group.tasks]
@@ -76,7 +76,8 @@ def compile_stage(
 class _Looks:
     """Whose values the tasks of a template look at; most tasks of a group look at the same."""
 
-    def __init__(self, step: Step, template: Template, before: Template | None):
+    def __init__(self, plan: Plan, step: Step, template: Template, before: Template | None):
+        self.feeds = plan.feeds
         self.signalling = {0: signallers(template), -1: signallers(before) if before else {}}
         self.crossing = step.tokens == 1  # steps of several tokens wait for events
         self.found: list[tuple[tuple[int, int], ...]] = []
@@ -89,7 +90,8 @@ class _Looks:
             return None
         key = wait.event, wait.stage, task.reads
         if key not in self._known:
-            made = makers(self.signalling[wait.stage].get(wait.event, ()), task.reads)
+            reads = (replace(s, tensor=self.feeds.get(s.tensor, s.tensor)) for s in task.reads)
+            made = makers(self.signalling[wait.stage].get(wait.event, ()), reads)
             number = self._numbers.setdefault((wait.stage, made), len(self.found))
             if number == len(self.found):
                 self.found.append(made)

@@ -8,6 +8,11 @@ reader waits for the one of the write before, which says that the copy was clear
 Steps of several tokens wait for events as ever. All of the layers' values cross in one way, or none: then nothing but
 the end of a step relies on events for what was written in the same step. There, what the sampling reads crosses as data
 too, if it is written once in a step: the event of the write before is then that of the step before.
+
+What a step is about crosses as data as well, each word with the number of its step, so that there is nothing to clear.
+It does not tell an SM what the others have done: the first layer waits for what it needs to know of the step before as
+other layers do of the layer before. In a model of few layers, or with several ranks, that is not enough, and all of the
+first layer's tasks wait for the event that ends the step before.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from mpk_spec.planner.plan import Group, Span, Stage, Step, Task, Template, Tens
 from mpk_spec.planner.tile import renamed
 
 FIRST = ".first"
+FEW = 4
+"""Layers. What a task knows it has from the two layers before; those of one step must not be those of two."""
 Turns = dict[str, Literal["layer", "step"]]
 
 
@@ -34,8 +41,10 @@ class Crossing:
     refused: str | None = None
 
 
-def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: Iterable[str]) -> Crossing:
-    """The steps with their layers' values crossing as data, or unchanged and the reason.
+def cross_as_data(
+    steps: dict[str, Step], tensors: dict[str, Tensor], states: Iterable[str], feeds: Iterable[str]
+) -> Crossing:
+    """The steps with their layers' values crossing as data, or unchanged and the reason. `feeds`: what steps are given.
 
     Sums over ranks in two shots are announced by events, where nothing else is but a step's end.
     """
@@ -55,7 +64,9 @@ def cross_as_data(steps: dict[str, Step], tensors: dict[str, Tensor], states: It
         refused = _why_not(step, turns, tensors, by_event)
         if refused:
             return Crossing(steps, refused=refused)
-    return Crossing({kind: _marked(step, turns, ranks) for kind, step in made.items()}, turns)
+    told = ranks or len({s.layer for s in first.stages} - {None}) < FEW
+    given = () if told else tuple(feeds)
+    return Crossing({kind: _marked(step, turns, given) for kind, step in made.items()}, turns)
 
 
 def in_turns(
@@ -75,8 +86,11 @@ def in_turns(
 
 def further_back(step: Step, template: int) -> int:
     """How many stages before the one that it names a template's wait for data looks, in a step of one token."""
-    in_layers = any(s.template == template and s.layer is not None for s in step.stages)
-    return 1 if in_layers else len(step.stages)
+    layers = [n for n, s in enumerate(step.stages) if s.layer is not None]
+    place = next(n for n, s in enumerate(step.stages) if s.template == template)
+    if place not in layers:
+        return len(step.stages)
+    return 1 if place else len(step.stages) - layers[-1]
 
 
 def signallers(template: Template) -> dict[str, list[tuple[int, Task]]]:
@@ -172,14 +186,15 @@ def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], by_event: set
     return None
 
 
-def _marked(step: Step, turns: Turns, ranks: bool) -> Step:
-    """Waits of layers for layers are for data; the step's end waits for all events of the last layer as well."""
+def _marked(step: Step, turns: Turns, given: tuple[str, ...]) -> Step:
+    """Waits of layers for layers are for data; the step's end waits for all events of the last layer as well. `given`:
+    what the step is given, if that suffices to begin it."""
     templates = list(step.templates)
     for number in {s.template for s in step.stages if s.layer is not None}:
         before = [step.stages[at - 1] for at, s in enumerate(step.stages) if s.template == number]
         follows = all(s.layer is not None for s in before)  # else it is the first, which reads what a step is given
         earlier = step.templates[before[0].template] if follows else None
-        templates[number] = _as_data(step.templates[number], earlier, turns, ranks)
+        templates[number] = _as_data(step.templates[number], earlier, turns, given)
     at = next(n for n, s in enumerate(step.stages) if s.layer is None)
     last = templates[step.stages[at - 1].template]
     stages = list(step.stages)
@@ -189,25 +204,32 @@ def _marked(step: Step, turns: Turns, ranks: bool) -> Step:
     return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
 
 
-def _as_data(template: Template, before: Template | None, turns: Turns, ranks: bool) -> Template:
+def _as_data(template: Template, before: Template | None, turns: Turns, given: tuple[str, ...]) -> Template:
     """Waits for data of this layer and of the one before; every reader waits for every tensor's writers.
 
     Also for those of what does not cross as data: that they are done shows by no value.
     """
     groups = []
-    entry = [] if before is not None or not ranks else _of_step_before(template)
+    entry = [] if before is not None or given else _of_step_before(template)
     marker = _Marker({0: template} if before is None else {0: template, -1: before}, turns)
     for g, group in enumerate(template.groups):
         makers = {t: (maker.name, 0) for maker in template.groups[:g] for t in maker.outputs}
         if before is not None:
             makers = {t: (maker.name, -1) for maker in before.groups for t in maker.outputs} | makers
-        groups.append(replace(group, tasks=tuple(_with_waits(t, entry) for t in marker.marked(group, makers))))
+        tasks = (_with_waits(t, entry) for t in marker.marked(group, makers))
+        groups.append(replace(group, tasks=tuple(_given(t, given) if before is None else t for t in tasks)))
     return replace(template, groups=tuple(groups))
 
 
+def _given(task: Task, given: tuple[str, ...]) -> Task:
+    """Who reads what the step is given waits for that alone."""
+    reads = any(s.tensor in given for s in task.reads)
+    return replace(task, waits=tuple(replace(w, data=w.data or (reads and w.stage < 0)) for w in task.waits))
+
+
 def _of_step_before(template: Template) -> list[Wait]:
-    """What the first tasks of a step wait for. With several ranks all tasks of its first layer do: one rank says that a
-    step begins, and what the others cleared in the step before it does not know."""
+    """What the first tasks of a step wait for. Where `given` does not suffice all tasks of its first layer do: what was
+    cleared in the step before nothing else tells them."""
     return list(dict.fromkeys(w for g in template.groups for t in g.tasks for w in t.waits if w.stage < 0))
 
 

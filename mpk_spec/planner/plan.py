@@ -38,8 +38,9 @@ class Wait:
     """Wait until `event` of the stage `stage` places back (0: this one, -1: the one before) has `count` signals.
 
     The stage before a step's first is the last of the step before it. `data`: what its signallers wrote and this task
-    reads crosses as data: in a step of one token the task looks at the values, and this wait is for the same event of the
-    write before, where there is one: a stage further back, or after the layers a step (see `planner.crossing`).
+    reads crosses as data: in a step of one token the task looks at the values, and this wait is for the same event of
+    the write before, where there is one: of the layer before, or after the layers of the step before (see
+    `planner.crossing.further_back`).
     """
 
     event: str

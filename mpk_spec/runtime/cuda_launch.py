@@ -25,8 +25,11 @@ MAX_TOKENS, MAX_STOP_IDS, STEP_SLOTS = 16, 16, 4
 STEP = np.dtype(
     [("tokens", "<u4"), ("position", "<u4"), ("emitted", "<u4"), ("spare", "<u4"), ("ids", "<i4", MAX_TOKENS)]
 )
+STEP_WORDS = STEP.itemsize // 4
+DESCRIBED = np.dtype([("word", "<u4"), ("number", "<u4")])  # the number of its step, from 1
 CONTROL = np.dtype(
-    [("published", "<u4"), ("pad0", "<u4", 31), ("abort", "<u4"), ("pad1", "<u4", 31), ("steps", STEP, STEP_SLOTS)]
+    [("published", "<u4"), ("pad0", "<u4", 31), ("abort", "<u4"), ("pad1", "<u4", 31)]
+    + [("steps", DESCRIBED, (STEP_SLOTS, STEP_WORDS))]
 )
 REPORT_FIELDS = ("set", "given", "taken", "step", "stage", "group", "task", "event", "seen", "wanted")
 REPORT = np.dtype([(name, "<u4") for name in REPORT_FIELDS])
@@ -239,7 +242,9 @@ class Launcher:
         first["ids"][:count] = prompt[:count]
         control = np.zeros((), CONTROL)
         control["published"] = (self.steps + 1) & 0xFFFFFFFF
-        control["steps"][self.steps % STEP_SLOTS] = first
+        control["steps"]["number"] = self.steps  # all others are long gone
+        slot = control["steps"][self.steps % STEP_SLOTS]
+        slot["number"], slot["word"] = (self.steps + 1) & 0xFFFFFFFF, np.frombuffer(first.tobytes(), "<u4")
         self.memory.ring[:HOST_WORDS] = 0
         with torch.cuda.stream(self.stream):
             ids = torch.tensor(prompt, dtype=torch.int32)
@@ -331,7 +336,7 @@ class Launcher:
             if self.memory.symmetric is None:  # else peers may still signal: all ranks do it together
                 self.reset_events()
             raise UserError(f"the kernel was aborted: {message}", "this is a bug of the kernel or its plan")
-        ran = (int(control["published"]) - 1 - self.steps) & 0xFFFFFFFF
+        ran = described(control, self.steps)
         self.steps = (self.steps + ran) & 0xFFFFFFFF
         return ran
 
@@ -359,6 +364,12 @@ class Launcher:
         """The SM that is furthest behind, in the plan's names."""
         reports = np.frombuffer(self.memory.reports.cpu().numpy().tobytes(), REPORT)
         return blame(self.emitted, reports, self.steps)
+
+
+def described(control: np.ndarray, first_step: int) -> int:
+    """How many steps after a launch's first one have a descriptor, the last of them saying: stop."""
+    ahead = (control["steps"]["number"][:, 0].astype(np.int64) - first_step - 1) & 0xFFFFFFFF
+    return int(max(n for n in ahead.tolist() if n < 2**31))
 
 
 def blame(emitted: Emitted, reports: np.ndarray, first_step: int) -> str:

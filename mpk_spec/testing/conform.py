@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mpk_spec.emit.source import Emitted
+from mpk_spec.planner.crossing import further_back
 from mpk_spec.runtime.cuda_probe import SIGNAL, START, WAIT
 
 WORD = 1 << 32
@@ -37,9 +38,10 @@ def conform(
 
 def _problems(emitted: Emitted, log, first_step: int, tokens: Sequence[int], signals) -> Iterator[str]:
     alone = {first_step + n for n, count in enumerate(tokens) if count == 1}
+    further = [further_back(emitted.step, n) for n in range(len(emitted.step.templates))]
     for sm, (waits, works) in enumerate(log):
         plan = list(_tasks(emitted, sm, first_step, len(tokens)))
-        yield from _check_sm(emitted, sm, plan, alone, waits.tolist(), works.tolist(), signals)
+        yield from _check_sm(emitted, sm, plan, alone, further, waits.tolist(), works.tolist(), signals)
     yield from _check_counters(emitted, first_step, len(tokens), signals)
 
 
@@ -52,9 +54,9 @@ def _tasks(emitted: Emitted, sm: int, first_step: int, steps: int) -> Iterator[t
 
 
 def _check_sm(
-    emitted: Emitted, sm: int, plan: list, alone: set[int], waits: list, works: list, signals
+    emitted: Emitted, sm: int, plan: list, alone: set[int], further: list[int], waits: list, works: list, signals
 ) -> Iterator[str]:
-    """alone: the steps of one token."""
+    """alone: the steps of one token. further: of each template, how much further back waits for data look in those."""
     events = {name: n for n, name in enumerate(emitted.programs.events)}
     next_wait, next_work = iter(waits), iter(works)
     for step, stage, group, task in plan:
@@ -64,9 +66,8 @@ def _check_sm(
         ready = None
         for wait in made.tasks[task].waits:
             entry = next(next_wait, None)
-            event, base, most = _counter(
-                emitted, step, stage, wait.event, wait.stage - (wait.data and step in alone), events
-            )
+            back = further[emitted.step.stages[stage].template] if wait.data and step in alone else 0
+            event, base, most = _counter(emitted, step, stage, wait.event, wait.stage - back, events)
             count = wait.count if most else 0  # of a stage that lacks the event there is nothing to wait for
             expected = (WAIT, *head, event)
             if entry is None or tuple(entry[:6]) != expected:
@@ -75,8 +76,10 @@ def _check_sm(
             seen, wanted, clock = entry[6:]
             if wanted != (base + count) % WORD:
                 yield f"{where}: waits until {wait.event} is {wanted}, not {(base + count) % WORD}"
-            if _less(seen, wanted) or _less(base + most, seen):
-                yield f"{where}: saw {wait.event} at {seen}, outside of {wanted} to {(base + most) % WORD}"
+            # the event of the step before may have signals of this one already
+            highest = base + most * (1 + (back == len(emitted.step.stages)))
+            if _less(seen, wanted) or _less(highest, seen):
+                yield f"{where}: saw {wait.event} at {seen}, outside of {wanted} to {highest % WORD}"
             ready = clock if ready is None or _less(ready, clock) else ready
         entry = next(next_work, None)
         if entry is None or tuple(entry[:5]) != (START, *head):

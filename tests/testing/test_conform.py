@@ -29,7 +29,8 @@ def tokens(request):
 def logs_of(emitted, tokens, first_step=FIRST):
     """What a kernel that runs its tasks stage by stage, group by group would leave: per SM (waits, works) as lists.
 
-    In a step of one token a wait for data is for the event one stage further back, or for nothing where that lacks it.
+    In a step of one token a wait for data is for the event of the layer before (after the layers: of the step before), or
+    for nothing where that lacks it.
     """
     step = emitted.step
     events = {name: n for n, name in enumerate(emitted.programs.events)}
@@ -46,7 +47,8 @@ def logs_of(emitted, tokens, first_step=FIRST):
                     waits, works = logs[sm_of[g, task.index]]
                     head = (number % 2**32, stage, g, task.index)
                     for wait in task.waits:
-                        at, of = stage + wait.stage - (wait.data and count == 1), number
+                        further = (1 if stage else 2) if made.layer is not None else len(step.stages)
+                        at, of = stage + wait.stage - further * (wait.data and count == 1), number
                         if at < 0:
                             at, of = at + len(step.stages), number - 1
                         event = events[wait.event]
@@ -83,13 +85,19 @@ def test_a_faithful_run_conforms(emitted, tokens):
 
 
 def test_data_is_waited_for_by_the_write_before(emitted):
-    """Of the first layer the stage before has no such event, of the others the layer before has it."""
+    """In the layer before, of the first layer in the last one of the step before, and after the layers in the step before.
+    What a step is given has no such event."""
     events = list(emitted.programs.events)
     of_one = [w for waits, _ in logs_of(emitted, ONE) for w in waits if w[1] == FIRST % 2**32]
     looks = [w for w in of_one if events[w[5] % len(events)] == "down_add.done" and w[2] == 2]
     assert looks and {w[5] // len(events) for w in looks} == {0}
     first = [w for w in of_one if events[w[5] % len(events)] == "o_add.done" and w[2] == 0]
-    assert first and {(w[5] // len(events), w[7]) for w in first} == {(len(emitted.step.stages) - 1, 0)}
+    last = len(emitted.step.stages) - 2
+    count = emitted.programs.event_total[-2][events.index("o_add.done")]
+    assert first and {(w[5] // len(events), w[7]) for w in first} == {(last, FIRST * count % 2**32)}
+    pairs = [w for w in of_one if events[w[5] % len(events)] == "head.done"]
+    count = emitted.programs.event_total[-1][events.index("head.done")]
+    assert {(w[2], w[5] // len(events), w[7]) for w in pairs} == {(last + 1, last + 1, FIRST * count % 2**32)}
 
 
 @pytest.mark.parametrize(("ran", "said"), [(SEVERAL, ONE), (ONE, SEVERAL), (MIXED, ONE)])

@@ -12,7 +12,8 @@ read, and their tasks do nothing. Steps of several tokens wait for the events th
 What the sampling reads crosses as data as well, once in a step. The tasks that wrote it are over when the step ends, and
 so is what they knew to be; their other stores are seen by who waits for their event, in the next step.
 
-With several ranks one of them begins a step for all, so that at its start an SM knows no more than its own waits tell.
+What a step is about crosses as data too. Its words say which step they belong to, so that nothing needs to be cleared;
+that all of the step before is over they tell (`done`), and nothing else: an SM knows what its own waits tell.
 """
 
 from __future__ import annotations
@@ -153,8 +154,6 @@ class _Walk:
             if late:
                 self.report.add(f"a step of one token ends and no event says that {self._name(late)} is done")
                 return
-            # who ends the step tells the SMs of its own rank; of several ranks one does it for all
-            self.seen = [known | s if self.plan.tp == 1 else s for s in self.seen]
             self.done = [known | looked | s for s in self.done]
 
     def _stage(self, code: Code, layer: bool, check: bool) -> tuple[int, int]:
@@ -167,7 +166,7 @@ class _Walk:
         known_at_end = looked_at = 0
         for n in code.order:
             group, task = tasks[n]
-            seen, done = self._known(stage, n, task, layer)
+            seen, done = self._known(stage, n, task)
             if check:
                 for span in task.reads:
                     self._check_read(stage, n, group, span, seen, layer)
@@ -204,7 +203,7 @@ class _Walk:
         here = stage.writes.get(tensor)
         return tensor in self.turning and (layer or (here is not None and here.group < group))
 
-    def _known(self, stage: _Stage, n: int, task: Task, layer: bool) -> tuple[int, int]:
+    def _known(self, stage: _Stage, n: int, task: Task) -> tuple[int, int]:
         sm, at = stage.code.sms[n], len(self.stages) - 1
         seen, done = self.seen[sm], self.done[sm]
         unread: dict[str, int] = {}
@@ -213,7 +212,7 @@ class _Walk:
                 continue
             source = self.stages[at + wait.stage]
             if wait.data:
-                before = at + wait.stage - (1 if layer else len(self.codes))
+                before = at + wait.stage - self._further_back(at % len(self.codes))
                 if before >= 0:
                     seen |= self._cleared(stage, n, wait, source, self.stages[before])
                 unread[wait.event] = self._unread(source, task, wait.event)
@@ -225,6 +224,12 @@ class _Walk:
             if bits & ~done:
                 self._tell(stage, n, f"waits for '{event}' as data and reads nothing of", bits & ~done)
         return seen, done
+
+    def _further_back(self, place: int) -> int:
+        """From a stage to the one that wrote what it writes the time before."""
+        if not self.layers[place]:
+            return len(self.codes)
+        return 1 if place else len(self.codes) - max(n for n, layer in enumerate(self.layers) if layer)
 
     def _cleared(self, stage: _Stage, n: int, wait: Wait, source: _Stage, before: _Stage) -> int:
         """What the event of the write before makes visible: the kernel waits for as many signals as of this one."""
@@ -258,13 +263,13 @@ class _Walk:
         return bits
 
     def _check_read(self, stage: _Stage, n: int, group: int, span: Span, seen: int, layer: bool) -> None:
-        tensor = self.plan.feeds.get(span.tensor, span.tensor)
+        tensor = span.tensor
         here = stage.writes.get(tensor)
         writes = list(self.past.get(tensor, []))
         if here is not None and here.group < group:
             writes.append(here)
         if not writes:
-            return  # a weight, or this task's own page
+            return  # a weight, this task's own page, or what the step is given
         polled = self._polled(stage, group, tensor, layer)
         if polled and len(writes) < 2:
             return
