@@ -245,7 +245,7 @@ struct ArgmaxReduce {
     }
     bool missing = w.tokens == 1;
 #pragma unroll 1
-    while (missing && w.keeps_looking()) {
+    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
       missing = false;
 #pragma unroll
       for (int n = 0; n < per_lane; ++n) {

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan f71f169da16cfc9b: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan a069a3068af8dbcc: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -9,7 +9,7 @@ constexpr mpk::u32 shared_limit = 232448;
 constexpr mpk::u32 ring_slots = 64;
 constexpr mpk::u32 slot_bytes = 2048;
 constexpr mpk::u32 copies_in_flight = 24;
-constexpr mpk::u32 prefetch_chunks = 64;
+constexpr mpk::u32 prefetch_chunks = 0;
 constexpr mpk::u32 prefetch_clocks = 128;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 77835ec8e91a8e59: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 925e78bd48d07ca7: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
@@ -18,8 +18,8 @@ constexpr mpk::u32 event_stride = 32;
 constexpr mpk::u32 sampling_sm = 65;
 constexpr mpk::u32 max_queue = 2;  // tasks of one SM in one stage
 
-using Program = mpk::SmProgram<3, 5, 5, 10, 5>;
-static_assert(sizeof(Program) == 328, "the host packs programs as the kernel reads them");
+using Program = mpk::SmProgram<3, 5, 5, 11, 5>;
+static_assert(sizeof(Program) == 336, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
