@@ -35,7 +35,8 @@ KNOWN = (
     {"mpk::ptx::copy_to_shared", "mpk::ptx::load_matrices"},  # a weight chunk, full: mbarrier with bytes expected
     FLAGS,  # stop, abort, progress for the watchdog: volatile, one writer
     # a step, ready: its descriptor
-    {"mpk::Scheduler::next_step", "mpk::Worker::Worker", "mpk::EmbeddingRow", "mpk::TokenLoop::advance"},
+    {"mpk::Scheduler::next_step", "mpk::Worker::Worker", "mpk::EmbeddingRow", "mpk::TokenLoop::prepare"},
+    {"mpk::TokenLoop::advance", "mpk::Signaller::tell_host"},  # a task's values, stored: its news for the host
 )
 
 

@@ -311,8 +311,8 @@ def _told(template: Template, layer: Template, back: int) -> Template:
 
 
 def _ended(turns: Turns, template: Template, layer: Template, back: int) -> Template:
-    """The tasks of the last group wait for all events of the last layer, `back` stages away, and look at what was made of
-    it since."""
+    """The tasks of the last group wait for all events of the last layer, `back` stages away, and look at what was made
+    of it since."""
     *groups, last = template.groups
     more = [Wait(name, count, back) for name, count in layer.events.items()]
     marker = _Marker({0: template}, turns)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mpk_spec.planner.schedule import Scheduler
 
 IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
-PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full; with several ranks it costs 1 % (Qwen3-8B, two H200s)
+PREFETCH_BYTES = (
+    128 * 1024
+)  # of each SM into L2 while its ring is full; with several ranks it costs 1 % (Qwen3-8B, two H200s)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,11 @@ STEP = np.dtype(
 STEP_WORDS = STEP.itemsize // 4
 DESCRIBED = np.dtype([("word", "<u4"), ("number", "<u4")])  # the number of its step, from 1
 CONTROL = np.dtype(
-    [("published", "<u4"), ("pad0", "<u4", 31), ("abort", "<u4"), ("pad1", "<u4", 31)]
-    + [("steps", DESCRIBED, (STEP_SLOTS, STEP_WORDS))]
-)
+    [
+        ("published", "<u4"), ("pad0", "<u4", 31), ("abort", "<u4"), ("pad1", "<u4", 31),
+        ("steps", DESCRIBED, (STEP_SLOTS, STEP_WORDS)),
+    ]
+)  # fmt: skip
 REPORT_FIELDS = ("set", "given", "taken", "step", "stage", "group", "task", "event", "seen", "wanted")
 REPORT = np.dtype([(name, "<u4") for name in REPORT_FIELDS])
 POINTERS = (
@@ -240,11 +242,7 @@ class Launcher:
         count = min(chunk, len(prompt))
         first["tokens"], first["position"] = count, position
         first["ids"][:count] = prompt[:count]
-        control = np.zeros((), CONTROL)
-        control["published"] = (self.steps + 1) & 0xFFFFFFFF
-        control["steps"]["number"] = self.steps  # all others are long gone
-        slot = control["steps"][self.steps % STEP_SLOTS]
-        slot["number"], slot["word"] = (self.steps + 1) & 0xFFFFFFFF, np.frombuffer(first.tobytes(), "<u4")
+        control = control_of(first, self.steps)
         self.memory.ring[:HOST_WORDS] = 0
         with torch.cuda.stream(self.stream):
             ids = torch.tensor(prompt, dtype=torch.int32)
@@ -364,6 +362,16 @@ class Launcher:
         """The SM that is furthest behind, in the plan's names."""
         reports = np.frombuffer(self.memory.reports.cpu().numpy().tobytes(), REPORT)
         return blame(self.emitted, reports, self.steps)
+
+
+def control_of(first: np.ndarray, steps: int) -> np.ndarray:
+    """`CONTROL` for a launch whose first step is `first` (a `STEP`), after `steps` earlier ones."""
+    control = np.zeros((), CONTROL)
+    control["published"] = (steps + 1) & 0xFFFFFFFF
+    control["steps"]["number"] = steps & 0xFFFFFFFF  # of a step that is over, whatever the place
+    slot = control["steps"][steps % STEP_SLOTS]
+    slot["number"], slot["word"] = (steps + 1) & 0xFFFFFFFF, np.frombuffer(first.tobytes(), "<u4")
+    return control
 
 
 def described(control: np.ndarray, first_step: int) -> int:

@@ -149,16 +149,22 @@ def fusions_applied(bench: Bench, given: Applied) -> Outcome:
     return judged(", ".join(wanted), ", ".join(applied), not missing and not surplus, reason)
 
 
+def _address(node) -> str:
+    """The operator of the spec that a node does a part of."""
+    return node.name.removesuffix(".partial") if node.op == "argmax_partial" else node.name
+
+
 def fusions_of(plan, spec) -> list[str]:
     """The fusions of which all operators (that this config has) are computed together in the decode step.
 
-    A linear in K splits leaves what follows it to the group that adds the splits up, `NAME.reduce`: still together.
+    A linear in K splits leaves what follows it to the group that adds the splits up, `NAME.reduce`: still together. A
+    sample is where its first stage is: the second needs all of the first.
     """
     groups = []
     for template in plan.steps["decode"].templates:
         together: dict[str, set[str]] = {}
         for group in template.groups:
-            together.setdefault(group.name.removesuffix(".reduce"), set()).update(n.name for n in group.nodes)
+            together.setdefault(group.name.removesuffix(".reduce"), set()).update(map(_address, group.nodes))
         groups += together.values()
     present = {name for names in groups for name in names}
 

@@ -5,9 +5,28 @@ from __future__ import annotations
 import json
 
 import pytest
-from gpu.models import ids_of
+from gpu.models import TIMEOUT_S, ids_of
+from tiny_specs import child
 
 pytestmark = pytest.mark.gpu
+
+
+class Twins:
+    """A checkpoint in which the tokens 256 to 511 have the vectors of 0 to 255, or none a vector of numbers."""
+
+    def __init__(self, checkpoint, nan: bool = False):
+        self.checkpoint, self.nan = checkpoint, nan
+
+    def __getattr__(self, name):
+        return getattr(self.checkpoint, name)
+
+    def read(self, name, slices=None):
+        whole = self.checkpoint.read(name).clone()
+        if name.endswith("embed_tokens.weight"):
+            whole[256:512] = whole[:256]
+            if self.nan:
+                whole[:] = float("nan")
+        return whole if slices is None else whole[slices]
 
 
 def test_prompt_and_512_tokens_are_one_launch(models, tmp_path):
@@ -43,6 +62,44 @@ def test_a_stop_within_a_step_and_a_second_turn(models, size):
     second = prompt + whole[:20]
     assert list(backend.stream(second, max_new_tokens=40)) == whole[20:60]
     assert backend._cached[: len(second)] == second
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_lowest_id_among_equals(models, fused):
+    """Every logit has its equal in another task. In steps of one token, and in those of several that end a prompt."""
+    from mpk_spec.planner import plan
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+
+    made = models.plans["qwen3", "tiny"]
+    if not fused:
+        apart = child("qwen3", fusions={"head": {"of": ["h", "logits"]}})
+        made = plan(apart, size="tiny", target=models.target, context=256)
+    assert len(made.steps["decode"].templates[-1].groups) == (2 if fused else 3)
+    backend = CudaBackend(made, Twins(models.checkpoint("qwen3", "tiny")))
+    backend.launcher.timeout_s = TIMEOUT_S
+    sampled = []
+    for length in (1, 5, 20):
+        prompt = ids_of(backend, length, salt=length)
+        backend.reset()
+        answer = list(backend.stream(prompt, max_new_tokens=60))
+        logits = backend.logits(prompt + answer)[length - 1 : -1]
+        best = logits == logits.max(-1, keepdim=True).values
+        assert (best.sum(-1) == 2).sum() > 30  # equals, of most steps
+        assert answer == best.int().argmax(-1).tolist()  # the first of them
+        sampled += answer
+    assert not set(sampled) & set(range(256, 512))
+
+
+def test_logits_that_are_no_numbers_are_reported(models):
+    from mpk_spec.errors import UserError
+    from mpk_spec.runtime.cuda_backend import CudaBackend
+
+    backend = CudaBackend(models.plans["qwen3", "tiny"], Twins(models.checkpoint("qwen3", "tiny"), nan=True))
+    backend.launcher.timeout_s = TIMEOUT_S
+    for length in (1, 20):
+        backend.reset()
+        with pytest.raises(UserError, match="NaN"):
+            list(backend.stream(list(range(1, 1 + length)), max_new_tokens=5))
 
 
 def test_stop_ids_end_the_answer(models):

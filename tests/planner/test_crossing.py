@@ -96,7 +96,22 @@ def test_the_first_layer_has_a_name_of_its_own_for_what_it_alone_writes():
     spans = [{s.tensor for task in of for s in (*task.reads, *task.writes)} for of in tasks]
     assert "y.first" in spans[0] and "y.first" not in spans[1]
     assert {w.event.split(".done")[0] for w in waits(first, "o_add")} == {"attend"}
-    assert not any(w.data for w in waits(first, "qkv"))  # the ids that the step before has sampled
+    assert waits(first, "qkv") == {Wait("next_ids.done", 1, -1, data=True)}  # what the step before has sampled
+
+
+@pytest.mark.parametrize(("layers", "tp"), [(3, 1), (4, 2)])
+def test_what_tells_the_first_layer_that_the_step_before_is_over(layers, tp):
+    """Events of the last layer; in few layers, or with several ranks, that of the end to all tasks."""
+    for found, alone in (
+        (plan(child("qwen3", {"num_hidden_layers": 4}), size="tiny", target="h100", context=256), True),
+        (plan(child("qwen3", {"num_hidden_layers": layers}), size="tiny", target="h100", context=256, tp=tp), False),
+    ):
+        assert found.crossing == "data"
+        first = found.steps["decode"].templates[0]
+        tasks = [(g.name, t) for g in first.groups for t in g.tasks]
+        told = {name for name, t in tasks if any(w.event == "next_ids.done" for w in t.waits)}
+        assert told == ({"qkv"} if alone else {name for name, _ in tasks})
+        assert {w.data for _, t in tasks for w in t.waits if w.event == "next_ids.done"} == {alone}
 
 
 def test_events_of_parts_are_waited_for_where_none_is_of_the_whole():
@@ -131,11 +146,11 @@ def test_a_wait_for_data_after_the_layers_is_for_the_step_before(fused, tp):
     found = pinned("data", sections=members, tp=tp)
     step = found.steps["decode"]
     further = [further_back(step, n) for n in range(len(step.templates))]
-    assert further == [1] * (len(further) - 1) + [len(step.stages)]
+    assert further == [2] + [1] * (len(further) - 2) + [len(step.stages)]
     (wait,) = (w for w in waits(step.templates[-1], "next_ids") if w.data)
     assert wait.event == ("head.done" if fused else "next_ids.partial.done") and wait.stage == 0
     packed = {(int(w["back"]), int(w["data"])) for w in packed_waits(found)}
-    assert (0, len(step.stages)) in packed and (0, 1) in packed and (1, len(step.stages)) not in packed
+    assert {(0, len(step.stages)), (0, 1), (0, 2)} <= packed and (1, len(step.stages)) not in packed
 
 
 def packed_waits(found: Plan):

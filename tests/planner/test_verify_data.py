@@ -165,8 +165,7 @@ def test_ranks_that_do_not_know_that_others_cleared_their_pairs():
 
 
 def test_pairs_that_another_sm_writes_the_next_time():
-    """Copies are of steps: they would be cleared by who writes them only if the same SM does in all steps. They do where
-    a plan has one kind of step; two kinds must agree."""
+    """Copies are of steps: who writes a part clears it for the next step, so that the kinds of steps must agree."""
     both = good(("decode", "prefill"))
 
     def swap(template: Template) -> Template:

@@ -57,7 +57,7 @@ def test_what_the_ranks_exchange(simulation, crossing):
     assert names.count("gate_up") == layers and names.count("qkv") == layers - 1
     assert names[-2:] == ["head", "next_ids"]
     assert {e.data for e in exchanges(step) if e.stage < layers} == {crossing == "data"}
-    assert not any(e.data for e in exchanges(step) if e.stage == layers)
+    assert [e.data for e in exchanges(step) if e.stage == layers] == [False, crossing == "data"]  # head, next_ids
     across = next(e for e in exchanges(step) if e.stage == 1)
     assert across.sent == 0 and len(across.senders) == len(step.templates[0].groups[-1].tasks)
 
@@ -90,7 +90,7 @@ def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike, crossing):
     sums = sums_of(moved, simulation.step, COST, 0.0)
     assert [row.name for row in sums.rows] == ["gate_up", "qkv", "head", "next_ids"]
     assert [row.in_layers for row in sums.rows] == [True, True, True, False]
-    assert [row.data for row in sums.rows] == [crossing == "data", crossing == "data", False, False]
+    assert [row.data for row in sums.rows] == [crossing == "data", crossing == "data", False, crossing == "data"]
     for row in sums.rows:
         assert row.later == pytest.approx(0.0, abs=0.02) and row.signal == pytest.approx(0.0, abs=0.02)
         assert row.way == pytest.approx(COST.peer_data_hop_us if row.data else COST.peer_hop_us, abs=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from fake_gpu import FakeDriver
@@ -87,6 +88,26 @@ def test_a_kernel_with_other_structures_is_refused(emitted, monkeypatch):
     FakeDriver(monkeypatch, sizes=sizes)
     error = refused(lambda: KernelModule(emitted, b"cubin"))
     assert error.message == f"the kernel's 'control' has {CONTROL.itemsize + 128} bytes, the host's {CONTROL.itemsize}"
+
+
+@pytest.mark.parametrize("steps", [0, 5, 2**31 - 1, 2**31, 2**32 - 1])
+def test_the_first_steps_descriptor_and_no_other_is_there(steps):
+    """Each word with its step's number, which wraps; what stands elsewhere is of no step to come."""
+    from mpk_spec.runtime.cuda_launch import STEP, control_of, described
+
+    first = np.zeros((), STEP)
+    first["tokens"], first["position"], first["ids"][:2] = 2, 7, (11, 12)
+    control = control_of(first, steps)
+    place = steps % 4
+    assert control["steps"]["word"][place].tolist()[:6] == [2, 7, 0, 0, 11, 12]
+    for n, slot in enumerate(control["steps"]["number"].tolist()):
+        (number,) = set(slot)
+        ahead = [(number - (steps + 1 + later)) % 2**32 < 2**31 for later in range(4)]  # as the kernel compares
+        assert ahead == [n == place, False, False, False]
+    assert described(control, steps) == 0
+    for ran in range(1, 6):  # the kernel describes the steps that follow
+        control["steps"]["number"][(steps + ran) % 4] = (steps + ran + 1) % 2**32
+        assert described(control, steps) == ran
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def tokens(request):
 def logs_of(emitted, tokens, first_step=FIRST):
     """What a kernel that runs its tasks stage by stage, group by group would leave: per SM (waits, works) as lists.
 
-    In a step of one token a wait for data is for the event of the layer before (after the layers: of the step before), or
-    for nothing where that lacks it.
+    In a step of one token a wait for data is for the event of the layer before (after the layers: of the step before),
+    or for nothing where that lacks it.
     """
     step = emitted.step
     events = {name: n for n, name in enumerate(emitted.programs.events)}
@@ -85,8 +85,7 @@ def test_a_faithful_run_conforms(emitted, tokens):
 
 
 def test_data_is_waited_for_by_the_write_before(emitted):
-    """In the layer before, of the first layer in the last one of the step before, and after the layers in the step before.
-    What a step is given has no such event."""
+    """In the layer before, of the first layer in the last one of the step before; after them in that step."""
     events = list(emitted.programs.events)
     of_one = [w for waits, _ in logs_of(emitted, ONE) for w in waits if w[1] == FIRST % 2**32]
     looks = [w for w in of_one if events[w[5] % len(events)] == "down_add.done" and w[2] == 2]

@@ -1,16 +1,16 @@
 """Values that cross as data: what their readers must know by events all the same, and what nobody may rely on.
 
 A step of one token relies on events less than the rest of the proof assumes: a wait marked `data` is for the event of
-the write before. `seen` is what a task knows then: queues, the other events, and at a step's start all that the end of
-the step before knew. By it are proved: a copy was cleared, for all to see, before its readers look at it; who clears a
-part is who wrote it; everything else is read and overwritten in the order of events; a step ends after all of it.
+the write before. `seen` is what a task knows then, by its queue and the other events. By it are proved: a copy was
+cleared, for all to see, before its readers look at it; who clears a part is who wrote it; everything else is read and
+overwritten in the order of events; a step ends after all of it.
 
 The rest of the proof takes a `data` wait for one of its event. That holds if the task reads something of every
 signaller, or knows without that wait that it is `done`. Of an attention's parts those that saw no position are not
 read, and their tasks do nothing. Steps of several tokens wait for the events themselves, and know more.
 
-What the sampling reads crosses as data as well, once in a step. The tasks that wrote it are over when the step ends, and
-so is what they knew to be; their other stores are seen by who waits for their event, in the next step.
+What the sampling reads crosses as data as well, once in a step. The tasks that wrote it are over when the step ends,
+and so is what they knew to be; their other stores are seen by who waits for their event, in the next step.
 
 What a step is about crosses as data too. Its words say which step they belong to, so that nothing needs to be cleared;
 that all of the step before is over they tell (`done`), and nothing else: an SM knows what its own waits tell.
@@ -157,8 +157,8 @@ class _Walk:
             self.done = [known | looked | s for s in self.done]
 
     def _stage(self, code: Code, layer: bool, check: bool) -> tuple[int, int]:
-        """Runs one stage; returns what whoever writes what feeds the next step knows, and which tasks are over because it
-        has seen their values, or those of others who knew it."""
+        """Runs one stage; returns what whoever writes what feeds the next step knows, and which tasks are over because
+        it has seen their values, or those of others who knew it."""
         tasks = [(g, t) for g, group in enumerate(code.template.groups) for t in group.tasks]
         stage = _Stage(code, self.end, self._writes(code, self.end))
         self.stages.append(stage)
