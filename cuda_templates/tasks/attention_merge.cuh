@@ -1,4 +1,5 @@
-// Prologue of a linear: adds up the splits of an attention, in split order, relative to their common maximum.
+// Adds up the splits of an attention, in split order, relative to their common maximum: as the prologue of a linear, or in
+// tasks of their own.
 //
 // Partial results are float32 [tokens, splits, heads, head_dim + 2]: unnormalised sum, maximum, sum of weights. Splits that
 // saw no position of a token are not read: which they are follows from the token's position.
@@ -7,6 +8,13 @@
 
 namespace mpk {
 
+// Splits that saw a position of a token.
+template <int Splits, int Block>
+__device__ __forceinline__ int live_splits(const Worker& w, int token) {
+  return min_of(Splits, static_cast<int>(w.position + token) / Block + 1);
+}
+
+// In every task of a linear.
 template <class Source, int Heads, int HeadDim, int Splits, int Block>
 struct AttentionMerge {
   static constexpr int row = HeadDim + 2;
@@ -45,10 +53,7 @@ struct AttentionMerge {
   static constexpr int few = 4;  // so many splits are loaded at once
   static constexpr u32 split_bytes = Heads * row * 4;
 
-  // Splits that saw a position of a token.
-  static __device__ __forceinline__ int seen(const Worker& w, int token) {
-    return min_of(Splits, static_cast<int>(w.position + token) / Block + 1);
-  }
+  static __device__ __forceinline__ int seen(const Worker& w, int token) { return live_splits<Splits, Block>(w, token); }
   // Bytes from a split's begin.
   static __device__ __forceinline__ u32 place(int feature) { return (feature / HeadDim * row + feature % HeadDim) * 4; }
   // Bytes from there to the head's statistics: maximum and sum of weights.
@@ -203,6 +208,88 @@ struct AttentionMerge {
       }
     }
   };
+};
+
+// Once for all readers, which take its bf16 values as they are. Entry: heads [lo, hi). Shared memory (the scratch): one head's
+// partial results. Threads load neighbouring pairs of them, each all of its own at once, so that a head takes one trip to L2
+// however many splits there are.
+template <class Source, class Out, int Heads, int HeadDim, int Splits, int Block>
+struct MergeHeads {
+  static constexpr int pairs = HeadDim / 2 + 1;  // of a row; the last one is its statistics
+  static constexpr int per_thread = ceil_div(Splits * pairs, worker_threads);
+  static_assert(Source::features == Splits * Heads * 2 * pairs, "[splits, heads, head_dim + 2]");
+  static_assert(Out::features == Heads * HeadDim && sizeof(typename Out::type) == 2, "[heads, head_dim] bf16");
+  static_assert(HeadDim % 2 == 0 && HeadDim / 2 <= worker_threads, "a thread has two features of a head");
+  static_assert(Splits * pairs * sizeof(uint2) <= scratch_bytes, "a head's partial results fit into the scratch");
+
+  static __device__ void run(Worker& w, const Entry& entry) {
+    uint2* rows = reinterpret_cast<uint2*>(w.scratch);
+    const int count = static_cast<int>(w.tokens) * (entry.hi - entry.lo);
+    w.wait_ready();
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int token = i % static_cast<int>(w.tokens), head = entry.lo + i / static_cast<int>(w.tokens);
+      const int live = live_splits<Splits, Block>(w, token);
+      if (i) w.sync();  // the head before has been read
+      gather(w, Source::at(w, token, head * 2 * pairs), live, rows);
+      w.sync();
+      if (w.thread < HeadDim / 2)
+        Out::put(w, token, head * HeadDim + 2 * static_cast<int>(w.thread), merged(rows, live, w.thread));
+    }
+    w.mark_seen();
+    w.release_ready();
+    w.signal(entry);
+  }
+
+ private:
+  static __device__ __forceinline__ const u8* at(const u8* head, int i) {
+    return head + (i / pairs * Heads * pairs + i % pairs) * static_cast<int>(sizeof(uint2));
+  }
+
+  // A head's row of each live split, one behind the other. Of what is missing a thread looks at its first pair alone, then at
+  // all, as a norm does.
+  static __device__ __forceinline__ void gather(const Worker& w, const u8* head, int live, uint2* rows) {
+    const int count = live * pairs;
+    uint2 v[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i < count) Source::look(at(head, i), v[n]);
+    }
+    bool missing = true;
+#pragma unroll 1
+    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
+      missing = false;
+      const bool all = !Source::is_missing(v[0]);
+#pragma unroll
+      for (int n = 0; n < per_thread; ++n) {
+        if (!Source::is_missing(v[n])) continue;
+        missing = true;
+        if (n == 0 || all) Source::look(at(head, w.thread + n * worker_threads), v[n]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+      const int i = w.thread + n * worker_threads;
+      if (i < count) rows[i] = v[n];
+    }
+  }
+
+  // Two features. The sum is that of AttentionMerge with few splits.
+  static __device__ __forceinline__ u32 merged(const uint2* rows, int live, int pair) {
+    float peak = -infinity, bottom = 0.f, x = 0.f, y = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < live; ++s) peak = fmaxf(peak, __uint_as_float(rows[s * pairs + pairs - 1].x));
+#pragma unroll 4
+    for (int s = 0; s < live; ++s) {
+      const uint2 stats = rows[s * pairs + pairs - 1], sum = rows[s * pairs + pair];
+      const float factor = ptx::exp_fast(__uint_as_float(stats.x) - peak);
+      bottom = fmaf(__uint_as_float(stats.y), factor, bottom);
+      x = fmaf(__uint_as_float(sum.x), factor, x);
+      y = fmaf(__uint_as_float(sum.y), factor, y);
+    }
+    return ptx::pack_bf16(x * (1.f / bottom), y * (1.f / bottom));
+  }
 };
 
 }  // namespace mpk

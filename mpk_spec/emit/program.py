@@ -157,6 +157,9 @@ def bounds(group: Group, task: Task, layout: Layout) -> tuple[int, int]:
         return tiles(task, layout.packed[group.name])
     if group.task == "attention":
         return task.index // group.kv_splits, task.k[0]
+    if group.task == "attention_merge":
+        head_dim = group.nodes[-1].values["head_dim"]
+        return task.out[0] // head_dim, task.out[1] // head_dim
     if group.task == "argmax_partial":
         return task.out[0] // 2, task.out[1] // 2
     if group.nodes[0].op == "all_reduce":

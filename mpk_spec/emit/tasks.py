@@ -50,6 +50,7 @@ def task_type(plan: Plan, layout: Layout, group: Group, template: Template) -> s
     makers = {
         "linear": writer.linear,
         "attention": writer.attention,
+        "attention_merge": writer.attention_merge,
         "argmax_partial": writer.argmax_partial,
         "argmax_reduce": writer.argmax_reduce,
     }
@@ -123,10 +124,7 @@ class _Writer:
         if not ops:
             return f"Plain<{self.tensor(value)}>"
         if ops == ["attention_merge"]:
-            values, source = nodes[0].values, self.plan.tensors[nodes[0].inputs[0]]
-            block = next(iter(self.plan.states.values())).kv_block
-            numbers = f"{values['heads']}, {values['head_dim']}, {values['kv_splits']}, {block}"
-            return f"AttentionMerge<{self.tensor(source.name)}, {numbers}>"
+            return f"AttentionMerge<{self.tensor(nodes[0].inputs[0])}, {self.splits(nodes[0])}>"
         if ops == ["rmsnorm"]:
             return self.norm(nodes[0], f"Row<{self.tensor(nodes[0].inputs[0])}>", "NotPublished")
         if ops == ["embedding", "rmsnorm"]:
@@ -214,6 +212,18 @@ class _Writer:
             f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    "
             f"{self.tensor(node.output, write=True)}, {number(node.values['scale'])}>"
         )
+
+    def attention_merge(self) -> str:
+        node = self.group.nodes[-1]
+        if len(self.group.nodes) != 1:
+            raise Refused(self.group, "its merge of splits has a prologue")
+        tensors = f"{self.tensor(node.inputs[0])}, {self.tensor(node.output, write=True)}"
+        return f"MergeHeads<{tensors}, {self.splits(node)}>"
+
+    def splits(self, merge: Node) -> str:
+        """What a merge knows of the attention: heads, features of one, splits, positions of a block."""
+        block = next(iter(self.plan.states.values())).kv_block
+        return ", ".join(str(merge.values[key]) for key in ("heads", "head_dim", "kv_splits")) + f", {block}"
 
     def head_norms(self, q: Node | None, k: Node | None) -> str:
         if q is None and k is None:

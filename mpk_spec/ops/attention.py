@@ -6,7 +6,20 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mpk_spec.ops.base import Axis, Expr, Op, OpError, Ref, Refs, StateRef, TensorType, number, register
+from mpk_spec.ops.base import (
+    Axis,
+    Expr,
+    FeatureSpan,
+    Op,
+    OpError,
+    Ref,
+    Refs,
+    StateRef,
+    TensorType,
+    elementwise,
+    number,
+    register,
+)
 
 
 @register
@@ -113,17 +126,23 @@ class AttentionMerge(Op):
     def granule(self, output):
         return output.axes[-1].size
 
+    def rows(self, span: FeatureSpan) -> tuple[FeatureSpan, ...]:
+        """Of the partial results what the features `span` of the result, whole heads, are computed from: by split."""
+        row = self.head_dim + 2
+        lo, hi = (edge // self.head_dim * row for edge in span)
+        return tuple((lo + split * self.heads * row, hi + split * self.heads * row) for split in range(self.kv_splits))
+
     def compute(self, inputs, weights, scope):
+        """Of the heads in `scope.span`; the input is their rows alone, those of one split behind those of another."""
         import torch
 
-        parts = inputs[0].unflatten(-1, (self.kv_splits, self.heads, self.head_dim + 2))
+        parts = inputs[0].unflatten(-1, (self.kv_splits, -1, self.head_dim + 2))
         sums, peaks, totals = parts[..., :-2], parts[..., -2:-1], parts[..., -1:]
         peak = peaks.amax(1, keepdim=True)
-        factors = torch.exp(peaks - peak)
+        factors = elementwise(torch.exp, peaks - peak)
         top = (sums * factors)[:, 0]
         bottom = (totals * factors)[:, 0]
         for split in range(1, self.kv_splits):
             top = top + sums[:, split] * factors[:, split]
             bottom = bottom + totals[:, split] * factors[:, split]
-        lo, hi = scope.span
-        return (top / bottom).flatten(-2)[:, lo:hi]
+        return (top / bottom).flatten(-2)

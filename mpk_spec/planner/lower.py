@@ -1,13 +1,14 @@
 """Groups + schedule -> groups that tasks can be cut from: splits get their merges and reductions, sampling two stages.
 
-A merge of attention splits is recomputed by the linear that reads it (one hop less); where something else reads the
-attention it is a group of its own. Of a sample that is fused with the linear that makes the logits, each of the
-linear's tasks finds the best of its own; where K is split they are groups apart.
+A merge of attention splits is recomputed by the linear that reads it (one hop less), or is a group of its own: where that
+costs less, as the attention's settings say, and where something else reads the attention. Of a sample that is fused with the
+linear that makes the logits, each of the linear's tasks finds the best of its own; where K is split they are groups apart.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mpk_spec.ops import all_ops
 from mpk_spec.ops.base import Axis, TensorType
@@ -125,18 +126,33 @@ def _split_attention(group: Fused, settings: Settings, model: Model) -> tuple[Fu
 def _place_merges(groups: list[Lowered], scheduler: Scheduler) -> list[Lowered]:
     """Moves each merge into the one linear group that reads it, or gives it settings of its own."""
     done = list(groups)
-    for item in groups:
-        merge = item.group.ops[0]
-        if merge.op.op != "attention_merge":
+    for attention, item in pairwise(groups):
+        if item.group.ops[0].op.op != "attention_merge":
             continue
-        readers = [g for g in done if merge.output in g.group.inputs]
-        alone = (
-            len(readers) == 1 and readers[0].group.kind == "linear" and readers[0].group.ops[0] in readers[0].group.body
-        )
-        if alone:
-            host = readers[0]
-            done[done.index(host)] = Lowered(replace(host.group, ops=(merge, *host.group.ops)), host.settings)
+        host = _only_reader(done, item.group.ops[0].output)
+        if host is None:
+            attention = _merged_apart(done, attention, scheduler)
+        if attention.settings.kv_merge == "fused":
+            done[done.index(host)] = Lowered(replace(host.group, ops=(*item.group.ops, *host.group.ops)), host.settings)
             done.remove(item)
         else:
             done[done.index(item)] = Lowered(item.group, scheduler.resolve(item.group))
     return done
+
+
+def _only_reader(groups: list[Lowered], value: str) -> Lowered | None:
+    """The linear group that can merge the value's splits: the only one that reads it, with no prologue of its own."""
+    readers = [g for g in groups if value in g.group.inputs]
+    alone = len(readers) == 1 and readers[0].group.kind == "linear" and not readers[0].group.prologue
+    return readers[0] if alone else None
+
+
+def _merged_apart(done: list[Lowered], attention: Lowered, scheduler: Scheduler) -> Lowered:
+    """The attention with settings that say so; what a rule says otherwise goes to the scheduler's problems."""
+    pin = scheduler.pins(attention.group.name).get("kv_merge")
+    if pin and pin[0] == "fused" and pin[1][3] != "*":
+        said = f"'{attention.group.name}' is not read by one linear alone, which could merge its splits"
+        scheduler.problems.append(scheduler.spec.problem(pin[1], said, "write 'auto' or 'apart'"))
+    apart = Lowered(attention.group, replace(attention.settings, kv_merge="apart"))
+    done[done.index(attention)] = apart
+    return apart

@@ -1,6 +1,6 @@
 """Schedule rules and `auto` -> the settings of every group: grid, block, splits, stages, launch.
 
-What `auto` picks comes from a small cost estimate (see `_linear`, `_attention`); what a rule pins is checked here and
+What `auto` picks comes from a small cost estimate (see `_linear`, `kv_splits`); what a rule pins is checked here and
 refused at its line, with the nearest value that works.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 from mpk_spec.errors import Problem
 from mpk_spec.ops.linear import ROW_TILE
 from mpk_spec.planner.fuse import Fused
+from mpk_spec.planner.kv_splits import Attended, cheapest_merge, cheapest_splits
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.targets import TARGETS, Target
 from mpk_spec.schema import Spec
@@ -20,7 +21,6 @@ from mpk_spec.schema import Spec
 BLOCK = (384, 1, 1)  # one warpgroup that loads and schedules, two that compute
 K_TILE = 512  # columns of a weight: what K splits are counted in
 CHUNK_BYTES = 16 * 1024  # one bulk copy; smaller ones do not reach the ceiling
-MERGE_BYTES_PER_US = 40e3  # at which one SM reads other SMs' results from L2
 SHARE = 4  # features of a published value, or of a rank's share of a sum, that go together
 ROW_FEATURES = 64  # features of a row operator that are worth a task
 
@@ -33,6 +33,7 @@ class Settings:
     block: tuple[int, int, int] = BLOCK
     split_k: int = 1
     kv_splits: int = 1
+    kv_merge: str | None = None
     stages: int = 1
     partition: str = "even"
     launch: str = "static"
@@ -47,6 +48,7 @@ class Settings:
             "launch": self.launch,
         }
         rule |= {"partition": self.partition} if kind != "attention" else {"kv_splits": self.kv_splits}
+        rule |= {"kv_merge": self.kv_merge} if self.kv_merge else {}
         rule |= {"all_reduce": self.all_reduce} if self.all_reduce else {}
         return rule | ({"split_k": self.split_k} if kind == "linear" else {})
 
@@ -120,7 +122,8 @@ class Scheduler:
         common["all_reduce"] = shots_of(group, self.model)
         if kind == "attention":
             return self._attention(group, pins, common)
-        self._no_pin(pins, "kv_splits", group, "an attention")
+        for key in ("kv_splits", "kv_merge"):
+            self._no_pin(pins, key, group, "an attention")
         return self._linear(group, pins, common) if kind == "linear" else self._rows(group, pins, common)
 
     # one method per kind of body
@@ -170,14 +173,13 @@ class Scheduler:
 
     def _attention(self, group: Fused, pins, common) -> Settings:
         self._no_pin(pins, "split_k", group, "a linear")
-        cache = self.model.types[group.body[0].inputs[1]]
-        kv_heads = cache.shape[0]
+        (heads, head_dim), (kv_heads, _) = (self.model.types[i].shape for i in group.body[0].inputs)
         state = self.model.states[self.model.cache_state[group.body[0].inputs[1]]]
+        shape = Attended(heads, kv_heads, head_dim, state.kv_block, state.context)
         blocks = -(-state.context // state.kv_block)
-        most = max(1, min(blocks, self.target.num_sms // kv_heads))
-        splits = self._pin(pins, "kv_splits", None)
+        splits, merge = (self._pin(pins, key, None) for key in ("kv_splits", "kv_merge"))
         if splits is None:
-            splits = 1 if self.target.name == "cpu" else self._cheapest_kv_splits(group, state.context, most)
+            splits = 1 if self.target.name == "cpu" else cheapest_splits(shape, self.target, merge)
         elif not 1 <= splits <= blocks:
             self._refuse(
                 pins,
@@ -194,14 +196,17 @@ class Scheduler:
                 f"the grid of an attention is [kv_heads, kv_splits, 1] = [{kv_heads}, {splits}, 1], got {list(grid)}",
                 f"set 'kv_splits' instead, or [{kv_heads}, {splits}, 1]",
             )
-        return Settings((kv_heads, splits, 1), kv_splits=splits, **common)
+        merge = self._merge(pins, shape, splits, merge)
+        return Settings((kv_heads, splits, 1), kv_splits=splits, kv_merge=merge, **common)
 
-    def _cheapest_kv_splits(self, group: Fused, context: int, most: int) -> int:
-        """At half of the context: a head's cache over its splits, against the merge that every reader repeats."""
-        heads, head_dim = self.model.types[group.body[0].inputs[0]].shape
-        stream_us = context / 2 * head_dim * 4 / (self.target.stream_gbps / self.target.num_sms * 1e3)
-        merge_us = heads * (head_dim + 2) * 4 / MERGE_BYTES_PER_US
-        return min(range(1, most + 1), key=lambda splits: stream_us / splits + splits * merge_us)
+    def _merge(self, pins, shape: Attended, splits: int, pinned: str | None) -> str | None:
+        """Who adds up the splits; None where there is but one."""
+        if splits == 1:
+            return None
+        if pinned == "apart" and splits > shape.most_apart:
+            said = f"a task merges at most {shape.most_apart} splits of a head of {shape.head_dim}, here are {splits}"
+            self._refuse(pins, "kv_merge", said, "write 'fused', or ask for fewer 'kv_splits'")
+        return pinned or ("fused" if self.target.name == "cpu" else cheapest_merge(shape, self.target, splits))
 
     def _rows(self, group: Fused, pins, common) -> Settings:
         self._no_pin(pins, "split_k", group, "a linear")
@@ -209,8 +214,8 @@ class Scheduler:
         last = group.ops[-1]
         features = self.model.types[last.output].features // (self.model.tp if in_two_shots(group, self.model) else 1)
         want = max(1, min(self.target.num_sms, units, -(-features // ROW_FEATURES)))
-        if last.op.op == "argmax_partial":
-            want = units
+        if last.op.op in ("argmax_partial", "attention_merge"):
+            want = min(self.target.num_sms, units)
         x = self._grid(pins, want, units, "parts", 1)
         return Settings((x, 1, 1), partition=self._partition(pins, units, x, "parts"), **common)
 

@@ -165,6 +165,9 @@ def _rows(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits
             splits = kv_splits[last.op.state]
             heads = [s // kind.axes[1].size * splits for s in span]
             yield Task(index, span, spans(found, model), (Span(last.op.state, *heads),))
+        elif last.op.op == "attention_merge":  # of every split the task's heads alone
+            rows = tuple(Span(last.inputs[0], *part) for part in last.op.rows(span))
+            yield Task(index, span, rows, (Span(last.output, *span),))
         else:
             yield Task(index, span, spans(found, model), (Span(last.output, *span),))
 

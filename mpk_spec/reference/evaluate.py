@@ -248,6 +248,9 @@ class GroupRun:
             return self.value(source, (0, 2 * node.values["slices"]))
         if node.op in WHOLE_INPUT or (node.op == "combine" and source == node.inputs[1]):
             return self._whole(source)
+        if node.op == "attention_merge":
+            rows = [self._read(source, *part) for part in op_of(node).rows(span)]
+            return lambda step: torch.cat([row(step) for row in rows], -1)
         if node.op == "argmax_partial":
             op = op_of(node)
             return self.value(source, (op.edge(span[0] // 2), op.edge(span[1] // 2)))
@@ -318,7 +321,7 @@ class GroupRun:
                     self._store(name, span.lo, span.hi)
 
 
-WHOLE_INPUT = frozenset({"top_k", "attention_merge", "split_k_reduce"})
+WHOLE_INPUT = frozenset({"top_k", "split_k_reduce"})
 
 
 def rope_key(node: Node) -> str:

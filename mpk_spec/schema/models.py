@@ -212,6 +212,11 @@ class Settings(Section):
     block: GridDims | None = Field(default=None, description="threads along x, y, z")
     split_k: CountOrAuto | None = Field(default=None, description="tasks that share one sum of a linear")
     kv_splits: CountOrAuto | None = Field(default=None, description="tasks that share one head's KV cache")
+    kv_merge: Literal["fused", "apart", "auto"] | None = Field(
+        default=None,
+        description="who adds up what the kv_splits found; fused: every task that reads it; apart: tasks of their own, "
+        "once for all",
+    )
     stages: CountOrAuto | None = Field(
         default=None,
         description="chunks of weights that shared memory holds: the most that a group asks for, shared by all",
