@@ -233,10 +233,10 @@ struct MergeHeads {
       if (i) w.sync();  // the head before has been read
       gather(w, Source::at(w, token, head * 2 * pairs), live, rows);
       w.sync();
+      w.mark_seen();
       if (w.thread < HeadDim / 2)
         Out::put(w, token, head * HeadDim + 2 * static_cast<int>(w.thread), merged(rows, live, w.thread));
     }
-    w.mark_seen();
     w.release_ready();
     w.signal(entry);
   }

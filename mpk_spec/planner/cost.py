@@ -163,7 +163,7 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     weights, chunks = task.load_bytes * _share(plan, step, group, task), task.load_chunks
     ahead = kv_bytes if cost.kv_ahead else 0.0
     compute = chunks * cost.chunk_us + (weights + ahead) / (cost.consume_gbps * 1e3)
-    compute += _extra_activations(plan, step, task, cost)
+    compute += _extra_activations(plan, step, group, task, cost, context)
     compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6) + blocks * cost.kv_block_us
     if not chunks and not blocks:
         compute += cost.row_op_us
@@ -233,15 +233,27 @@ def _routed(plan: Plan, group: Group) -> int:
     return 1
 
 
-def _extra_activations(plan: Plan, step: Step, task: Task, cost: CostModel) -> float:
+def _extra_activations(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel, context: int) -> float:
     """Time for the activations beyond the first: K tile by K tile, so it hides behind the stream if that is slower."""
     loaded = sum(
-        (span.hi - span.lo) * DTYPE_BYTES[plan.tensors[span.tensor].dtype] * _copies(plan, span.tensor)
+        (span.hi - span.lo)
+        * DTYPE_BYTES[plan.tensors[span.tensor].dtype]
+        * _copies(plan, span.tensor)
+        * _live(plan, group, span.tensor, context)
         for span in task.reads
         if span.tensor in plan.tensors
     )
     extra = max(0, loaded * step.tokens - cost.activation_free_bytes)
     return extra / (cost.activation_gbps * 1e3)
+
+
+def _live(plan: Plan, group: Group, tensor: str, context: int) -> float:
+    """The part of a tensor that is read: of an attention's splits those that saw a position."""
+    merge = next((n for n in group.nodes if n.op == "attention_merge" and tensor in n.inputs), None)
+    if merge is None:
+        return 1.0
+    splits, block = merge.values["kv_splits"], next(iter(plan.states.values())).kv_block
+    return min(splits, context // block + 1) / splits
 
 
 def _copies(plan: Plan, tensor: str) -> int:

@@ -1,9 +1,9 @@
 """How many workers share a KV head's cache (FlashDecoding), and who adds up what they find.
 
-A worker takes every n-th block of positions. Its partial results are added up by every reader of the attention (`fused`:
-each SM reads all of them), or once by tasks that each do a head (`apart`: one hop more, and readers get 2 bytes for a
-feature). Both are decided at half of the planned context, from what was measured on an H200: Qwen3-0.6B, Llama-1B and
-SmolLM2-135M token by token at positions 32 to 300.
+A worker takes every n-th block of positions. Its partial results are added up by every reader of the attention
+(`fused`: each SM reads all of them), or once by tasks that each do a head (`apart`: one hop more, and readers get 2
+bytes for a feature). Both are decided at half of the planned context, from what was measured on an H200: Qwen3-0.6B,
+Llama-1B and SmolLM2-135M token by token at positions 32 to 300.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ BLOCK_US = 0.45  # measured: a block of 64 positions more in one worker, with 16
 READER_SHARE = 2  # times an SM's even part of the bandwidth, that it gets while others wait: 32 KB in those 0.45 us
 MERGE_BYTES_PER_US = 25e3  # measured: all SMs read the same partial results from L2, 8 KB of a live split more
 HOP_US = 2.0  # measured: the kernel's hops of tasks that stream nothing, from stored values to stored values
-FUSED_SPLITS = 4  # the fused merge loads so many at once; more come after those, a trip to L2 each (3 us a layer measured)
+FUSED_SPLITS = (
+    4  # the fused merge loads so many at once; more come after those, a trip to L2 each (3 us a layer measured)
+)
 MERGE_SMEM = 48 * 1024  # for one head's partial results, in a task that merges it: the kernel's scratch is a bit more
 
 

@@ -32,8 +32,10 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
 
 
-def compiled(spec: str, size: str, target: str, defines: tuple[str, ...] = (), tp: int = 1) -> compiler.Compiled:
-    made = plan(load_spec(spec), size=size, target=target, context=256, tp=tp, verified=False)
+def compiled(
+    spec: str, size: str, target: str, defines: tuple[str, ...] = (), tp: int = 1, context: int = 256
+) -> compiler.Compiled:
+    made = plan(load_spec(spec), size=size, target=target, context=context, tp=tp, verified=False)
     return compiler.compile_kernel(made.name, emit(made).source, find_target(target).arch, defines)
 
 
@@ -65,9 +67,20 @@ def test_sums_in_two_shots_compile_without_spills(target):
     check(compiler.compile_kernel(made.plan.name, made.source, find_target(target).arch).report, target)
 
 
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_a_merge_of_its_own_compiles_without_spills(target):
+    """60 splits of 64 features: a thread of it holds eight pairs at once."""
+    wide = {"head_dim": 64, "max_position_embeddings": 4096}
+    spec = child("qwen3", wide, schedule=[{"set": {"attend": {"kv_splits": 60}}}])
+    made = emit(plan(spec, size="tiny", target=target, context=4096, verified=False))
+    assert sum("MergeHeads<" in task.source for task in made.tasks) == 1
+    check(compiler.compile_kernel(made.plan.name, made.source, find_target(target).arch).report, target)
+
+
 @pytest.mark.slow
-def test_a_real_size_compiles_without_spills():
-    check(compiled(*REAL[0], "h100").report, "h100")
+@pytest.mark.parametrize("context", [256, 4096])  # readers merge attention's splits, or tasks of their own
+def test_a_real_size_compiles_without_spills(context):
+    check(compiled(*REAL[0], "h100", context=context).report, "h100")
 
 
 @pytest.mark.exhaustive

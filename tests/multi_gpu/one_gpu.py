@@ -109,16 +109,22 @@ TWO_SHOTS = Rule.model_validate({"set": {"*": {"all_reduce": "two_shot"}}})
 
 
 def open_here(
-    ranks: int, monkeypatch, defines: tuple[str, ...] = (), transport: str = "peer", two_shots: bool = False
-) -> ParallelBackend:
-    """A backend of `ranks` ranks on this GPU; `two_shots`: their sums are made so, whatever costs less."""
+    ranks: int, monkeypatch, defines: tuple[str, ...] = (), transport: str = "peer", two_shots: bool = False,
+    attend: dict | None = None, context: int = CONTEXT,
+) -> ParallelBackend:  # fmt: skip
+    """A backend of `ranks` ranks on this GPU; `two_shots`: their sums are made so, whatever costs less.
+
+    attend: what a rule says of the attention.
+    """
     found = torch.cuda.get_device_properties(0)
     whole = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
     monkeypatch.setitem(TARGETS, PART, replace(whole, name=PART, num_sms=whole.num_sms // ranks))
     Rank.heap = Heap(ranks)
     spec = load_spec(SPEC)
     spec = replace(spec, schedule=[*spec.schedule, TWO_SHOTS]) if two_shots else spec
-    made = plan(spec, size=SIZE, target=PART, tp=ranks, context=CONTEXT)
+    rules = [Rule.model_validate({"set": {"attend": attend}})] if attend else []
+    spec = replace(spec, schedule=[*spec.schedule, *rules])
+    made = plan(spec, size=SIZE, target=PART, tp=ranks, context=context)
     backend = ParallelBackend(
         made, tiny_checkpoint(), defines=defines, transport=transport, make=Rank, ranks=RanksHere(ranks)
     )

@@ -30,6 +30,7 @@ CASES = {
     "moe-tp2": (spec_of("qwen3_moe"), {"tp": 2}),
     "biases": (spec_of("qwen2_5"), {"tp": 2}),
     "kv-splits": (child("qwen3", schedule=[{"set": {"attend": {"kv_splits": 3}}}]), {"tp": 2}),
+    "kv-merge": (child("qwen3", schedule=[{"set": {"attend": {"kv_splits": 3, "kv_merge": "apart"}}}]), {"tp": 2}),
     "split-k": (
         child("qwen3", WIDE, schedule=[{"set": {"o_add": {"split_k": 2}, "down_add": {"split_k": 3}}}]),
         {"tp": 1},
