@@ -96,7 +96,7 @@ def test_the_path_follows_the_last_signal(simulation):
 @pytest.mark.parametrize(("name", "later_us", "hop_us"), [("stored", 0.7, 1.5), ("signalled", 50.0, 2.2)])
 def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation, name, later_us, hop_us):
     raw = times_of(simulation, steps=2)
-    late, sm, place = _place(simulation, "attend", 3)
+    late, sm, place = _place(simulation, "attend", 1)
     raw[name][:, sm, 1, place] += int(later_us * 1755)
     step = measured_steps(common_clock(raw), simulation)[0]
     looked = {step.group_of(r).name for r in step.records if r.stage == 1 and r.by == "data"}
@@ -106,7 +106,7 @@ def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation
     cause = step.records[ran.after]
     assert cause.group == late
     if name == "stored":
-        assert cause.task == 3  # of those that ended at once
+        assert cause.task == 1  # of those that ended at once
 
 
 def _place(simulation, name, task):

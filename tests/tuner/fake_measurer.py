@@ -30,8 +30,8 @@ def group(made: Plan, name: str) -> Group:
 
 
 def milliseconds(made: Plan) -> float:
-    """Least with 2 splits of attention and 256 KiB of prefetch."""
-    splits = abs(group(made, "attend").kv_splits - 2) * 0.1
+    """Least with 3 splits of attention and 256 KiB of prefetch."""
+    splits = abs(group(made, "attend").kv_splits - 3) * 0.1
     return 5.0 + splits - made.prefetch_bytes / 2**18 * 0.2
 
 

@@ -72,7 +72,7 @@ def measurer(ms=0.5, wrong=0.0, first=0.0, truth=None):
 
 
 LOADER = {"*": {"in_flight": 32768}}
-SPLITS = {"attend": {"kv_splits": 2}}
+SPLITS = {"attend": {"kv_splits": 3}}
 
 
 def test_the_baseline_is_opened_once_and_the_others_share_its_weights():

@@ -12,7 +12,7 @@ from mpk_spec.tuner.journal import Measurement, NotJudged, journal_of
 from mpk_spec.tuner.search import Gain
 from mpk_spec.tuner.space import knobs, shown
 
-BEST = {"attend": {"kv_splits": 2}, "*": {"prefetch": 262144}}
+BEST = {"attend": {"kv_splits": 3}, "*": {"prefetch": 262144}}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_it_finds_the_best_of_each_knob(path):
     assert set(measurer.prepared) == set(keys[1:])
     assert said[0].startswith("without rules: as planned: ") and said[0].endswith(" ms, same bits")
     assert any(
-        s.startswith("attend kv_splits ") and "/3: prefetch 262144, attend kv_splits 2: 4.8" in s and "%), same" in s
+        s.startswith("attend kv_splits ") and "/3: prefetch 262144, attend kv_splits 3: 4.8" in s and "%), same" in s
         for s in said
     )
     assert run.confirm(best).is_real
@@ -164,7 +164,7 @@ def test_the_confirmation_looks_at_the_spread(path, noise, real):
     best = run.run()
     gain = run.confirm(best)
     assert gain.is_real == real and gain.after == pytest.approx(best.ms)
-    assert said[-1] == "confirming prefetch 262144, attend kv_splits 2"
+    assert said[-1] == "confirming prefetch 262144, attend kv_splits 3"
 
 
 def test_what_a_gain_must_be():
