@@ -26,7 +26,7 @@ TRUE = {
 
 @pytest.fixture(scope="module")
 def made():
-    return plan(load_spec("qwen3"), size="0.6b", target="h100", context=2048, verified=False)
+    return plan(load_spec("qwen3"), size="0.6b", target="h100", context=1024, verified=False)
 
 
 @pytest.fixture(scope="module")
