@@ -193,7 +193,7 @@ struct Linear {
     Pair pair{};
     // Weights that are there already are taken before the values are waited for.
     const int first = min_of(2, entry.hi - entry.lo);
-    bool loaded = w.chunks_landed(first);
+    bool loaded = MPK_MOVES_REGISTERS && w.chunks_landed(first);  // elsewhere registers are short
     if (loaded) pair.load(w, 0, first);
     const bool filled = Prologue::prepare(w, entry, whole);
     if constexpr (whole) {

@@ -1,5 +1,5 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 7c5a9231f26c2a7f: generated, do not edit.
-// 4 stages, 9 kinds of task, 132 blocks, one per SM.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 7ee382d071e894a2: generated, do not edit.
+// 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
 
@@ -14,22 +14,22 @@ constexpr mpk::u32 prefetch_clocks = 128;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;
-constexpr mpk::u32 num_events = 24;
+constexpr mpk::u32 num_events = 7;
 constexpr mpk::u32 event_stride = 32;
-constexpr mpk::u32 sampling_sm = 50;
+constexpr mpk::u32 sampling_sm = 33;
 constexpr mpk::u32 max_queue = 1;  // tasks of one SM in one stage
 
-using Program = mpk::SmProgram<3, 3, 3, 11, 3>;
-static_assert(sizeof(Program) == 244, "the host packs programs as the kernel reads them");
+using Program = mpk::SmProgram<3, 3, 3, 9, 3>;
+static_assert(sizeof(Program) == 228, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
 __constant__ const mpk::u32 event_total[num_templates][num_events] = {
-    {2, 24, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24},  // y.0
-    {2, 24, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24},  // y.1
-    {0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 2, 2, 2, 1, 34, 0, 0},  // head
+    {2, 24, 32, 0, 0, 24, 24},  // y.0
+    {2, 24, 32, 0, 0, 24, 24},  // y.1
+    {0, 0, 0, 66, 1, 0, 0},  // head
 };
-__constant__ const mpk::u8 event_from_peers[num_events] = {0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0};
+__constant__ const mpk::u8 event_from_peers[num_events] = {0, 1, 0, 1, 0, 1, 0};
 __device__ __forceinline__ bool from_peers(mpk::u32 event) { return event_from_peers[event] != 0; }
 __constant__ const mpk::WeightTiles weight_tiles[5] = {
     {0ull, 36864ull, 1536, 1536, 1},  // qkv
@@ -77,24 +77,24 @@ using attend_1 = Attention<
 using o_add_2 = Linear<
     Tiles<128, 96, 128>,
     AttentionMerge<Turns<16896ull, 272, float, 17408ull, of_layer>, 4, 32, 2, 64>,
-    Store<1, Part<Inbox<4352ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
+    Store<1, Part<Inbox<0ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 256, 96>,
-    RmsNorm<SumRow<Turns<84480ull, 96, float, 6144ull, of_layer>, Inbox<4352ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<53760ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<84480ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<53760ull, 96, float, 6144ull, of_layer>>>,
     GatedAct<Silu, Turns<76288ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<128, 96, 128>,
     Plain<Turns<76288ull, 128, bf16, 4096ull, of_layer>>,
-    Store<1, Part<Inbox<28928ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
+    Store<1, Part<Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 192, 96>,
-    RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer_before>, Inbox<28928ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<84480ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<84480ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<66048ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<51712ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
           Part<Turns<74240ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
@@ -102,14 +102,11 @@ using qkv_5 = Linear<
 // head: head
 using head_6 = Linear<
     Tiles<96, 258, 96>,
-    RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer>, Inbox<28928ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
-    Store<1, Part<Tensor<0ull, 258, float>, 258, NoVector>>>;
-
-// head: next_ids.partial
-using next_ids_partial_7 = ArgmaxPartial<Tensor<0ull, 258, float>, Inbox<0ull, 34, 2176ull>, 16, 515, 258>;
+    RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    StoreBest<Tensor<0ull, 258, float>, 258, NoVector, Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, 515, 258>>;
 
 // head: next_ids
-using next_ids_8 = ArgmaxReduce<Inbox<0ull, 34, 2176ull>, Tensor<16640ull, 1, i32>, 17>;
+using next_ids_7 = ArgmaxReduce<Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, Tensor<16640ull, 1, i32>, 33>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
@@ -120,8 +117,7 @@ __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry)
     case 4: return run_task_as<4, down_add_4>(progress, entry);
     case 5: return run_task_as<5, qkv_5>(progress, entry);
     case 6: return run_task_apart<6, head_6>(progress, entry);
-    case 7: return run_task_apart<7, next_ids_partial_7>(progress, entry);
-    case 8: return run_task_apart<8, next_ids_8>(progress, entry);
+    case 7: return run_task_apart<7, next_ids_7>(progress, entry);
   }
 }
 

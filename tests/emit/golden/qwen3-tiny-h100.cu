@@ -1,5 +1,5 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan e4e8e64cdd010602: generated, do not edit.
-// 4 stages, 10 kinds of task, 132 blocks, one per SM.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 2990632c36dd4f3c: generated, do not edit.
+// 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
 namespace plan {
@@ -13,20 +13,20 @@ constexpr mpk::u32 prefetch_clocks = 256;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;
-constexpr mpk::u32 num_events = 41;
+constexpr mpk::u32 num_events = 8;
 constexpr mpk::u32 event_stride = 32;
-constexpr mpk::u32 sampling_sm = 98;
+constexpr mpk::u32 sampling_sm = 65;
 constexpr mpk::u32 max_queue = 2;  // tasks of one SM in one stage
 
-using Program = mpk::SmProgram<3, 5, 5, 9, 5>;
-static_assert(sizeof(Program) == 320, "the host packs programs as the kernel reads them");
+using Program = mpk::SmProgram<3, 5, 5, 10, 5>;
+static_assert(sizeof(Program) == 328, "the host packs programs as the kernel reads them");
 
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
 __constant__ const mpk::u32 event_total[num_templates][num_events] = {
-    {4, 12, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 24, 24},  // y.0
-    {4, 12, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 24, 24},  // y.1
-    {0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 2, 2, 1, 33, 0, 0, 0},  // head
+    {4, 12, 64, 0, 0, 12, 24, 24},  // y.0
+    {4, 12, 64, 0, 0, 12, 24, 24},  // y.1
+    {0, 0, 0, 65, 1, 0, 0, 0},  // head
 };
 __constant__ const mpk::WeightTiles weight_tiles[5] = {
     {0ull, 73728ull, 1536, 1536, 1},  // qkv
@@ -55,62 +55,59 @@ namespace mpk {
 // y.0: qkv
 using qkv_0 = Linear<
     Tiles<96, 384, 96>,
-    RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Turns<172800ull, 96, float, 6144ull, of_step>>>,
-    Store<2, Part<Turns<123648ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
-          Part<Turns<107264ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
-          Part<Turns<140032ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
+    RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Turns<185344ull, 96, float, 6144ull, of_step>>>,
+    Store<2, Part<Turns<119296ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
+          Part<Turns<102912ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
+          Part<Turns<135680ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
 
 // y.0: attend, y.1: attend
 using attend_1 = Attention<
     AttentionShape<8, 2, 32, 2, 64>,
-    Turns<123648ull, 256, bf16, 8192ull, of_layer>, Turns<107264ull, 64, bf16, 2048ull, of_layer>, Turns<140032ull, 64, bf16, 2048ull, of_layer>,
+    Turns<119296ull, 256, bf16, 8192ull, of_layer>, Turns<102912ull, 64, bf16, 2048ull, of_layer>, Turns<135680ull, 64, bf16, 2048ull, of_layer>,
     HeadNorms<Vector<1010944ull, 256ull>, Vector<1011712ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
-    Turns<37632ull, 544, float, 34816ull, of_layer>, 0.1767766952966369f>;
+    Turns<33280ull, 544, float, 34816ull, of_layer>, 0.1767766952966369f>;
 
 // y.0: o_add
 using o_add_2 = Linear<
     Tiles<256, 96, 256>,
-    AttentionMerge<Turns<37632ull, 544, float, 34816ull, of_layer>, 8, 32, 2, 64>,
-    AddResidual<Turns<172800ull, 96, float, 6144ull, of_step>, Turns<111360ull, 96, float, 6144ull, of_layer>, NoVector>>;
+    AttentionMerge<Turns<33280ull, 544, float, 34816ull, of_layer>, 8, 32, 2, 64>,
+    AddResidual<Turns<185344ull, 96, float, 6144ull, of_step>, Turns<107008ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 512, 96>,
-    RmsNorm<Row<Turns<111360ull, 96, float, 6144ull, of_layer>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
-    GatedAct<Silu, Turns<144128ull, 256, bf16, 8192ull, of_layer>, NoVector, NoVector>>;
+    RmsNorm<Row<Turns<107008ull, 96, float, 6144ull, of_layer>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    GatedAct<Silu, Turns<139776ull, 256, bf16, 8192ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<256, 96, 256>,
-    Plain<Turns<144128ull, 256, bf16, 8192ull, of_layer>>,
-    AddResidual<Turns<111360ull, 96, float, 6144ull, of_layer>, Turns<160512ull, 96, float, 6144ull, of_layer>, NoVector>>;
+    Plain<Turns<139776ull, 256, bf16, 8192ull, of_layer>>,
+    AddResidual<Turns<107008ull, 96, float, 6144ull, of_layer>, Turns<173056ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 384, 96>,
-    RmsNorm<Row<Turns<160512ull, 96, float, 6144ull, of_layer_before>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
-    Store<2, Part<Turns<123648ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
-          Part<Turns<107264ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
-          Part<Turns<140032ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
+    RmsNorm<Row<Turns<173056ull, 96, float, 6144ull, of_layer_before>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    Store<2, Part<Turns<119296ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
+          Part<Turns<102912ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
+          Part<Turns<135680ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
 
 // y.1: o_add
 using o_add_6 = Linear<
     Tiles<256, 96, 256>,
-    AttentionMerge<Turns<37632ull, 544, float, 34816ull, of_layer>, 8, 32, 2, 64>,
-    AddResidual<Turns<160512ull, 96, float, 6144ull, of_layer_before>, Turns<111360ull, 96, float, 6144ull, of_layer>, NoVector>>;
+    AttentionMerge<Turns<33280ull, 544, float, 34816ull, of_layer>, 8, 32, 2, 64>,
+    AddResidual<Turns<173056ull, 96, float, 6144ull, of_layer_before>, Turns<107008ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // head: head
 using head_7 = Linear<
     Tiles<96, 515, 96>,
-    RmsNorm<Row<Turns<160512ull, 96, float, 6144ull, of_layer>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
-    Store<1, Part<Tensor<0ull, 515, float>, 515, NoVector>>>;
-
-// head: next_ids.partial
-using next_ids_partial_8 = ArgmaxPartial<Tensor<0ull, 515, float>, Tensor<33024ull, 66, float>, 16, 515>;
+    RmsNorm<Row<Turns<173056ull, 96, float, 6144ull, of_layer>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    StoreBest<Tensor<0ull, 515, float>, 515, NoVector, Turns<156160ull, 130, float, 8448ull, of_step>, 515, 0>>;
 
 // head: next_ids
-using next_ids_9 = ArgmaxReduce<Tensor<33024ull, 66, float>, Tensor<37376ull, 1, i32>, 33>;
+using next_ids_8 = ArgmaxReduce<Turns<156160ull, 130, float, 8448ull, of_step>, Tensor<33024ull, 1, i32>, 65>;
 
 __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry) {
   switch (run) {
@@ -122,8 +119,7 @@ __device__ __forceinline__ void run_task(Progress& progress, u32 run, u32 entry)
     case 5: return run_task_as<5, qkv_5>(progress, entry);
     case 6: return run_task_as<6, o_add_6>(progress, entry);
     case 7: return run_task_apart<7, head_7>(progress, entry);
-    case 8: return run_task_apart<8, next_ids_partial_8>(progress, entry);
-    case 9: return run_task_apart<9, next_ids_9>(progress, entry);
+    case 8: return run_task_apart<8, next_ids_8>(progress, entry);
   }
 }
 
