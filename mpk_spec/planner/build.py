@@ -28,7 +28,10 @@ from mpk_spec.schema import Spec
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is asked for. `chunk`: tokens of a prefill step; `draft`: tokens that a verify step checks."""
+    """What a plan is asked for. `chunk`: tokens of a prefill step; `draft`: tokens that a verify step checks.
+
+    `told`: all tasks of a step's first layer wait for the end of the step before, whether or not that seems needed.
+    """
 
     size: str
     target: Target
@@ -38,6 +41,7 @@ class Request:
     chunk: int
     draft: int
     steps: tuple[str, ...]
+    told: bool = False
 
     def tokens(self, kind: str) -> int:
         return {
@@ -287,7 +291,7 @@ def _cross(
     """As data where that is possible and not ruled out. SpecError where it is asked for and cannot be."""
     if request.target.name == "cpu" and wanted != "data":
         return Crossing(steps, refused="on the CPU tasks run one after the other")
-    crossing = cross_as_data(steps, tensors, model.states, _feeds(model))
+    crossing = cross_as_data(steps, tensors, model.states, () if request.told else _feeds(model))
     if crossing.refused and wanted == "data":
         said = f"values cannot cross as data here: {crossing.refused}"
         raise SpecError(spec.problem(scheduler.pins("*")["crossing"][1], said, "write 'auto' or 'event'"))

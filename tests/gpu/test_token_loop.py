@@ -20,6 +20,9 @@ class Twins:
     def __getattr__(self, name):
         return getattr(self.checkpoint, name)
 
+    def on(self, device):
+        return Twins(self.checkpoint.on(device), self.nan)
+
     def read(self, name, slices=None):
         whole = self.checkpoint.read(name).clone()
         if name.endswith("embed_tokens.weight"):

@@ -34,7 +34,7 @@ def test_what_crosses_as_data_lies_twice_and_alone():
     twice = {name for name, t in crossing.tensors.items() if t.turns == 2}
     assert {"y", "attention.q", "mlp.act"} <= twice and not twice & {"logits", "next_ids"}
     assert not [pair for pair in sharing(crossing) if twice & set(pair)]
-    for name in twice & by_event.tensors.keys():
+    for name in twice & by_event.tensors.keys() - {"next_ids.partial"}:  # as many pairs as the head has tasks
         assert crossing.tensors[name].bytes == 2 * by_event.tensors[name].bytes
     assert {t.turns for t in by_event.tensors.values()} == {1}
 
