@@ -1,9 +1,9 @@
 """Groups + schedule -> groups that tasks can be cut from: splits get their merges and reductions, sampling two stages.
 
 A merge of attention splits is recomputed by the linear that reads it (one hop less), or is a group of its own: where
-that costs less, as the attention's settings say, and where something else reads the attention. Of a sample that is fused
-with the linear that makes the logits, each of the linear's tasks finds the best of its own; where K is split they are
-groups apart.
+that costs less, as the attention's settings say, and where something else reads the attention. Of a sample that is
+fused with the linear that makes the logits, each of the linear's tasks finds the best of its own; where K is split they
+are groups apart.
 """
 
 from __future__ import annotations
