@@ -243,17 +243,12 @@ struct ArgmaxReduce {
       from[n] = pair_at<Pairs>(w, token, slice / Slices, slice % Slices);
       Pairs::look(from[n], pair[n]);
     }
-    bool missing = w.tokens == 1;
-#pragma unroll 1
-    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
-      missing = false;
-#pragma unroll
-      for (int n = 0; n < per_lane; ++n) {
-        if (!Pairs::is_missing(pair[n])) continue;
-        missing = true;
+    if (w.tokens == 1)
+      look_until_there<per_lane>(w, [&](int n) {
+        if (!Pairs::is_missing(pair[n])) return false;
         Pairs::look(from[n], pair[n]);
-      }
-    }
+        return true;
+      });
     w.mark_seen();
     Best best;
 #pragma unroll

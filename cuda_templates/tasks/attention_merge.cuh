@@ -60,7 +60,7 @@ struct AttentionMerge {
   static __device__ __forceinline__ u32 to_stats(int feature) { return (HeadDim - feature % HeadDim) * 4; }
 
   // One token, few splits: all is asked for at once. While a split's statistics are missing only those are looked at again:
-  // its values are hundreds of times as many bytes, and looks at them, by all SMs, would keep L2 from the weights.
+  // its values are dozens of times as many bytes, and looks at them, by all SMs, would keep L2 from the weights.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
     constexpr int per_thread = ceil_div(Heads * HeadDim / 4, worker_threads);
@@ -75,16 +75,10 @@ struct AttentionMerge {
         const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
         few_splits[n].load(row_begin + place(feature), to_stats(feature));
       }
-      bool missing = true;
-#pragma unroll 1
-      for (u32 looks = 0; missing && w.keeps_looking(looks);) {
-        missing = false;
-#pragma unroll
-        for (int n = 0; n < at_once; ++n) {
-          const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
-          missing |= few_splits[n].look_again(row_begin + place(feature), to_stats(feature));
-        }
-      }
+      look_until_there<at_once>(w, [&](int n) {
+        const int feature = panel.lo + min_of<int>(first + w.thread + n * worker_threads, count - 1) * 4;
+        return few_splits[n].look_again(row_begin + place(feature), to_stats(feature));
+      });
 #pragma unroll
       for (int n = 0; n < at_once; ++n) {
         const int i = first + w.thread + n * worker_threads;
@@ -246,8 +240,8 @@ struct MergeHeads {
     return head + (i / pairs * Heads * pairs + i % pairs) * static_cast<int>(sizeof(uint2));
   }
 
-  // A head's row of each live split, one behind the other. Of what is missing a thread looks at its first pair alone, then at
-  // all, as a norm does.
+  // A head's row of each live split, one behind the other. Of what is missing a thread looks at its first pair alone until that
+  // is there, then at all.
   static __device__ __forceinline__ void gather(const Worker& w, const u8* head, int live, uint2* rows) {
     const int count = live * pairs;
     uint2 v[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too

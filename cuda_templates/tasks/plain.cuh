@@ -28,7 +28,11 @@ struct Plain {
       const int i = w.thread + n * worker_threads;
       if (i < vectors) Source::look(from + i * 16, v[n]);
     }
-    settle(w, from, v);
+    look_until_there<per_thread>(w, [&](int n) {
+      if (!Source::is_missing(v[n])) return false;
+      Source::look(from + (w.thread + n * worker_threads) * 16, v[n]);
+      return true;
+    });
 #pragma unroll
     for (int n = 0; n < per_thread; ++n) {
       const int i = w.thread + n * worker_threads;
@@ -49,21 +53,6 @@ struct Plain {
   }
 
  private:
-  // Looks again for all that is missing, until nothing is.
-  static __device__ __forceinline__ void settle(const Worker& w, const u8* from, uint4 (&v)[per_thread]) {
-    bool missing = true;
-#pragma unroll 1
-    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
-      missing = false;
-#pragma unroll
-      for (int n = 0; n < per_thread; ++n) {
-        if (!Source::is_missing(v[n])) continue;
-        missing = true;
-        Source::look(from + (w.thread + n * worker_threads) * 16, v[n]);
-      }
-    }
-  }
-
   // All of one token's values are there: for all threads after the next barrier.
   static __device__ void arrive(const Worker& w) {
 #pragma unroll 1

@@ -160,17 +160,11 @@ struct RmsNorm {
 #pragma unroll
     for (int n = 0; n < at_once; ++n)
       if (has(w, first + n)) Source::look(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
-    bool missing = true;
-#pragma unroll 1
-    for (u32 looks = 0; missing && w.keeps_looking(looks);) {
-      missing = false;
-#pragma unroll
-      for (int n = 0; n < at_once; ++n) {
-        if (!Source::is_missing(raw[n])) continue;
-        missing = true;
-        Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
-      }
-    }
+    look_until_there<at_once>(w, [&](int n) {
+      if (!Source::is_missing(raw[n])) return false;
+      Source::look_again(row, (w.thread + (first + n) * worker_threads) * 4, raw[n]);
+      return true;
+    });
 #pragma unroll
     for (int n = 0; n < at_once; ++n)
       if (first + n < per_thread) x[first + n] = Source::value(raw[n]);

@@ -142,6 +142,19 @@ struct Turns {
   }
 };
 
+// Looks again until nothing is missing. `again(n)`, for each of the `Count` things that a thread waits for: whether it is
+// missing, after having asked for it once more. All that is missing is asked for at once, and costs one trip.
+template <int Count, class Again>
+__device__ __forceinline__ void look_until_there(const Worker& w, Again again) {
+  bool missing = true;
+#pragma unroll 1
+  for (u32 looks = 0; missing && w.keeps_looking(looks);) {
+    missing = false;
+#pragma unroll
+    for (int n = 0; n < Count; ++n) missing |= again(n);
+  }
+}
+
 // Whether a tensor is an inbox: see tasks/inbox.cuh.
 template <class T>
 constexpr bool is_inbox = false;
