@@ -95,12 +95,18 @@ struct Progress {
   u32 place = 0;  // of the task in its queue
 };
 
+// A slot of the ring, and the parity of the phase in which it is full.
+struct LaneChunk {
+  u32 slot, parity;
+};
+
 // One of the 256 threads that compute. After an abort no wait blocks, so that all of them still meet at every barrier.
 struct Worker : Progress {
   Shared& shared;
   const Params& params;
   u8* ring;
   u8* scratch;
+  u8* arena;  // params.arena: here it is in a register when an epilogue, behind a barrier, is to store
   u32 thread, warp, lane;
   const Step* step;
   u32 tokens, position, layer, group;
@@ -108,7 +114,7 @@ struct Worker : Progress {
 
   __device__ __forceinline__ Worker(const Progress& progress, u32 thread_in_block)
       : Progress(progress), shared(shared_state()), params(shared.params), ring(shared_memory),
-        scratch(shared_memory + ring_bytes), thread(thread_in_block - producer_threads) {
+        scratch(shared_memory + ring_bytes), arena(params.arena), thread(thread_in_block - producer_threads) {
     warp = thread / warp_size;
     lane = thread % warp_size;
     step = &shared.step[step_index % 2];
@@ -163,30 +169,30 @@ struct Worker : Progress {
     waits.end();
     return ptx::shared_address(ring) + slot * plan::slot_bytes;
   }
-  // The slot `ahead` (0 or 1) of the next chunk's, and the parity of the phase in which it is full.
-  __device__ __forceinline__ u32 slot_after(u32 ahead) const { return slot + ahead == ring_slots ? 0 : slot + ahead; }
-  __device__ __forceinline__ u32 parity_after(u32 ahead) const { return slot_parity ^ (slot + ahead == ring_slots); }
-  __device__ __forceinline__ u32 chunk_address(u32 ahead) const {
-    return ptx::shared_address(ring) + slot_after(ahead) * plan::slot_bytes;
+  // Of the next `count` (1 or 2) chunks the one that this lane sees to: in every sixteen the first eight have the first one, the
+  // others the second one where there are two.
+  __device__ __forceinline__ LaneChunk chunk_of_lane(u32 count) const {
+    const u32 at = slot + (count == 2 ? lane / 8 % 2 : 0);
+    const bool over = at == ring_slots;
+    return {over ? 0 : at, slot_parity ^ over};
   }
-  // Whether the next `count` (1 or 2) chunks have landed, as this lane sees it; as all lanes of the warp do.
-  __device__ __forceinline__ bool sees_landed(u32 count) const {
-    const bool first = ptx::barrier_test(&shared.full[slot], slot_parity);
-    const bool second = ptx::barrier_test(&shared.full[slot_after(1)], parity_after(1));
-    return first && (second || count == 1);
+  __device__ __forceinline__ u32 chunk_address(LaneChunk at) const {
+    return ptx::shared_address(ring) + at.slot * plan::slot_bytes;
   }
-  __device__ __forceinline__ bool chunks_landed(u32 count) const { return __all_sync(all_lanes, sees_landed(count)); }
-  __device__ __forceinline__ void wait_chunks(u32 count) {
+  // Whether they have landed, as this lane sees it; as all lanes of the warp do.
+  __device__ __forceinline__ bool sees_landed(LaneChunk at) const {
+    return ptx::barrier_test(&shared.full[at.slot], at.parity);
+  }
+  __device__ __forceinline__ bool chunks_landed(LaneChunk at) const { return __all_sync(all_lanes, sees_landed(at)); }
+  __device__ __forceinline__ void wait_chunks(LaneChunk at) {
     waits.begin();
-    if (!chunks_landed(count)) {
-      wait_barrier(shared, &shared.full[slot], slot_parity);
-      if (count == 2) wait_barrier(shared, &shared.full[slot_after(1)], parity_after(1));
-    }
+    wait_barrier(shared, &shared.full[at.slot], at.parity);
+    __syncwarp();
     waits.end();
   }
-  __device__ __forceinline__ void free_chunks(u32 count) {
+  __device__ __forceinline__ void free_chunks(LaneChunk at, u32 count) {
     __syncwarp();
-    if (lane < count) ptx::barrier_arrive(&shared.empty[slot_after(lane)]);
+    if (lane % 8 == 0 && lane < 8 * count) ptx::barrier_arrive(&shared.empty[at.slot]);
     const bool over = slot + count >= ring_slots;
     slot = over ? slot + count - ring_slots : slot + count;
     slot_parity ^= over;

@@ -31,14 +31,13 @@ struct GatedAct {
   static __device__ __forceinline__ void load_early(const Worker&, const Block&, Early&) {}
 
   static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early&) {
-#pragma unroll 1
-    for (u32 i = w.thread; i < block.tiles * features * w.tokens; i += worker_threads) {
+    block.each<features>(w, [&](u32 i) {
       const auto at = Block::place<features>(i, w.tokens);
       const int feature = (block.first + at.tile) * features + at.row;
       const float gate = block.sum(w, at.tile, at.row, at.token) + GateBias::load(w, feature);
       const float up = block.sum(w, at.tile, at.row + features, at.token) + UpBias::load(w, feature);
       if (feature < Out::features) Out::store(w, at.token, feature, Fn::apply(gate) * up);
-    }
+    });
   }
 };
 

@@ -37,8 +37,7 @@ struct Tiles {
 // The columns [lo, hi) of the activations, bf16, in shared memory: for each token, blocks of 32 columns of 64 bytes.
 //
 // In a block, lane q of the four that hold a token's operand of the tensor cores finds its 16 bytes at q * 16: columns
-// 2q, 2q + 1 of the groups of eight 0, 2, 1 and 3. Rows are 64 bytes more than a multiple of 128 apart, so that two do not
-// share banks.
+// 2q, 2q + 1 of each group of eight. Rows are 64 bytes more than a multiple of 128 apart, so that two do not share banks.
 struct Panel {
   int lo, hi;
 
@@ -51,8 +50,8 @@ struct Panel {
 
   // Where the word with columns `feature`, `feature + 1` (even) of a token goes.
   __device__ __forceinline__ u32* at(const Worker& w, u32 token, int feature) const {
-    const u32 column = feature - lo, group = column % 32 / 8;
-    const u32 word = column / 32 * 16 + column % 8 / 2 * 4 + group / 2 + group % 2 * 2;
+    const u32 column = feature - lo;
+    const u32 word = column / 32 * 16 + column % 8 / 2 * 4 + column % 32 / 8;
     return reinterpret_cast<u32*>(w.activations() + token * row_bytes()) + word;
   }
   // Four neighbouring columns, the first a multiple of four.
@@ -63,8 +62,8 @@ struct Panel {
   }
 };
 
-// Tiles whose partial sums lie in shared memory: [warp][tile][token][8 rows]. Results are numbered by tile, token and row;
-// number `i` belongs to thread i % 256.
+// Tiles whose partial sums lie in shared memory: [warp][tile][token][8 rows], a warp's of one token always as far apart as those
+// of a whole block are. Results are numbered by tile, token and row; number `i` belongs to thread i % 256.
 struct Block {
   int first, tiles;
 
@@ -78,8 +77,20 @@ struct Block {
     if (tokens == 1) return {static_cast<int>(rest), static_cast<int>(index % per_tile), 0};
     return {static_cast<int>(rest / tokens), static_cast<int>(index % per_tile), rest % tokens};
   }
+  // Calls `result` with the number of each of this thread's results: with that of the thread alone where there is one token.
+  template <int per_tile, class Result>
+  __device__ __forceinline__ void each(const Worker& w, Result result) const {
+    static_assert(tiles_per_block * per_tile <= static_cast<int>(worker_threads));
+    const u32 count = tiles * per_tile * w.tokens;
+    if (w.tokens == 1) {
+      if (w.thread < count) result(w.thread);
+      return;
+    }
+#pragma unroll 1
+    for (u32 i = w.thread; i < count; i += worker_threads) result(i);
+  }
   __device__ __forceinline__ float sum(const Worker& w, int tile, int row, u32 token) const {
-    const u32 stride = tiles * w.tokens * tile_rows;
+    const u32 stride = w.tokens == 1 ? block_rows : tiles * w.tokens * tile_rows;
     const float* at = w.partials() + (tile * w.tokens + token) * tile_rows + row;
     float part[worker_warps];
 #pragma unroll
@@ -159,27 +170,36 @@ struct Linear {
   };
 
   // --- one token
+  //
+  // The weights are the first operand, two tiles its 16 rows, and the token is one of the second one's eight columns. So the
+  // results of tile t are in lanes 0, 4, ..., 28, one row in each, and those of tile t + 1 beside them.
 
-  // This warp's part of a chunk of each of two tiles, or of one.
+  // This warp's part of a chunk of each of two tiles, or twice of one: of its blocks the first and the second 16 columns.
   struct Pair {
-    u32 b[2][per_warp][4];
+    u32 even[per_warp][4], odd[per_warp][4];
 
     // Of `count` chunks that have landed.
     __device__ __forceinline__ void load(Worker& w, int chunk, int count) {
-      const u32 first = address(w, 0), second = address(w, 1);
+      const LaneChunk at = w.chunk_of_lane(count);
+      const u32 from = address(w, at);
 #pragma unroll
-      for (int j = 0; j < per_warp; ++j) load_block(w, chunk, count, j, first, second);
-      w.free_chunks(count);
+      for (int j = 0; j < per_warp; ++j) load_block(w, chunk, j, from);
+      w.free_chunks(at, count);
     }
-    // Block `j` of each, the first of which this lane finds at those addresses.
-    __device__ __forceinline__ void load_block(const Worker& w, int chunk, int count, int j, u32 first, u32 second) {
+    // Block `j` of each, the first of which this lane has a row of at `from`.
+    __device__ __forceinline__ void load_block(const Worker& w, int chunk, int j, u32 from) {
       if (!Shape::has_block(w, chunk, j)) return;
-      ptx::load_matrices(b[0][j], first + j * worker_warps * 512);
-      if (count == 2) ptx::load_matrices(b[1][j], second + j * worker_warps * 512);
+      ptx::load_matrices(even[j], from + j * worker_warps * 512);
+      ptx::load_matrices(odd[j], from + j * worker_warps * 512 + 256);
     }
-    static __device__ __forceinline__ u32 address(const Worker& w, u32 ahead) {
-      return w.chunk_address(ahead) + w.warp * 512 + w.lane * 16;
+    static __device__ __forceinline__ u32 address(const Worker& w, LaneChunk at) {
+      return w.chunk_address(at) + w.warp * 512 + w.lane / 16 * 128 + w.lane % 8 * 16;
     }
+  };
+
+  // A lane's sums of a pair: a row of tile t in the first of four, of tile t + 1 in the third one; the others are of no token.
+  struct alignas(16) Chain {
+    float of[4];
   };
 
   // The pair that follows; `count` 0: the task ends before.
@@ -189,11 +209,12 @@ struct Linear {
 
   static __device__ __forceinline__ void run_one(Worker& w, const Entry& entry) {
     constexpr bool whole = Panel::fits_one_token(Shape::k);
+    const int lo = entry.lo, hi = entry.hi;  // once, not again after every barrier
     Panel panel{0, Shape::k};
     Pair pair{};
     // Weights that are there already are taken before the values are waited for.
-    const int first = min_of(2, entry.hi - entry.lo);
-    bool loaded = MPK_MOVES_REGISTERS && w.chunks_landed(first);  // elsewhere registers are short
+    const int first = min_of(2, hi - lo);
+    bool loaded = MPK_MOVES_REGISTERS && w.chunks_landed(w.chunk_of_lane(first));  // elsewhere registers are short
     if (loaded) pair.load(w, 0, first);
     const bool filled = Prologue::prepare(w, entry, whole);
     if constexpr (whole) {
@@ -202,29 +223,26 @@ struct Linear {
       w.mark_seen();
     }
     typename Ending<Epilogue>::Kept kept{};
-    for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
-      const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
+    for (int tile = lo; tile < hi; tile += tiles_per_block) {
+      const Block block{tile, min_of(tiles_per_block, hi - tile)};
       typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
       Epilogue::load_early(w, block, early);
-      one_token(w, block.tiles, entry.hi - tile - block.tiles, panel, pair, loaded);
+      one_token(w, block.tiles, hi - tile - block.tiles, panel, pair, loaded);
       w.sync();
       Ending<Epilogue>::finish(w, block, early, kept);
-      if (tile + tiles_per_block < entry.hi) w.sync();
+      if (tile + tiles_per_block < hi) w.sync();
     }
     Ending<Epilogue>::one(w, entry, kept);
     if (w.lane == 0) w.shared.mark_waited(w.waits);
   }
 
-  // Lanes 0 to 3 have the results of two rows each. `loaded`: whether the pair holds the first chunks; then, those of the block
-  // that follows, of `rest` tiles with all that come after.
-  //
-  // The operand's rows 8 to 15, which no token needs, take the other half of a block's columns: the first chain is in row 0 of
-  // one multiplication and the second one in row 8 of the other. Between chunks the chains lie behind the partial sums.
-
+  // `loaded`: whether the pair holds the first chunks; then, those of the block that follows, of `rest` tiles with all that
+  // come after. Between chunks the chains lie behind the partial sums.
   static __device__ __forceinline__ void one_token(
       Worker& w, int tiles, int rest, Panel& panel, Pair& pair, bool& loaded) {
-    float4* chains = reinterpret_cast<float4*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 4 + w.lane;
-    float2* partial = reinterpret_cast<float2*>(w.partials() + w.warp * tiles * tile_rows) + w.lane;
+    float* partial = w.partials() + w.warp * block_rows + w.lane / 4;
+    Chain* chains = reinterpret_cast<Chain*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 8 + w.lane / 4;
+    static_assert(worker_warps * (block_rows * 4 + tiles_per_block * 8 * sizeof(Chain)) <= partial_bytes);
     u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
 #pragma unroll 1
     for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
@@ -238,10 +256,10 @@ struct Linear {
         const int count = min_of(2, tiles - t);
         if (w.thread == 0) w.shared.mark_opened();
         if (!loaded) {
-          w.wait_chunks(count);
+          w.wait_chunks(w.chunk_of_lane(count));
           pair.load(w, chunk, count);
         }
-        loaded = add_one_token(w, chunk, a, pair, count, chains + t * 4, partial + t * 4, following(chunk, t, tiles, rest));
+        loaded = add_one_token(w, chunk, a, pair, count, chains + t * 8, partial + t * tile_rows, following(chunk, t, tiles, rest));
         if (w.thread == 0) w.shared.mark_used();
       }
     }
@@ -258,39 +276,29 @@ struct Linear {
   // Of a pair's second tile only where `count` is 2 is there anything to keep. The weights of the pair that follows, if they
   // have landed, are loaded as soon as this one's have been used; returns whether they were.
   static __device__ __forceinline__ bool add_one_token(
-      Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, int count, float4* chains, float2* partial,
-      Following next) {
-    bool landed = next.count > 0 && w.sees_landed(next.count);
-    const u32 first = Pair::address(w, 0), second = Pair::address(w, 1);
-    float even[2][4] = {}, odd[2][4] = {};
-    if (Shape::chunks > 1 && chunk && w.lane < 4) {
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        if (t >= count) continue;
-        const float4 c = chains[t * 4];
-        even[t][0] = c.x, even[t][1] = c.y, odd[t][2] = c.z, odd[t][3] = c.w;
-      }
-    }
+      Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, int count, Chain* chains, float* partial, Following next) {
+    const LaneChunk at = w.chunk_of_lane(next.count);
+    bool landed = next.count > 0 && w.sees_landed(at);
+    const u32 from = Pair::address(w, at);
+    Chain even{}, odd{};
+    if (Shape::chunks > 1 && chunk && w.lane % 4 == 0) even = chains[0], odd = chains[8];
 #pragma unroll
     for (int j = 0; j < per_warp; ++j) {
       if (Shape::has_block(w, chunk, j)) {
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          ptx::mma(even[t], a[j], pair.b[t][j][0], pair.b[t][j][1]);
-          ptx::mma(odd[t], a[j], pair.b[t][j][2], pair.b[t][j][3]);
-        }
+        ptx::mma(even.of, pair.even[j], a[j][0], a[j][1]);
+        ptx::mma(odd.of, pair.odd[j], a[j][2], a[j][3]);
       }
       if (j == 0) landed = __all_sync(all_lanes, landed);
-      if (landed) pair.load_block(w, next.chunk, next.count, j, first, second);
+      if (landed) pair.load_block(w, next.chunk, j, from);
     }
-    if (landed) w.free_chunks(next.count);
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      if (t >= count || w.lane >= 4) continue;
-      if (chunk + 1 < Shape::chunks)
-        chains[t * 4] = make_float4(even[t][0], even[t][1], odd[t][2], odd[t][3]);
-      else
-        partial[t * 4] = make_float2(even[t][0] + odd[t][2], even[t][1] + odd[t][3]);
+    if (landed) w.free_chunks(at, next.count);
+    if (w.lane % 4 == 0) {
+      if (chunk + 1 < Shape::chunks) {
+        chains[0] = even, chains[8] = odd;
+      } else {
+        partial[0] = even.of[0] + odd.of[0];
+        if (count == 2) partial[tile_rows] = even.of[2] + odd.of[2];
+      }
     }
     return landed;
   }
@@ -360,7 +368,7 @@ struct Linear {
       for (int j = 0; j < per_warp; ++j) {
         if (!Shape::has_block(w, chunk, j)) continue;
         const u32(&lo)[4] = a[j][0], (&hi)[4] = a[j][1];
-        const u32 first[4] = {lo[0], hi[0], lo[2], hi[2]}, second[4] = {lo[1], hi[1], lo[3], hi[3]};
+        const u32 first[4] = {lo[0], hi[0], lo[1], hi[1]}, second[4] = {lo[2], hi[2], lo[3], hi[3]};
         ptx::mma(sums[0][0], first, weights.b[j][0], weights.b[j][1]);
         ptx::mma(sums[0][1], second, weights.b[j][2], weights.b[j][3]);
       }
@@ -413,13 +421,12 @@ struct Store {
   static __device__ __forceinline__ void load_early(const Worker&, const Block&, Early&) {}
 
   static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early&) {
-#pragma unroll 1
-    for (u32 i = w.thread; i < block.tiles * tile_rows * w.tokens; i += worker_threads) {
+    block.each<tile_rows>(w, [&](u32 i) {
       const auto at = Block::place<tile_rows>(i, w.tokens);
       const float value = block.sum(w, at.tile, at.row, at.token);
       const int row = (block.first + at.tile) * tile_rows + at.row;
       if (row < Groups * group_rows) put<0, Parts...>(w, at.token, row / group_rows, row % group_rows, value);
-    }
+    });
   }
 
  private:

@@ -32,7 +32,7 @@ struct Tensor {
   using type = T;
 
   static __device__ __forceinline__ u8* at(const Worker& w, int token, int feature) {
-    return w.params.arena + Offset + (static_cast<u64>(token) * Features + feature) * sizeof(T);
+    return w.arena + Offset + (static_cast<u64>(token) * Features + feature) * sizeof(T);
   }
   template <class V>
   static __device__ __forceinline__ void put(const Worker& w, int token, int feature, V bits) {
@@ -98,7 +98,7 @@ struct Turns {
 
   static __device__ __forceinline__ bool second(const Worker& w) { return is_second_copy<When>(w); }
   static __device__ __forceinline__ u8* at(const Worker& w, int token, int feature) {
-    return w.params.arena + Offset + (second(w) ? Copy : 0) + (static_cast<u64>(token) * Features + feature) * sizeof(T);
+    return w.arena + Offset + (second(w) ? Copy : 0) + (static_cast<u64>(token) * Features + feature) * sizeof(T);
   }
 
   template <class V>
