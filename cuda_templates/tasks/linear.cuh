@@ -216,6 +216,9 @@ struct Linear {
     const int first = min_of(2, hi - lo);
     bool loaded = MPK_MOVES_REGISTERS && w.chunks_landed(w.chunk_of_lane(first));  // elsewhere registers are short
     if (loaded) pair.load(w, 0, first);
+    Block block{lo, min_of(tiles_per_block, hi - lo)};
+    typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
+    Epilogue::load_early(w, block, early);
     const bool filled = Prologue::prepare(w, entry, whole);
     if constexpr (whole) {
       if (!filled) Prologue::fill(w, panel);
@@ -223,14 +226,15 @@ struct Linear {
       w.mark_seen();
     }
     typename Ending<Epilogue>::Kept kept{};
-    for (int tile = lo; tile < hi; tile += tiles_per_block) {
-      const Block block{tile, min_of(tiles_per_block, hi - tile)};
-      typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
-      Epilogue::load_early(w, block, early);
-      one_token(w, block.tiles, hi - tile - block.tiles, panel, pair, loaded);
+    while (true) {
+      one_token(w, block.tiles, hi - block.first - block.tiles, panel, pair, loaded);
       w.sync();
       Ending<Epilogue>::finish(w, block, early, kept);
-      if (tile + tiles_per_block < hi) w.sync();
+      block.first += block.tiles;
+      block.tiles = min_of(tiles_per_block, hi - block.first);
+      if (block.tiles <= 0) break;
+      w.sync();
+      Epilogue::load_early(w, block, early);
     }
     Ending<Epilogue>::one(w, entry, kept);
     if (w.lane == 0) w.shared.mark_waited(w.waits);

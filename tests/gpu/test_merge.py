@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.models import PROBED, TIMEOUT_S
+from gpu.models import PROBED, TIMEOUT_S, ids_of
 from gpu.test_plan_on_gpu import LOG_ENTRIES, step_tokens
 
 pytestmark = pytest.mark.gpu
@@ -35,10 +35,6 @@ def opened(gpu: str, splits: int, context: int, merge: str = "apart", defines: t
     return backend, checkpoint
 
 
-def sequence(backend, count: int) -> list[int]:
-    return [(17 + 31 * n + n * n * 13) % backend.vocab_size for n in range(count)]
-
-
 @pytest.fixture(scope="module", params=CASES)
 def merging(gpu, request):
     return opened(gpu, *CASES[request.param])
@@ -47,7 +43,7 @@ def merging(gpu, request):
 def test_token_by_token_has_the_bits_of_chunks(merging):
     """Positions of the last blocks alone, where every split is live, and of the first."""
     backend, _ = merging
-    ids = sequence(backend, backend.context - 5)
+    ids = ids_of(backend, backend.context - 5)
     last = min(200, len(ids))
     chunks, alone = (backend.logits(ids, last=last, alone=n) for n in (0, last))
     assert chunks.isfinite().all() and torch.equal(chunks, alone)
@@ -59,7 +55,7 @@ def test_an_answer_over_several_blocks_is_what_its_logits_say(merging):
     """One launch, in which split after split comes to life."""
     backend, _ = merging
     backend.reset()
-    prompt = sequence(backend, 50)
+    prompt = ids_of(backend, 50)
     made = list(backend.stream(prompt, max_new_tokens=200))
     assert made == backend.logits(prompt + made)[49:-1].argmax(-1).tolist()
     backend.reset()
@@ -71,7 +67,7 @@ def test_it_is_near_the_truth(merging):
 
     backend, checkpoint = merging
     length = backend.context - 8
-    ids = [sequence(backend, length + n)[n:] for n in range(max(1, 2048 // length))]
+    ids = [ids_of(backend, length + n)[n:] for n in range(max(1, 2048 // length))]
     verdict = Yardstick(checkpoint, ids).judge(backend)
     assert verdict.passed, verdict.rows
 
@@ -80,7 +76,7 @@ def test_up_to_four_splits_have_the_bits_of_a_merge_by_readers(gpu):
     found = []
     for merge in ("apart", "fused"):
         backend, _ = opened(gpu, 4, 256, merge)
-        found.append(backend.logits(sequence(backend, 250), alone=60))
+        found.append(backend.logits(ids_of(backend, 250), alone=60))
         backend.close()
     assert torch.equal(*found)
 
@@ -90,7 +86,7 @@ def test_under_random_delays_it_keeps_its_bits_and_the_plan(gpu):
     from mpk_spec.testing.conform import conform
 
     backend, _ = opened(gpu, 7, 512, defines=PROBED)
-    ids = sequence(backend, 430)
+    ids = ids_of(backend, 430)
     wanted = backend.logits(ids, last=60, alone=60)
     answer = list(backend.stream(ids[:20], max_new_tokens=5))
     backend.launcher.probe = watched = Probe(backend.emitted, backend.memory.arena.device, log_entries=LOG_ENTRIES)
