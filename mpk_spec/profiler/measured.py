@@ -16,6 +16,7 @@ from mpk_spec.profiler.clock import Times
 
 NOTHING = (-np.inf, -1)  # when, and by which record
 AT_ONCE_US = 0.15  # from one task to the next where nothing has to be waited for
+LATE = 3  # times as long as a hop takes at least: a signal may be on its way
 
 
 def measured_steps(times: Times, simulated: Simulation) -> list[Simulation]:
@@ -82,7 +83,7 @@ class _Links:
             event, values = self._event(ran, task), self._values(ran, task)
             if self._looked_for(ran, values):
                 ran.start, ran.after, ran.by = ran.ready, values[1], "data"
-            elif event[1] >= 0 and (event[0] > ran.free or ran.start - ran.free > AT_ONCE_US):
+            elif event[1] >= 0 and self._waited_for(ran, event[0]):
                 ran.after, ran.by = event[1], "event"
             else:
                 ran.after = behind.get(ran.sm, -1)
@@ -94,6 +95,11 @@ class _Links:
         """
         at_once = ran.free + self.cost.start_us + self.cost.activation_us
         return at_once < values[0] + self.cost.data_hop_us and values[0] < ran.ready
+
+    def _waited_for(self, ran: Ran, signalled: float) -> bool:
+        """Whether a task's start was the event's doing: it came when the SM was free, or was on its way then."""
+        still = signalled + LATE * self.cost.hop_us > ran.free
+        return signalled > ran.free or (still and ran.start - ran.free > AT_ONCE_US)
 
     def _event(self, ran: Ran, task: Task) -> tuple[float, int]:
         waits = (w for w in task.waits if not w.data and ran.stage + w.stage >= 0)
