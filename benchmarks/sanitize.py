@@ -28,16 +28,21 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 PROMPT, NEW, CONTEXT = 16, 3, 64
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
 FOUND = 9  # the tools' exit code for a finding
-HAZARD = re.compile(r"(Error|Warning): Race reported between \w+ access at (\S+?)[(+<].*")
-OTHER = re.compile(r"and \w+ access at (\S+?)[(+<]")
+HAZARD = re.compile(r"(Error|Warning): Race reported between \w+ access at (.*)")
+OTHER = re.compile(r"and \w+ access at (.*)")
+PLACE = re.compile(r"([^+<(]+)(?:.*? in ([\w.]+):\d+)?")
+KERNEL = "megakernel"  # the place of what the compiler put straight into it
 FLAGS = {"mpk::ptx::load_shared_flag", "mpk::ptx::store_shared_flag"}
 KNOWN = (
-    {"mpk::ptx::copy_to_shared", "mpk::ptx::load_matrices"},  # a weight chunk, full: mbarrier with bytes expected
+    # a weight chunk, full: mbarrier with bytes expected. A load that several tasks share has no line of its own
+    {"mpk::ptx::copy_to_shared", "mpk::ptx::load_matrices", KERNEL},
     FLAGS,  # stop, abort, progress for the watchdog: volatile, one writer
     # a step, ready: its descriptor
-    {"mpk::Scheduler::next_step", "mpk::Worker::Worker", "mpk::EmbeddingRow", "mpk::TokenLoop::prepare"},
-    {"mpk::TokenLoop::advance", "mpk::Signaller::tell_host"},  # a task's values, stored: its news for the host
-)
+    {
+        "mpk::Scheduler::next_step", f"{KERNEL} in scheduler.cuh", "mpk::Worker::Worker", "mpk::EmbeddingRow",
+        "mpk::TokenLoop::prepare",
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,16 @@ def known_hazards(text: str) -> int:
     places: list[set[str]] = []
     for line in text.splitlines():
         if hazard := HAZARD.search(line):
-            places.append({hazard[2]})
+            places.append({place_of(hazard[2])})
         elif places and (other := OTHER.search(line)):
-            places[-1].add(other[1])
+            places[-1].add(place_of(other[1]))
     return sum(any(found <= known for known in KNOWN) for found in places)
+
+
+def place_of(text: str) -> str:
+    """A function's name; of what lies in the kernel itself also the file, if it has one."""
+    function, file = PLACE.match(text).groups()
+    return f"{function} in {file}" if function == KERNEL and file else function
 
 
 class Checked:

@@ -49,6 +49,12 @@ RACES = """
 =========     and Read access at mpk::Worker::Worker(const mpk::Progress &)+0x42 in worker.cuh:91 [8 hazards]
 =========     and Read access at mpk::EmbeddingRow<(int)96>::load(const Worker &)+0x8c in embedding.cuh:13 [2 hazards]
 =========
+========= Error: Race reported between Write access at megakernel+0x3610 in scheduler.cuh:105
+=========     and Read access at mpk::TokenLoop::prepare(const mpk::Worker &)+0x18bf0 in argmax.cuh:165 [8 hazards]
+=========
+========= Error: Race reported between Write access at mpk::ptx::copy_to_shared(void *)+0x2b in ptx.cuh:69
+=========     and Read access at megakernel+0x9c50 [34560 hazards]
+=========
 ========= Error: Race reported between Read access at mpk::ptx::load_shared_flag(const int *)+0x39 in ptx.cuh:147
 =========     and Write access at mpk::ptx::store_shared_flag(int *)+0x30 in ptx.cuh:151 [6 hazards]
 =========
@@ -63,8 +69,9 @@ ANOTHER = """
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (RACES + "========= RACECHECK SUMMARY: 3 hazards displayed", "clean but for 3 that it cannot judge"),
+        (RACES + "========= RACECHECK SUMMARY: 5 hazards displayed", "clean but for 5 that it cannot judge"),
         (RACES + ANOTHER, "4 hazards"),
+        (RACES + ANOTHER.replace("mpk::Panel::at(const mpk::Worker &, int)", "megakernel"), "4 hazards"),
     ],
 )
 def test_hazards_between_other_places_than_the_known_ones_are_findings(sanitize, tmp_path, text, says):

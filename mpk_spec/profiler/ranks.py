@@ -18,6 +18,10 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Step
 from mpk_spec.profiler.clock import Times
 
+READING_US = (
+    0.05  # a clock is read that much beside what it times: values are marked as stored a few instructions later
+)
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -86,7 +90,7 @@ def align(ranks: list[Times], step: Step) -> tuple[list[Times], Clocks]:
     for other in ranks[1:]:
         there, back = _quickest(ranks[0], other, pairs), _quickest(other, ranks[0], pairs)
         ahead.append((there - back) / 2)
-        within.append((there + back) / 2)
+        within.append(max((there + back) / 2, READING_US))
     moved = [times.shifted(us) for times, us in zip(ranks, ahead, strict=True)]
     return moved, Clocks(tuple(ahead), tuple(within))
 

@@ -16,7 +16,7 @@ from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.profiler.chrome import SIGNALS, WORK, chrome_trace, process
 from mpk_spec.profiler.clock import common_clock
-from mpk_spec.profiler.ranks import align, exchanges
+from mpk_spec.profiler.ranks import READING_US, align, exchanges
 from mpk_spec.profiler.sums import predicted_sums, sums_of
 from mpk_spec.schema import load_spec
 
@@ -68,6 +68,16 @@ def test_clocks_are_set_side_by_side(simulation, alike):
     assert clocks.within[1] == pytest.approx(COST.peer_hop_us, abs=0.05)
     assert moved[1].signalled[1, 0, 0, 0] == pytest.approx(moved[0].signalled[1, 0, 0, 0], abs=0.02)
     assert f"right within {clocks.within[1]:.2f} us" in clocks.says()
+
+
+def test_clocks_are_never_surer_than_they_are_read(simulation, alike):
+    """Values seen before they are marked as stored, as where ranks share a GPU."""
+    soon = [
+        replace(one, seen=one.seen - COST.peer_hop_us - 0.2, ready=one.ready - COST.peer_hop_us - 0.2) for one in alike
+    ]
+    _, clocks = align(soon, simulation.step)
+    assert clocks.ahead[1] == pytest.approx(250.0, abs=0.02)
+    assert clocks.within[1] == READING_US
 
 
 def test_one_badly_read_clock_says_nothing(simulation, alike):
