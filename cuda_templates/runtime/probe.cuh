@@ -132,15 +132,18 @@ struct ChunkWaits {
   }
 };
 
+constexpr u32 hand_overs = 4;  // tasks that may be under way between scheduler, workers and the warp that signals
+
 // The times of the SM's current task; a base of Shared, so that it takes no room where it is empty. One thread calls all of
-// it but `mark_waited`.
+// it but `mark_waited` and, of the warp that signals, `write_times`.
 struct Recorder {
 #if MPK_PROFILE
   TaskTimes times;
+  TaskTimes done[hand_overs];  // of the last tasks, until the warp that signals has written them
   u32 using_chunks;  // since the last barrier
 #endif
 #if MPK_CONFORM
-  u32 start[4];  // clock when the workers' last tasks were ready
+  u32 start[hand_overs];  // clock when the workers' last tasks were ready
 #endif
 
   __device__ __forceinline__ void mark_asked() {
@@ -208,20 +211,21 @@ struct Recorder {
 #endif
     return nullptr;
   }
-  // All times but that of the signal, which another warp adds.
-  template <class... Place>
-  __device__ __forceinline__ void write_times(Place... place) {
+  // The task's times, for the warp that signals: to write them takes half a microsecond, in which the next task could run.
+  // `place`: of the hand-over.
+  __device__ __forceinline__ void hand_over(u32 place) {
 #if MPK_PROFILE
-    if (TaskTimes* to = times_at(place...)) {
-      to->global_ns = times.global_ns, to->asked = times.asked, to->ready = times.ready, to->seen = times.seen;
-      to->opened = times.opened, to->waited = times.waited, to->computed = times.computed, to->stored = times.stored;
-    }
+    done[place] = times;
 #endif
   }
+  // Once it has signalled; `place`: of the hand-over.
   template <class... Place>
-  __device__ __forceinline__ void mark_signalled(Place... place) {
+  __device__ __forceinline__ void write_times(u32 place, Place... of_task) {
 #if MPK_PROFILE
-    if (TaskTimes* to = times_at(place...)) to->signalled = ptx::cycles();
+    if (TaskTimes* to = times_at(of_task...)) {
+      *to = done[place];
+      to->signalled = ptx::cycles();
+    }
 #endif
   }
 };

@@ -84,7 +84,7 @@ struct Signaller {
 #endif
     if (lane == 0) {
       log.put_start(params, shared.started(handled % ready_depth), {probe::start, step, stage, entry.group, entry.task});
-      shared.mark_signalled(params, step, stage, place, plan::num_stages, plan::max_queue);
+      shared.write_times(handled % ready_depth, params, step, stage, place, plan::num_stages, plan::max_queue);
     }
     log.skip(1 + entry.num_signals);
   }

@@ -14,7 +14,7 @@ constexpr u32 worker_warps = 8;
 constexpr u32 worker_threads = worker_warps * warp_size;
 constexpr u32 block_threads = producer_threads + worker_threads;
 constexpr u32 producer_registers = 72, worker_registers = 216;  // of each thread; 168 where they cannot be moved
-constexpr u32 ready_depth = 4;
+constexpr u32 ready_depth = probe::hand_overs;
 constexpr u32 pages_kept = 256;  // of the page table in shared memory: a load less to wait for before a key's
 
 // What this SM is doing, for the watchdog: hand-overs from scheduler to workers, and the event that the scheduler waits for.
@@ -218,7 +218,7 @@ struct Worker : Progress {
     if (thread == 0) shared.mark_stored();
     probe::pause(params, probe::working, ~taken);
     sync();
-    if (thread == 0) shared.write_times(params, step_index, stage, place, plan::num_stages, plan::max_queue);
+    if (thread == 0) shared.hand_over((taken - 1) % ready_depth);
 #if MPK_NVSHMEM
     if (thread == 0) shared.outgoing[(taken - 1) % ready_depth] = outgoing;
 #endif
