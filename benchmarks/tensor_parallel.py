@@ -3,6 +3,7 @@
 python benchmarks/tensor_parallel.py smoke                          # a tiny model on two GPUs, step by step
 python benchmarks/tensor_parallel.py time qwen3:8b --tp 1 2         # ms per token, of the kernel alone
 python benchmarks/tensor_parallel.py trace qwen3:8b --tp 2          # where a token's time goes, what its sums cost
+python benchmarks/tensor_parallel.py trace qwen3:8b --tp 2 --layer 15 --output layer.json.gz   # one layer of one token
 python benchmarks/nccl_graph.py ...                                 # the rival: see there
 """
 
@@ -27,9 +28,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--position", type=int, default=128, help="in the cache while it is measured")
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--output", help="trace: a file for ui.perfetto.dev")
+    parser.add_argument("--output", help="trace: a file for ui.perfetto.dev; .gz compresses it")
+    parser.add_argument("--layer", type=int, help="trace: only this layer of one token goes into the file")
     parser.add_argument("--limit", type=float, default=120, help="seconds after which all stacks are shown")
     options = parser.parse_args()
+    if options.layer is not None and not (options.what == "trace" and options.output):
+        parser.error("--layer says what the --output of a trace is to hold")
     faulthandler.dump_traceback_later(options.limit, exit=True)
     for model in options.models:
         rows = {
@@ -132,12 +136,14 @@ def trace(model: str, tp: int, options) -> None:
     from mpk_spec.cli.profile import judged
     from mpk_spec.planner.cost import cost_model, read_calibration
     from mpk_spec.planner.simulate import simulate
-    from mpk_spec.profiler.chrome import chrome_trace
+    from mpk_spec.profiler.chrome import check_layer, chrome_trace, write_trace
     from mpk_spec.profiler.clock import common_clock
     from mpk_spec.profiler.run import record
     from mpk_spec.runtime.cuda_probe import PROFILE
 
     backend = open_random(model, tp, options, (PROFILE,))
+    if options.layer is not None:
+        check_layer(backend.plan, options.layer)
     ranks = [common_clock(raw) for raw in record(backend, options.position, 4)]
     backend.close()
     plan = backend.plan
@@ -145,7 +151,7 @@ def trace(model: str, tp: int, options) -> None:
     ranks, clocks, _, shown = judged(ranks, predicted)
     print(shown)
     if options.output:
-        Path(options.output).write_text(chrome_trace(plan, backend.emitted.step, ranks, clocks))
+        write_trace(Path(options.output), chrome_trace(plan, backend.emitted.step, ranks, clocks, options.layer))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,13 @@ def command(
     ] = 128,
     tokens: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Tokens to record.")] = 4,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write a trace for ui.perfetto.dev there.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Write a trace for ui.perfetto.dev there; .gz compresses it."
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Write only layer N of one token, and what is around it.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
@@ -45,14 +51,15 @@ def command(
     Runs the kernel's profiling build, which reads the clocks at every task and is a little slower. Needs a GPU.
     Of several ranks also what their sums cost beyond what the weights hide; the trace has every rank's SMs.
     """
-    from mpk_spec.planner.plan_io import write_aside
-    from mpk_spec.profiler.chrome import chrome_trace
+    from mpk_spec.profiler.chrome import chrome_trace, write_trace
     from mpk_spec.runtime.select import choose_degree
 
-    backend, ranks, predicted = recorded(model, size, weights, context, tokens, choose_degree(tp))
+    if layer is not None and output is None:
+        raise typer.BadParameter("says what -o FILE is to hold, and there is no -o", param_hint="--layer")
+    backend, ranks, predicted = recorded(model, size, weights, context, tokens, choose_degree(tp), layer)
     ranks, clocks, data, shown = judged(ranks, predicted)
     if output is not None:
-        write_aside(output, chrome_trace(backend.plan, backend.emitted.step, ranks, clocks))
+        write_trace(output, chrome_trace(backend.plan, backend.emitted.step, ranks, clocks, layer))
         print(f"trace: {output}, for ui.perfetto.dev", file=sys.stderr)
     print(json.dumps(data, indent=2) if as_json else shown)
 
@@ -74,11 +81,11 @@ def judged(ranks: list[Times], predicted: Simulation) -> tuple[list[Times], str,
 
 
 def recorded(
-    model: str, size: str | None, weights: str | None, context: int, tokens: int, tp: int = 1
+    model: str, size: str | None, weights: str | None, context: int, tokens: int, tp: int = 1, layer: int | None = None
 ) -> tuple[CudaBackend, list[Times], Simulation]:
     """The backend, every rank's times of `tokens` + 1 steps by its own clock, and what the simulation says of one.
 
-    The other ranks' processes have ended by then.
+    The other ranks' processes have ended by then. Raises UserError, before anything runs, if there is no `layer`.
     """
     from mpk_spec.cli.progress import progress
     from mpk_spec.planner.cost import cost_model, read_calibration
@@ -87,7 +94,7 @@ def recorded(
     from mpk_spec.profiler.run import record
 
     with progress() as report:
-        backend = _open(model, size, weights, context, tokens, report, tp)
+        backend = _open(model, size, weights, context, tokens, report, tp, layer)
         report("recording", 0, 0)
         times = [common_clock(raw) for raw in record(backend, context, tokens)]
         backend.close()
@@ -96,9 +103,12 @@ def recorded(
     return backend, times, predicted
 
 
-def _open(model: str, size: str | None, weights: str | None, context: int, tokens: int, report, tp: int) -> CudaBackend:
+def _open(
+    model: str, size: str | None, weights: str | None, context: int, tokens: int, report, tp: int, layer: int | None
+) -> CudaBackend:
     """Built to record times, for a context with room for what is recorded."""
     from mpk_spec.cli.target import open_target
+    from mpk_spec.profiler.chrome import check_layer
     from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.runtime.cuda_probe import PROFILE
     from mpk_spec.runtime.parallel_backend import ParallelBackend
@@ -109,4 +119,6 @@ def _open(model: str, size: str | None, weights: str | None, context: int, token
         raise UserError("a build records no times", "profile SPEC --size NAME compiles a kernel that does")
     room = -(-(context + tokens + ROOM) // 64) * 64
     plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room, tp)
+    if layer is not None:
+        check_layer(plan, layer)
     return (ParallelBackend if tp > 1 else CudaBackend)(plan, target.checkpoint, report, defines=(PROFILE,))

@@ -21,11 +21,11 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     write_aside(Path(path), plan.to_json() + "\n")
 
 
-def write_aside(path: Path, text: str) -> None:
+def write_aside(path: Path, data: str | bytes) -> None:
     """Writes beside `path`, then renames. Raises UserError where that cannot be."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(data if isinstance(data, bytes) else data.encode())
         aside.replace(path)
     except OSError as trouble:
         aside.unlink(missing_ok=True)

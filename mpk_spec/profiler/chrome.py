@@ -3,22 +3,27 @@ for what they signal meanwhile, in both a thread per SM."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.profiler.clock import Times
 
 WORK, SIGNALS = 0, 1  # processes of a rank
+BEFORE_US, AFTER_US = 3.0, 4.0  # of what is around a layer, kept with it
 
 
-def chrome_trace(plan: Plan, step: Step, ranks: Sequence[Times], clocks: str = "") -> str:
+def chrome_trace(plan: Plan, step: Step, ranks: Sequence[Times], clocks: str = "", layer: int | None = None) -> str:
     """All recorded steps of all ranks, by one clock. A task `group[n]` holds its phases; before it its `wait group[n]`.
 
     `args`: step, stage, layer, the events waited for, the values looked for, and how long data was waited for. clocks:
-    what it rests on that the ranks' times lie side by side; kept in the file.
+    what it rests on that the ranks' times lie side by side; kept in the file. layer: only what `cut` leaves of the
+    middle step. Raises UserError where the model has no such layer.
     """
     events: list[dict] = []
     for rank, times in enumerate(ranks):
@@ -31,8 +36,45 @@ def chrome_trace(plan: Plan, step: Step, ranks: Sequence[Times], clocks: str = "
         signalled = np.full(plan.num_sms, -np.inf)
         for number in range(times.asked.shape[0]):
             events += ({**e, "pid": process(rank, e["pid"])} for e in _step(step, times, number, signalled))
-    about = {"otherData": {"clocks": clocks}} if clocks else {}
-    return json.dumps({"displayTimeUnit": "ns", **about, "traceEvents": events})
+    about = {"clocks": clocks} if clocks else {}
+    if layer is not None:
+        check_layer(plan, layer)
+        number = ranks[0].asked.shape[0] // 2
+        events = cut(events, layer, number)
+        around = f"from {BEFORE_US:g} us before its first task to {AFTER_US:g} us after its last"
+        about["cut"] = f"layer {layer} of step {number} of {plan.name} at tp {len(ranks)}, {around}"
+    other = {"otherData": about} if about else {}
+    return json.dumps({"displayTimeUnit": "ns", **other, "traceEvents": events})
+
+
+def cut(events: list[dict], layer: int, number: int) -> list[dict]:
+    """One layer of step `number` on all ranks, and of what is around it the slices that begin and end there.
+
+    Times count from `BEFORE_US` before the layer's first task. All processes and threads keep their names.
+    """
+    wanted = (number, layer)
+    tasks = [e for e in events if e.get("cat") == "task" and (e["args"]["step"], e["args"].get("layer")) == wanted]
+    begin = min(e["ts"] for e in tasks) - BEFORE_US
+    end = max(e["ts"] + e["dur"] for e in tasks) + AFTER_US
+    return [
+        e if e["ph"] == "M" else {**e, "ts": round(e["ts"] - begin, 3)}
+        for e in events
+        if e["ph"] == "M" or (begin <= e["ts"] and e["ts"] + e["dur"] <= end)
+    ]
+
+
+def check_layer(plan: Plan, layer: int) -> None:
+    """Raises UserError where the model has no such layer."""
+    layers = {stage.layer for stage in plan.steps["decode"].stages} - {None}
+    if layer not in layers:
+        raise UserError(f"{plan.name} has no layer {layer}", f"its layers are {min(layers)} to {max(layers)}")
+
+
+def write_trace(path: Path, trace: str) -> None:
+    """Compressed if the name ends in .gz. Raises UserError where it cannot be written."""
+    from mpk_spec.planner.plan_io import write_aside
+
+    write_aside(path, gzip.compress(trace.encode(), mtime=0) if path.suffix == ".gz" else trace)
 
 
 def process(rank: int, kind: int) -> int:

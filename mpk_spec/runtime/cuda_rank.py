@@ -8,9 +8,13 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import numpy as np
     import torch
 
+    from mpk_spec.emit.compiler import Compiled
+    from mpk_spec.emit.source import Emitted
     from mpk_spec.runtime.nvshmem import Nvshmem
     from mpk_spec.runtime.transport import Reach
 
@@ -22,6 +26,7 @@ class CudaRank:
     """
 
     progress = None  # rank 0 sets it
+    ahead: Future[Compiled] | None = None  # rank 0 sets it: the kernel for the transport that `prepare` is told
     whole_gpu = True  # see `KernelModule`
 
     def __init__(
@@ -60,17 +65,9 @@ class CudaRank:
         self.transport = transport
 
     def _compile(self, transport: str) -> bytes:
-        from mpk_spec.emit.compiler import compile_kernel
-        from mpk_spec.planner.targets import find_target
-        from mpk_spec.runtime.transport import DEFINES, check_device_api
-
-        headers = None
-        if transport == "nvshmem":
-            check_device_api()
-            headers = self.library.headers()
         self._say("compiling the kernel")
-        arch, defines = find_target(self.plan.target).arch, (*self.defines, *DEFINES[transport])
-        self.compiled = compile_kernel(self.plan.name, self.emitted.source, arch, defines, headers)
+        ahead, self.ahead = self.ahead, None
+        self.compiled = ahead.result() if ahead else compile_for(transport, self.emitted, self.defines)
         return self.compiled.cubin
 
     def _take_gpu(self) -> int:
@@ -182,6 +179,21 @@ class CudaRank:
     def _say(self, what: str) -> None:
         if self.progress is not None:
             self.progress(what, 0, 0)
+
+
+def compile_for(transport: str, emitted: Emitted, defines: tuple[str, ...]) -> Compiled:
+    """The ranks' kernel, which needs no GPU yet. Raises UserError as `compile_kernel` does."""
+    from mpk_spec.emit.compiler import compile_kernel
+    from mpk_spec.planner.targets import find_target
+    from mpk_spec.runtime.nvshmem import find_headers, find_library
+    from mpk_spec.runtime.transport import DEFINES, check_device_api
+
+    headers = None
+    if transport == "nvshmem":
+        check_device_api()
+        headers = find_headers(find_library())
+    arch, defines = find_target(emitted.plan.target).arch, (*defines, *DEFINES[transport])
+    return compile_kernel(emitted.plan.name, emitted.source, arch, defines, headers)
 
 
 def _nothing() -> None:

@@ -105,10 +105,6 @@ class Nvshmem:
         """Where this rank sees `rank`'s copy of symmetric memory. None where it is not mapped."""
         return self._library.nvshmem_ptr(address, rank) or None
 
-    def headers(self) -> Path:
-        """What a kernel that uses the device API includes."""
-        return find_headers(self.path)
-
     def adopt(self, module: int) -> None:
         """Makes the device API work in a loaded CUmodule, which must stay until `leave`."""
         self._forget()

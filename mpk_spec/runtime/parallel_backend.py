@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan
 from mpk_spec.runtime.cuda_backend import CudaBackend
-from mpk_spec.runtime.cuda_rank import CudaRank
+from mpk_spec.runtime.cuda_rank import CudaRank, compile_for
 from mpk_spec.runtime.ranks import RankLost, Ranks
 from mpk_spec.runtime.transport import VARIABLE, choose, wanted_transport
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import numpy as np
     import torch
 
+    from mpk_spec.emit.compiler import Compiled
     from mpk_spec.runtime.built import Build
 
 
@@ -44,14 +47,16 @@ class ParallelBackend(CudaBackend):
         if make is CudaRank:
             check_gpus(plan.tp)
         wanted = transport or wanted_transport()
+        first = "nvshmem" if wanted == "nvshmem" else "peer"
+        ahead = begin_compiling(plan, first, defines) if make is CudaRank and build is None else None
         if progress is not None:
             progress(f"starting {plan.tp} ranks", 0, 0)
         self.ranks = ranks or Ranks(plan.tp)
         try:
             self.ranks.open(make, plan, checkpoint, defines, build.cubin if build else None)
             local = self.ranks.local
-            local.progress = progress
-            self.ranks.call("prepare", "nvshmem" if wanted == "nvshmem" else "peer")
+            local.progress, local.ahead = progress, ahead
+            self.ranks.call("prepare", first)
             chosen, why = choose(wanted, self.ranks.call("join", local.unique_id()))
             if chosen != wanted and why:
                 print(f"transport: {chosen}, chosen since {why} ({VARIABLE} chooses)", file=sys.stderr)
@@ -153,6 +158,18 @@ class ParallelLauncher:
         except RuntimeError as error:  # the driver's word
             return RankLost(f"{lost}; {str(error).splitlines()[0]}")
         return lost
+
+
+def begin_compiling(plan: Plan, transport: str, defines: tuple[str, ...]) -> Future[Compiled]:
+    """The kernel, which a thread compiles while the other ranks' processes start; they find it in the cache."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mpk_spec.emit.source import emit
+
+    pool = ThreadPoolExecutor(1, "compiler")
+    made = pool.submit(lambda: compile_for(transport, emit(plan), defines))
+    pool.shutdown(wait=False)
+    return made
 
 
 def split_over_ranks(plan: Plan, name: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from ranks_here import RanksHere
@@ -18,7 +17,6 @@ from mpk_spec.planner import plan
 from mpk_spec.planner.targets import TARGETS, target_of
 from mpk_spec.runtime.cuda_launch import check
 from mpk_spec.runtime.cuda_rank import CudaRank
-from mpk_spec.runtime.nvshmem import find_headers, find_library
 from mpk_spec.runtime.parallel_backend import ParallelBackend
 from mpk_spec.runtime.transport import Reach
 from mpk_spec.schema import load_spec
@@ -64,9 +62,6 @@ class Heap:
 
     def peer(self, _: int, rank: int) -> int:
         return self.blocks[rank].data_ptr()
-
-    def headers(self) -> Path:
-        return find_headers(find_library())
 
     def adopt(self, module: int) -> None:
         """As NVSHMEM's library does it once all ranks have their memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
 from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.simulate import simulate
-from mpk_spec.profiler.chrome import SIGNALS, WORK, chrome_trace, process
+from mpk_spec.profiler.chrome import AFTER_US, BEFORE_US, SIGNALS, WORK, chrome_trace, cut, process, write_trace
 from mpk_spec.profiler.clock import common_clock
 from mpk_spec.profiler.ranks import READING_US, align, exchanges
 from mpk_spec.profiler.sums import predicted_sums, sums_of
@@ -169,3 +170,41 @@ def test_the_report_and_the_trace_have_every_rank(simulation, alike, crossing):
     assert of == {"task": set(work), "phase": set(work), "signal": {process(rank, SIGNALS) for rank in (0, 1)}}
     starts = [min(e["ts"] for e in events if e.get("cat") == "task" and e["pid"] == pid) for pid in work]
     assert starts[0] == pytest.approx(starts[1], abs=0.02)
+
+
+def test_one_layer_of_one_step_of_all_ranks(simulation, alike):
+    one = [alike[0], alike[0].shifted(-0.5)]
+    whole = json.loads(chrome_trace(simulation.plan, simulation.step, one, "clocks"))
+    part = json.loads(chrome_trace(simulation.plan, simulation.step, one, "clocks", layer=1))
+    assert part["otherData"]["clocks"] == "clocks"
+    assert part["otherData"]["cut"].startswith("layer 1 of step 1 of child-tiny at tp 2, from 3 us before")
+    whole, part = whole["traceEvents"], part["traceEvents"]
+    assert [e for e in part if e["ph"] == "M"] == [e for e in whole if e["ph"] == "M"]
+
+    def layer(events):
+        found = [e for e in events if e.get("cat") == "task" and (e["args"]["step"], e["args"].get("layer")) == (1, 1)]
+        return sorted(found, key=lambda e: (e["ts"], e["pid"], e["tid"]))
+
+    before, after = layer(whole), layer(part)
+    assert {e["pid"] for e in after} == {process(rank, WORK) for rank in (0, 1)}
+    shift = before[0]["ts"] - BEFORE_US
+    end = max(e["ts"] + e["dur"] for e in before) + AFTER_US
+    assert [e["ts"] for e in after] == pytest.approx([e["ts"] - shift for e in before], abs=2e-3)
+    assert [(e["name"], e["dur"], e["args"]) for e in after] == [(e["name"], e["dur"], e["args"]) for e in before]
+    slices = [(e["ts"], e["ts"] + e["dur"]) for e in whole if e["ph"] == "X"]
+    across = sum(a < edge < b for a, b in slices for edge in (shift, end))
+    inside = sum(shift <= a and b <= end for a, b in slices)
+    assert across > 0 and inside == sum(e["ph"] == "X" for e in part)
+    assert cut(part, 1, 1) == part
+
+
+def test_a_layer_that_the_model_lacks_is_not_cut_out(simulation, alike):
+    with pytest.raises(UserError, match="child-tiny has no layer 28") as error:
+        chrome_trace(simulation.plan, simulation.step, alike, layer=28)
+    assert error.value.hint == f"its layers are 0 to {len(simulation.step.stages) - 2}"
+
+
+def test_a_trace_is_compressed_if_its_name_says_so(tmp_path):
+    for name, read in (("a.json.gz", gzip.decompress), ("a.json", bytes)):
+        write_trace(tmp_path / name, '{"traceEvents": []}')
+        assert read((tmp_path / name).read_bytes()) == b'{"traceEvents": []}'
