@@ -11,8 +11,7 @@ Queue = tuple[tuple[int, int], ...]
 
 def assign(groups: tuple[Group, ...], num_sms: int) -> tuple[tuple[Queue, ...], tuple[Queue, ...]]:
     """(queues, loads) for each SM. Static tasks go to the least loaded SM (by bytes over the whole stage, one task of a
-    group to each SM before a second), of an attention the first splits of all heads before the others, which a short
-    context leaves idle; a dynamic group is one claim entry on every SM, in
+    group to each SM before a second); a dynamic group is one claim entry on every SM, in
     `loads` too where it streams: the loader stands there until the pool is empty."""
     queues: list[list[tuple[int, int]]] = [[] for _ in range(num_sms)]
     loads: list[list[tuple[int, int]]] = [[] for _ in range(num_sms)]
@@ -27,7 +26,7 @@ def assign(groups: tuple[Group, ...], num_sms: int) -> tuple[tuple[Queue, ...], 
         chosen: dict[int, list[int]] = {}
         heap = [(0, streamed[sm], counts[sm], sm) for sm in range(num_sms)]
         heapq.heapify(heap)
-        for task in sorted(group.tasks, key=lambda t: (-t.load_bytes, t.k or (), t.index)):
+        for task in sorted(group.tasks, key=lambda t: (-t.load_bytes, t.index)):
             rounds, load, count, sm = heapq.heappop(heap)
             chosen.setdefault(sm, []).append(task.index)
             streamed[sm] += task.load_bytes
