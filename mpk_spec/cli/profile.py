@@ -75,7 +75,7 @@ def judged(ranks: list[Times], predicted: Simulation) -> tuple[list[Times], str,
         return ranks, "", profile.data(), page(profile)
     ranks, clocks = align(ranks, predicted.step)
     profiles = [profile_of(times, predicted) for times in ranks]
-    sums = sums_of(ranks, predicted.step, predicted.cost, predicted_sums(predicted))
+    sums = sums_of(ranks, predicted, predicted_sums(predicted))
     data = {**profiles[0].data(), "ranks": [p.data() for p in profiles], "clocks": asdict(clocks), "sums": sums.data()}
     return ranks, clocks.says(), data, page_of_ranks(profiles, clocks, sums)
 

@@ -50,7 +50,7 @@ def command(
 ) -> None:
     """Search the schedule that is fastest on this machine's GPU. Needs a GPU.
 
-    Tries splits of attention, grids of linears and the loader's limits, one after the other. Every candidate's logits
+    Tries splits of attention and who merges them, grids of linears, the loader's limits. Every candidate's logits
     are held against those of the plan without rules. Prints what was tried and, where the best is faster beyond the
     noise, its rules. Measurements are kept: the same command goes on where it was stopped.
 
@@ -77,19 +77,21 @@ def fit_constants(
     """`--calibrate`: a profile, the constants that fit it, and how well they predict it."""
     from mpk_spec.cli.profile import recorded
     from mpk_spec.profiler.calibrate import fit, save
-    from mpk_spec.profiler.report import profile_of
+    from mpk_spec.profiler.report import path, profile_of
 
     backend, (times,), predicted = recorded(model, size, weights, context, tokens)
     before = profile_of(times, predicted)
-    fits = fit(times, before.steps)
-    path = save(backend.plan.target, fits, **({"stream_gbps": stream_gbps} if stream_gbps else {}))
-    after = _predict(backend.plan, context)
+    fits = fit(before.steps)
+    kept = save(backend.plan.target, fits, **({"stream_gbps": stream_gbps} if stream_gbps else {}))
+    after = profile_of(times, _predict(backend.plan, context))
     if as_json:
         print(json.dumps({fit.name: fit.value for fit in fits}, indent=2))
         return
     print(page(fits, predicted.cost), end="\n\n")
-    print(f"a token takes {before.us / 1e3:.4f} ms, predicted {predicted.ms:.4f} ms before and {after.ms:.4f} ms now")
-    print(path)
+    now = after.predicted.ms
+    print(f"a token takes {before.us / 1e3:.4f} ms, predicted {predicted.ms:.4f} ms before and {now:.4f} ms now")
+    print(path(after), end="\n\n")
+    print(kept)
 
 
 def _predict(plan, context: int):

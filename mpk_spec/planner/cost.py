@@ -15,6 +15,7 @@ from typing import Any
 from mpk_spec.errors import UserError, did_you_mean
 from mpk_spec.planner.plan import Group, Plan, Step, Task
 from mpk_spec.planner.targets import Target, find_target
+from mpk_spec.planner.task_shape import Looks, looks, looks_of, loop_of
 
 KIB = 1024
 
@@ -29,44 +30,61 @@ class CostModel:
     num_sms: int
     hop_us: float
     """One event, from the producer's signal to the consumer's seeing it; measured: 0.66 (H100), 0.62 (H200)."""
-    data_hop_us: float
-    """Values that cross as data, from their being stored to a reader's having seen and prepared all; see `targets`."""
     peer_hop_us: float
     """One flag to a peer GPU through its pointer; measured: 1.23 (two H200s)."""
+    data_hop_us: float = 1.0
+    """Values that cross as data, from the last one's being stored to its being seen by the last of its readers, ready
+    for its tensor cores; or from a reader's SM being free, if that is later. Of values that are taken as they are;
+    fitted, as all that is called so: between what the critical paths of Qwen3-8B, Qwen3-0.6B and SmolLM2-135M on an
+    H200 say (`mpk-spec tune --calibrate` fits them to one), which an H100's hops are like."""
+    norm_hop_us: float = 1.55
+    """The same of rows that are normalised: sums over warps and a barrier more."""
+    merge_hop_us: float = 1.65
+    """The same of an attention's splits, which are merged."""
+    attend_hop_us: float = 1.5
+    """The same of an attention's own queries and keys, which are turned."""
+    look_gbps: float = 40.0
+    """Beside those, for all bytes that one SM looks at; assumed (5.3 TB/s of L2 over 132 SMs), and what was measured
+    between narrow and wide rows."""
     peer_gbps: float = 363.0
     """Writes to a peer, both directions at once; measured on two H200s."""
-    reduce_us: float = 0.4
-    """Sum a task's partial results over warps and store them; the part of the measured 1.4 that is no signal."""
+    reduce_us: float = 0.26
+    """Sum a task's partial results over warps and store them; fitted."""
     signal_us: float = 1.0
     """Barrier of the block and `red.release`; measured: "each boundary costs about 1 us to signal"."""
     signaller: bool = True
     """Whether a warp of its own signals while the workers go on, as the kernel has it."""
     activation_us: float = 1.0
-    """Load a task's activations after its event, or where all values that cross as data are there; measured."""
+    """Load a task's activations after its event; measured."""
     activation_free_bytes: int = 24 * KIB
     """Activations that the time above covers: batch 1 of the widest row (12288 bf16) in that measurement."""
     activation_gbps: float = 40.0
     """Rate of one SM for activations beyond those, from L2 while it computes; assumed (5.3 TB/s over 132 SMs)."""
     start_us: float = 0.1
     """Fetch a task's description and turn to it; assumed."""
-    refill_us: float = 0.8
-    """From a freed ring stage to its next bytes' arrival: one trip to memory; assumed."""
-    chunk_us: float = 0.08
-    """Per bulk copy: wait for its barrier and release its stage; assumed."""
-    consume_gbps: float = 80.0
-    """Rate at which one SM reads its ring into tensor cores; assumed. Dot products without
-    tensor cores are about 36 at K = 4096 and 27 at K = 2048 (fitted to measurements without event waits)."""
+    refill_us: float = 1.6
+    """From a freed ring stage to its next bytes' arrival, memory having been idle; fitted to the wait for weights of
+    Qwen3-8B's o_add, whose ring was full and is too small for it, on an H100 and an H200 (1.6 in both)."""
+    pair_us: float = 0.29
+    """Per pair of chunks that a linear's inner loop takes at once, or a single one, beside reading bytes; fitted."""
+    turn_us: float = 0.15
+    """For another chunk of K: its activations, and the sums so far of all its pairs; fitted."""
+    block_us: float = 0.2
+    """For another block of tiles of the same task: the results of the one before; fitted."""
+    consume_gbps: float = 225.0
+    """Rate at which one SM reads its ring into tensor cores: 128 bytes a cycle of 1755 MHz; data sheet. Dot products
+    without tensor cores are about 36 at K = 4096 and 27 at K = 2048 (fitted to measurements without event waits)."""
     efficiency: float = 0.6
     """Part of the data sheet's tensor throughput that a task reaches; assumed; matters for prefill only."""
     tflops: float = 989.0
     """bf16 tensor throughput of all SMs; data sheet."""
-    kv_block_us: float = 0.3
-    """Scores, softmax and sum over one block of one KV head, for all its query heads; assumed."""
-    kv_trip_us: float = 1.0
-    """One dependent trip to memory, for each KV block that no loader streamed ahead; assumed: a naive attention took
-    8-9 us a layer, with five of them."""
-    kv_ahead: bool = True
-    """Whether the loader streams the KV of earlier positions ahead of the step's events, as the design has it."""
+    attend_us: float = 0.5
+    """Of an attention's task, whatever it reads: the sums of its warps together; fitted."""
+    kv_block_us: float = 0.45
+    """One block of one KV head, for all its query heads, the next one's loads included; measured (H200)."""
+    kv_gbps: float = 73.0
+    """Rate at which one SM's workers load blocks while others wait: 32 KB in that time; measured (H200). All readers
+    together get no more than `stream_gbps`."""
     row_op_us: float = 0.5
     """Arithmetic of a task that streams nothing (a norm, a reduction, an argmax slice); assumed."""
     spread: float = 0.025
@@ -77,10 +95,15 @@ class CostModel:
     catch_up: float = 1.25
     """How much more than its even part of the bandwidth an SM can draw while others wait; assumed."""
 
+    def look_us(self, looks: Looks, looked_bytes: float = 0.0) -> float:
+        """From values stored, or an SM free, to all of them seen and prepared. Of peers' values see `peer_us`."""
+        hops = {"plain": self.data_hop_us, "norm": self.norm_hop_us, "merge": self.merge_hop_us}
+        return hops.get(looks, self.attend_hop_us) + looked_bytes / (self.look_gbps * 1e3)
+
     @property
-    def peer_data_hop_us(self) -> float:
-        """`data_hop_us` of values that peers send too; assumed: longer by as much as a flag of theirs is."""
-        return self.data_hop_us + max(0.0, self.peer_hop_us - self.hop_us)
+    def peer_us(self) -> float:
+        """What values of peers take longer; assumed: as much as a flag of theirs does."""
+        return max(0.0, self.peer_hop_us - self.hop_us)
 
     @property
     def sm_gbps(self) -> float:
@@ -99,12 +122,10 @@ def cost_model(target: str | Target, overrides: dict[str, Any] | None = None) ->
         stream_gbps=machine.stream_gbps,
         num_sms=machine.num_sms,
         hop_us=machine.hop_us,
-        data_hop_us=machine.data_hop_us,
         peer_hop_us=machine.peer_hop_us,
         tflops=machine.tflops_bf16,
     )
-    if machine.name == "cpu":
-        model = replace(model, **CPU)
+    model = replace(model, **OF_TARGET.get(machine.name, {}))
     known = {f.name for f in fields(CostModel)} - {"target"}
     for key in overrides or {}:
         if key not in known:
@@ -112,12 +133,16 @@ def cost_model(target: str | Target, overrides: dict[str, Any] | None = None) ->
     return replace(model, **(overrides or {}))
 
 
-CPU = {
-    "reduce_us": 10.0, "signal_us": 0.0, "activation_us": 10.0, "activation_gbps": 10.0, "start_us": 5.0,
-    "refill_us": 0.1, "chunk_us": 0.0, "consume_gbps": 40.0, "kv_block_us": 10.0, "kv_trip_us": 0.0,
-    "row_op_us": 20.0, "spread": 0.0, "chance": 0.0,
+OF_TARGET: dict[str, dict[str, float]] = {
+    # The reference runs tasks as torch calls: tens of microseconds each, no events; all assumed.
+    "cpu": {
+        "reduce_us": 10.0, "signal_us": 0.0, "activation_us": 10.0, "activation_gbps": 10.0, "start_us": 5.0,
+        "data_hop_us": 0.0, "norm_hop_us": 0.0, "merge_hop_us": 0.0, "attend_hop_us": 0.0,
+        "refill_us": 0.1, "pair_us": 0.0, "turn_us": 0.0, "block_us": 0.0, "consume_gbps": 40.0, "attend_us": 0.0,
+        "kv_block_us": 10.0, "row_op_us": 20.0, "spread": 0.0, "chance": 0.0,
+    },
 }  # fmt: skip
-"""The reference runs tasks as torch calls: tens of microseconds each, no events; all assumed."""
+"""What differs from the constants above: of a measured GPU what `mpk-spec tune --calibrate` found."""
 
 
 def calibration_file(target: str) -> Path:
@@ -146,11 +171,10 @@ def read_calibration(target: str) -> dict[str, Any] | None:
 class TaskCost:
     """What one task needs, beside its place in the schedule. Microseconds on one SM, bytes from memory."""
 
-    weight_bytes: float
+    weight_bytes: float  # they flow through the ring
     kv_bytes: float
-    stream_bytes: float  # those of them that flow through the ring
-    fetch_us: float  # memory trips after the event, for what no loader streams
-    activation_us: float
+    look_us: float  # of a task that looks at values: from the last one stored to all seen and prepared
+    activation_us: float  # of others, after their events
     compute_us: float
     finish_us: float  # reduce, store
     signal_us: float
@@ -160,19 +184,22 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     """The `TaskCost` of a task with `context` positions in the cache."""
     attention = next((node for node in group.nodes if node.op == "attention"), None)
     blocks, kv_bytes = kv_of(plan, step, task, attention.values.get("window"), context) if attention else (0, 0.0)
-    weights, chunks = task.load_bytes * _share(plan, step, group, task), task.load_chunks
-    ahead = kv_bytes if cost.kv_ahead else 0.0
-    compute = chunks * cost.chunk_us + (weights + ahead) / (cost.consume_gbps * 1e3)
-    compute += _extra_activations(plan, step, group, task, cost, context)
-    compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6) + blocks * cost.kv_block_us
-    if not chunks and not blocks:
+    weights, loop = task.load_bytes * _share(plan, step, group, task), loop_of(plan, group, task)
+    compute = loop.pairs * cost.pair_us + loop.turns * cost.turn_us + loop.blocks * cost.block_us
+    compute += weights / (cost.consume_gbps * 1e3)
+    compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6)
+    if blocks:  # a split of an attention without any does nothing
+        rate = min(cost.kv_gbps, cost.stream_gbps / len(group.tasks)) * 1e3
+        compute += cost.attend_us + max(blocks * cost.kv_block_us, kv_bytes / rate)
+    elif not attention and not task.load_chunks:
         compute += cost.row_op_us
-    fetch = 0.0 if cost.kv_ahead else blocks * cost.kv_trip_us + kv_bytes / (cost.sm_gbps * 1e3)
+    looked = looks(step, task)
+    if not looked:
+        compute += _extra_activations(plan, step, group, task, cost, context)
     return TaskCost(
         weights,
         kv_bytes,
-        weights + ahead,
-        fetch,
+        look_us(plan, group, task, cost, context) if looked else 0.0,
         cost.activation_us,
         compute,
         _finish(plan, step, task, cost),
@@ -180,8 +207,16 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     )
 
 
+def look_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int) -> float:
+    """From values stored to seen and prepared, of a task that looks at them."""
+    return cost.look_us(looks_of(group), loaded_bytes(plan, group, task, context))
+
+
 def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) -> tuple[int, float]:
-    """(blocks, bytes) of the cache that a task reads, all sequences of the step together; `window`: positions seen."""
+    """(blocks, bytes) of the cache that a task reads, all sequences of the step together; `window`: positions seen.
+
+    The block that the new position belongs to counts, though nothing may be cached of it yet.
+    """
     blocks = bytes_ = 0
     sequences = plan.batch if step.kind != "prefill" else 1
     for span in task.reads:
@@ -189,10 +224,12 @@ def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) 
         if state is None:
             continue
         splits = max(1, state.extent // state.kv_heads)
-        seen = ceil(min(context, window or context) / state.kv_block)
-        mine = sum(len(range(unit % splits, seen, splits)) for unit in range(span.lo, span.hi)) * sequences
-        blocks += mine
-        bytes_ += mine * state.kv_block * state.head_dim * 2 * DTYPE_BYTES[state.dtype]
+        cached = min(context, window or context)
+        seen = ceil(min(context + 1, plan.context, window or plan.context) / state.kv_block)
+        mine = [block for unit in range(span.lo, span.hi) for block in range(unit % splits, seen, splits)]
+        positions = sum(max(0, min(state.kv_block, cached - block * state.kv_block)) for block in mine)
+        blocks += len(mine) * sequences
+        bytes_ += positions * sequences * state.head_dim * 2 * DTYPE_BYTES[state.dtype]
     return blocks, float(bytes_)
 
 
@@ -235,7 +272,13 @@ def _routed(plan: Plan, group: Group) -> int:
 
 def _extra_activations(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel, context: int) -> float:
     """Time for the activations beyond the first: K tile by K tile, so it hides behind the stream if that is slower."""
-    loaded = sum(
+    extra = max(0, loaded_bytes(plan, group, task, context) * step.tokens - cost.activation_free_bytes)
+    return extra / (cost.activation_gbps * 1e3)
+
+
+def loaded_bytes(plan: Plan, group: Group, task: Task, context: int) -> float:
+    """Activations of one token that a task reads."""
+    return sum(
         (span.hi - span.lo)
         * DTYPE_BYTES[plan.tensors[span.tensor].dtype]
         * _copies(plan, span.tensor)
@@ -243,8 +286,6 @@ def _extra_activations(plan: Plan, step: Step, group: Group, task: Task, cost: C
         for span in task.reads
         if span.tensor in plan.tensors
     )
-    extra = max(0, loaded * step.tokens - cost.activation_free_bytes)
-    return extra / (cost.activation_gbps * 1e3)
 
 
 def _live(plan: Plan, group: Group, tensor: str, context: int) -> float:

@@ -264,9 +264,9 @@ class _Machine:
                 for entry in ready.order:
                     if isinstance(entry, Pool):
                         for sm in entry.sms:
-                            loads[sm] += sum(t.cost.stream_bytes for t in entry.tasks) / len(entry.sms)
+                            loads[sm] += sum(t.cost.weight_bytes for t in entry.tasks) / len(entry.sms)
                     else:
-                        loads[entry[0]] += entry[1].cost.stream_bytes
+                        loads[entry[0]] += entry[1].cost.weight_bytes
             total = [a + b for a, b in zip(total, per_stage[id(ready)], strict=True)]
         return total
 
@@ -349,7 +349,7 @@ class _Machine:
         return when, whom
 
     def _values(self, number: int, task: ReadyTask, ready: ReadyStage, seen: dict) -> tuple[float, int]:
-        """When the task has seen and prepared all values that it looks at, and the record of those that came last."""
+        """When all values that the task looks at are stored (peers': as if they were near), and whose came last."""
         when, whom = NEVER
         for _, _, back, peers, made in task.waits:
             if made is None or number + back < 0:
@@ -358,7 +358,7 @@ class _Machine:
                 records = (self.values[number + back][maker] for maker in ready.makers[made])
                 seen[made] = max(((self.records[n].stored, n) for n in records), default=NEVER)
             stored, record = seen[made]
-            at = stored + (self.cost.peer_data_hop_us if peers else self.cost.data_hop_us)
+            at = stored + (self.cost.peer_us if peers else 0.0)
             if record >= 0 and at > when:
                 when, whom = at, record
         return when, whom
@@ -376,15 +376,18 @@ class _Machine:
     ) -> None:  # fmt: skip
         cost, free = task.cost, self.free[sm]
         start, after, by = (*event, "event") if event[0] > free else (free, self.behind[sm], "queue")
-        ready = start + self.cost.start_us + cost.fetch_us
-        if self.loaded_for[sm] != (number, task.group):
-            self.loaded_for[sm] = (number, task.group)
-            ready += cost.activation_us
-        if values[1] >= 0 and values[0] > ready:
-            start, after, by = *values, "data"
-            ready = start
+        if values[1] >= 0:
+            if values[0] >= start:
+                start, after, by = *values, "data"
+            ready = start + cost.look_us
+            start = ready if by == "data" else start
+        else:
+            ready = start + self.cost.start_us
+            if self.loaded_for[sm] != (number, task.group):
+                ready += cost.activation_us
+        self.loaded_for[sm] = (number, task.group)
         consumed = ready + cost.compute_us
-        if cost.stream_bytes:
+        if cost.weight_bytes:
             consumed = self._stream(number, sm, task, ready, consumed, claimed)
         stored = consumed + cost.finish_us
         done = stored + cost.signal_us
@@ -401,7 +404,7 @@ class _Machine:
 
     def _stream(self, number: int, sm: int, task: ReadyTask, ready: float, computed: float, claimed: float | None):
         """Advances the SM's stream over the task's bytes; returns when the workers have consumed them."""
-        size, ring = task.cost.stream_bytes, self.plan.ring_bytes
+        size, ring = task.cost.weight_bytes, self.plan.ring_bytes
         chance = _chance(number, task)
         per_byte = (1 + self.cost.chance * chance) / self.rates[sm]
         lo = self.position[sm]

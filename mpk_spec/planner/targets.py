@@ -2,10 +2,7 @@
 
 Figures are the makers' data sheets, except `stream_gbps`, the streaming-read ceiling that one kernel reaches: measured
 on H100 (3150 of 3352 GB/s) and H200 (4600 of 4814), 94 % of theoretical elsewhere. `hop_us` is one event from producer
-to consumer (`red.release.gpu` to `ld.acquire.gpu`), measured on the same two. `data_hop_us` takes the place of a
-signal, a hop, a start and a load of activations: 0.56 less than those in `cost.CostModel`, which is what each of the
-150 hops of SmolLM2-135M saved on an H100 (0.4745 to 0.3904 ms a token; Qwen3-0.6B 0.34 a hop, Llama-1B 0.26, since
-larger models hide them behind the stream); elsewhere the same is assumed.
+to consumer (`red.release.gpu` to `ld.acquire.gpu`), measured on the same two.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ class Target:
     stream_gbps: float
     tflops_bf16: float
     hop_us: float  # one event
-    data_hop_us: float  # values that cross as data: from stored to seen by all of a task's threads and prepared
     peer_hop_us: float  # one flag to a peer GPU
 
 
@@ -51,7 +47,6 @@ TARGETS = {
             1917,
             312,
             0.80,
-            2.34,
             2.0,
         ),
         Target(
@@ -67,7 +62,6 @@ TARGETS = {
             3150,
             989,
             0.66,
-            2.20,
             1.23,
         ),
         Target(
@@ -83,7 +77,6 @@ TARGETS = {
             4600,
             989,
             0.62,
-            2.16,
             1.23,
         ),
         Target(
@@ -99,7 +92,6 @@ TARGETS = {
             7520,
             2250,
             0.70,
-            2.24,
             1.3,
         ),
         Target(
@@ -115,10 +107,9 @@ TARGETS = {
             948,
             165,
             0.70,
-            2.24,
             3.0,
         ),
-        Target("cpu", "the CPU reference", "cpu", 4, 227 * KIB, 65536, 32 * MIB, 64 * GIB, 50, 40, 1, 0.0, 0.0, 0.0),
+        Target("cpu", "the CPU reference", "cpu", 4, 227 * KIB, 65536, 32 * MIB, 64 * GIB, 50, 40, 1, 0.0, 0.0),
     )
 }
 

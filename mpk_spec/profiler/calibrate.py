@@ -1,27 +1,35 @@
-"""The cost model's constants from a profile: medians over tasks, so that a few late ones change nothing."""
+"""The cost model's constants from a profile.
+
+What a token takes is what the tasks on its critical path take, one after the other. These are the slowest of many, so
+their hops and their work are what is fitted, and means of them, since it is their sum that is to come out: of several
+models each in parts of its token. Constants of what lies off that path are medians over all tasks, so that a few late
+ones change nothing.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mpk_spec.planner.cost import CostModel, calibration_file, kv_of, read_calibration
-from mpk_spec.planner.simulate import Simulation
-from mpk_spec.profiler.clock import Times
+from mpk_spec.planner.cost import CostModel, calibration_file, kv_of, loaded_bytes, read_calibration
+from mpk_spec.planner.plan import Group, Task
+from mpk_spec.planner.simulate import Ran, Simulation
+from mpk_spec.planner.task_shape import looks, looks_of, loop_of
+from mpk_spec.profiler.work import Sample, fitted
 
+MANY_BLOCKS = 4  # KV blocks of a task that tells what one takes
 FEW = 8  # samples below which a constant is left as it is
 LEAST_US = 0.01
-MANY_BLOCKS = 4  # KV blocks of a task that tells what one takes
-PATIENT = 0.05  # part of its time that a task may wait for weights and still tell how fast it consumes them
+HOPS = {"plain": "data_hop_us", "norm": "norm_hop_us", "merge": "merge_hop_us", "attend": "attend_hop_us"}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One constant: its median over `samples` tasks, the middle half of which lies between `low` and `high`."""
+    """One constant, and the middle half of what `samples` tasks say, each alone: between `low` and `high`."""
 
     name: str
     value: float
@@ -30,25 +38,25 @@ class Fit:
     samples: int
 
 
-def fit(times: Times, steps: list[Simulation]) -> list[Fit]:
-    """`times` and the measured steps made from them; constants without enough tasks to tell are left out."""
-    cost, tasks = steps[0].cost, _tasks(times, steps[0])
-    streamed = [t for t in tasks if t.chunks]
-    activation = _median("activation_us", (t.open - cost.start_us for t in streamed if not t.looks))
-    reduce = _median("reduce_us", (t.epilogue for t in streamed))
-    # of a task without weights, whose results come out of one piece of work
+def fit(steps: list[Simulation]) -> list[Fit]:
+    """`steps`: measured, of one model or of several; constants without enough tasks to tell are left out."""
+    cost, path = steps[0].cost, [one for step in steps for one in _path(step)]
+    every = [one for step in steps for one in _tasks(step, step.records[step.first :])]
+    reduce = _mean("reduce_us", ((t.epilogue, t.step.us) for t in path if t.task.load_chunks))
+    activation = _median(
+        "activation_us", (t.loaded - cost.start_us for t in every if t.task.load_chunks and not t.looks)
+    )
     after = (reduce or _same("reduce_us", cost)).value
     before = cost.start_us + (activation or _same("activation_us", cost)).value
-    rate = _median("consume_gbps", _rates(streamed, cost))
     found = [
-        _median("hop_us", _hops(steps)),
-        _median("data_hop_us", _data_hops(steps)),
+        _median("hop_us", (t.came for t in every if t.ran.by == "event" and t.ran.after >= 0)),
+        *(_mean(name, ((t.hop, t.step.us) for t in own)) for name, own in _hops(path)),
         activation,
         reduce,
-        _median("signal_us", (t.signal for t in tasks)),
-        rate,
-        _median("row_op_us", _row_ops(tasks, before, after)),
-        _median("kv_block_us", _kv_blocks(tasks, before, after, (rate or _same("consume_gbps", cost)).value)),
+        _median("signal_us", (t.ran.done - t.ran.stored for t in every)),
+        _median("row_op_us", _row_ops(every, before, after)),
+        *_work(("pair_us", "turn_us", "block_us"), _linears(path), cost),
+        *_attentions(path, before, after),
     ]
     return [one for one in found if one is not None]
 
@@ -67,87 +75,110 @@ def save(target: str, fits: Iterable[Fit], **given: float) -> Path:
 
 @dataclass(frozen=True)
 class _Timed:
-    """One task's phases in microseconds. `looks`: at values that cross as data. `blocks`: of the KV cache, None for
-    what is no attention."""
+    """One task that ran. `blocks` of the KV cache, None for what is no attention."""
 
+    step: Simulation
+    ran: Ran
+    group: Group
+    task: Task
     looks: bool
-    open: float  # from its events to its first weights
-    work: float  # from its events to its results, without waits for weights; where it looks, from its inputs on
-    consume: float  # from its first weights to its last, likewise
-    waited: float
-    epilogue: float
-    signal: float
-    bytes: int
-    chunks: int
     blocks: int | None
-    kv_bytes: float
+
+    @property
+    def came(self) -> float:
+        """From the signal or the values that its start waited for, or its SM's task before, to its start."""
+        return self.ran.start - self.step.before(self.ran)
+
+    @property
+    def loaded(self) -> float:
+        return self.ran.ready - self.ran.start
+
+    @property
+    def hop(self) -> float:
+        """What `CostModel.look_us` says of no bytes."""
+        looked = loaded_bytes(self.step.plan, self.group, self.task, self.step.context)
+        return self.ran.ready - self.step.before(self.ran) - looked / (self.step.cost.look_gbps * 1e3)
+
+    @property
+    def work(self) -> float:
+        """From inputs to weights used up, without waits for them."""
+        return self.ran.consumed - self.ran.ready - self.ran.stalled
+
+    @property
+    def epilogue(self) -> float:
+        return self.ran.stored - self.ran.consumed
 
 
-def _tasks(times: Times, measured: Simulation) -> list[_Timed]:
-    plan, step, found = measured.plan, measured.step, []
-    for stage, made in enumerate(step.stages):
-        template = step.templates[made.template]
-        for sm, queue in enumerate(template.queues):
-            for place, (g, index) in enumerate(queue):
-                group, task = template.groups[g], template.groups[g].tasks[index]
-                attention = next((n for n in group.nodes if n.op == "attention"), None)
-                blocks, kv_bytes = None, 0.0
-                if attention is not None:
-                    blocks, kv_bytes = kv_of(plan, step, task, attention.values.get("window"), measured.context)
-                for number in range(1, times.asked.shape[0]):
-                    at = (number, sm, stage, place)
-                    if np.isfinite(times.signalled[at]):
-                        found.append(_timed(times, at, task, blocks, kv_bytes))
+def _path(step: Simulation) -> Iterator[_Timed]:
+    """The tasks that a token took."""
+    found, at = [], step.last
+    while at >= 0:
+        found.append(step.records[at])
+        at = step.records[at].after
+    return _tasks(step, (ran for ran in found if ran.after >= 0))
+
+
+def _tasks(step: Simulation, records: Iterable[Ran]) -> Iterator[_Timed]:
+    for ran in records:
+        group = step.group_of(ran)
+        task = group.tasks[ran.task]
+        attention = next((n for n in group.nodes if n.op == "attention"), None)
+        blocks = None
+        if attention is not None:
+            blocks = kv_of(step.plan, step.step, task, attention.values.get("window"), step.context)[0]
+        yield _Timed(step, ran, group, task, looks(step.step, task), blocks)
+
+
+def _hops(path: list[_Timed]) -> Iterator[tuple[str, list[_Timed]]]:
+    for kind, name in HOPS.items():
+        yield name, [t for t in path if t.looks and looks_of(t.group) == kind]
+
+
+def _row_ops(tasks: list[_Timed], before: float, after: float) -> Iterator[float]:
+    """Arithmetic of tasks that stream nothing, without what lies `before` (unless they look) and `after` it."""
+    for t in tasks:
+        if not t.task.load_chunks and t.blocks is None:
+            yield t.ran.stored - after - (t.ran.ready if t.looks else t.ran.start + before)
+
+
+def _linears(path: list[_Timed]) -> dict[tuple, list[Sample]]:
+    """By operator: turns through the inner loop, and the time beside the reading of the bytes."""
+    found: dict[tuple, list[Sample]] = {}
+    for t in path:
+        if t.task.load_chunks:
+            us = t.work - t.task.load_bytes / (t.step.cost.consume_gbps * 1e3)
+            counts = astuple(loop_of(t.step.plan, t.group, t.task))
+            found.setdefault((t.step.plan.name, t.group.name), []).append(Sample(counts, us))
     return found
 
 
-def _timed(times: Times, at: tuple, task, blocks: int | None, kv_bytes: float) -> _Timed:
-    ready, seen, opened = (float(t[at]) for t in (times.ready, times.seen, times.opened))
-    computed, stored = float(times.computed[at]), float(times.stored[at])
-    waited, looks = float(times.waited[at]), any(w.data for w in task.waits)
-    return _Timed(
-        looks, opened - ready, stored - (seen if looks else ready) - waited, computed - opened - waited, waited,
-        stored - computed, float(times.signalled[at]) - stored, task.load_bytes, task.load_chunks, blocks, kv_bytes,
-    )  # fmt: skip
+def _attentions(path: list[_Timed], before: float, after: float) -> list[Fit | None]:
+    """What a block of the cache takes is left as it is where no task has many: all else would count as theirs."""
+    own = [t for t in path if t.blocks]
+    us = [t.ran.stored - after - (t.ran.ready if t.looks else t.ran.start + before) for t in own]
+    if max((t.blocks or 0 for t in own), default=0) < MANY_BLOCKS:
+        rest = [one - t.blocks * t.step.cost.kv_block_us for t, one in zip(own, us, strict=True)]
+        return [_mean("attend_us", ((one, t.step.us) for t, one in zip(own, rest, strict=True)))]
+    found: dict[tuple, list[Sample]] = {}
+    for t, one in zip(own, us, strict=True):
+        found.setdefault((t.step.plan.name, t.group.name, t.blocks), []).append(Sample((1, t.blocks), one))
+    return _work(("attend_us", "kv_block_us"), found, own[0].step.cost)
 
 
-def _hops(steps: list[Simulation]) -> Iterable[float]:
-    """From the last signal to its being seen, of tasks that had nothing else to wait for."""
-    for step in steps:
-        for ran in step.records:
-            if ran.by == "event" and ran.after >= 0:
-                yield ran.start - step.before(ran)
-
-
-def _data_hops(steps: list[Simulation]) -> Iterable[float]:
-    """From the last values to all of them seen and prepared, of tasks that looked before they were there."""
-    for step in steps:
-        for ran in step.records:
-            if ran.by == "data" and step.before(ran) > ran.free:
-                yield ran.start - step.before(ran)
-
-
-def _rates(tasks: list[_Timed], cost: CostModel) -> Iterable[float]:
-    """GB/s at which weights that lay in the ring were consumed."""
-    for task in tasks:
-        own = task.consume - task.chunks * cost.chunk_us
-        if own > 0 and task.waited <= PATIENT * task.consume:
-            yield task.bytes / own / 1e3
-
-
-def _row_ops(tasks: list[_Timed], before: float, after: float) -> Iterable[float]:
-    """Arithmetic of tasks that stream nothing, without what lies `before` (unless they look) and `after` it."""
-    for task in tasks:
-        if not task.chunks and task.blocks is None:
-            yield task.work - after - (0.0 if task.looks else before)
-
-
-def _kv_blocks(tasks: list[_Timed], before: float, after: float, gbps: float) -> Iterable[float]:
-    """What a block of the cache takes beside the reading of its bytes, where there are enough to share all else."""
-    for task in tasks:
-        if task.blocks is not None and task.blocks >= MANY_BLOCKS:
-            around = after + (0.0 if task.looks else before)
-            yield (task.work - around - task.kv_bytes / (gbps * 1e3)) / task.blocks
+def _work(names: tuple[str, ...], samples: dict[tuple, list[Sample]], cost: CostModel) -> list[Fit]:
+    """Constants that the times of `samples` are sums of; one that none of them has is left out."""
+    known = [getattr(cost, name) for name in names]
+    values = fitted(list(samples.values()), known)
+    flat = np.array([(*one.counts, one.us) for group in samples.values() for one in group]).reshape(-1, len(names) + 1)
+    found = []
+    for n, name in enumerate(names):
+        own = flat[flat[:, n] > 0]
+        if len(own) < FEW:
+            continue
+        alone = values[n] + (own[:, -1] - own[:, :-1] @ values) / own[:, n]
+        low, high = (float(v) for v in np.percentile(alone, (25, 75)))
+        found.append(Fit(name, float(values[n]), low, high, len(own)))
+    return found
 
 
 def _same(name: str, cost: CostModel) -> Fit:
@@ -161,3 +192,18 @@ def _median(name: str, samples: Iterable[float]) -> Fit | None:
         return None
     low, middle, high = (float(v) for v in np.percentile(values, (25, 50, 75)))
     return Fit(name, max(LEAST_US, middle), low, high, len(values))
+
+
+def _mean(name: str, samples: Iterable[tuple[float, float]]) -> Fit | None:
+    """Of (microseconds, those of the token)."""
+    values = np.array(list(samples)).reshape(-1, 2)
+    found = _median(name, values[:, 0])
+    if found is None:
+        return None
+    return Fit(
+        name,
+        max(LEAST_US, float(np.average(values[:, 0], weights=1 / values[:, 1]))),
+        found.low,
+        found.high,
+        found.samples,
+    )

@@ -81,7 +81,7 @@ class _Links:
             ran = self.records[n]
             task = self.templates[ran.stage].groups[ran.group].tasks[ran.task]
             event, values = self._event(ran, task), self._values(ran, task)
-            if self._looked_for(ran, values):
+            if self._looked_for(ran, values, behind):
                 ran.start, ran.after, ran.by = ran.ready, values[1], "data"
             elif event[1] >= 0 and self._waited_for(ran, event[0]):
                 ran.after, ran.by = event[1], "event"
@@ -89,12 +89,13 @@ class _Links:
                 ran.after = behind.get(ran.sm, -1)
             behind[ran.sm] = n
 
-    def _looked_for(self, ran: Ran, values: tuple[float, int]) -> bool:
-        """Whether a task waited for its values: had they been there, it would have seen them earlier, as the simulation
-        reckons. It did not where it had seen all it needed before: an attention's part without positions reads nothing.
+    def _looked_for(self, ran: Ran, values: tuple[float, int], behind: dict[int, int]) -> bool:
+        """Whether a task waited for its values: they came after its SM had stored those of the task before, as the
+        simulation reckons. It did not where it had seen all it needed before: an attention's part without positions
+        reads nothing.
         """
-        at_once = ran.free + self.cost.start_us + self.cost.activation_us
-        return at_once < values[0] + self.cost.data_hop_us and values[0] < ran.ready
+        own = self.records[behind[ran.sm]].stored if ran.sm in behind else -np.inf
+        return own <= values[0] < ran.ready
 
     def _waited_for(self, ran: Ran, signalled: float) -> bool:
         """Whether a task's start was the event's doing: it came when the SM was free, or was on its way then."""

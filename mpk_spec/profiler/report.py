@@ -137,7 +137,7 @@ def _critical(steps: list[Simulation], predicted: Simulation) -> list[Critical]:
 
 def page(profile: Profile) -> str:
     """The report for people."""
-    return "\n\n".join([_head(profile), _phases(profile), _path(profile)])
+    return "\n\n".join([_head(profile), _phases(profile), path(profile)])
 
 
 def page_of_ranks(profiles: list[Profile], clocks: Clocks, sums: Sums) -> str:
@@ -194,7 +194,8 @@ def _phases(profile: Profile) -> str:
     return title + "\n" + table(headers, rows, frozenset({"stage", "operator"}))
 
 
-def _path(profile: Profile) -> str:
+def path(profile: Profile) -> str:
+    """The critical path, operator by operator, beside the prediction."""
     rows = []
     for c in profile.critical:
         apart = f"{100 * (c.us / c.predicted_us - 1):+.0f} %" if c.predicted_us else "-"

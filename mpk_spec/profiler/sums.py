@@ -14,7 +14,7 @@ from statistics import fmean
 
 import numpy as np
 
-from mpk_spec.planner.cost import CostModel
+from mpk_spec.planner.cost import look_us
 from mpk_spec.planner.plan import Step
 from mpk_spec.planner.report import table
 from mpk_spec.planner.simulate import Simulation, simulate
@@ -61,8 +61,9 @@ class Sums:
         }  # fmt: skip
 
 
-def sums_of(ranks: list[Times], step: Step, cost: CostModel, predicted_us: float) -> Sums:
-    """`ranks`: by one clock, at least two steps. Of `cost`, the hops between SMs of one GPU."""
+def sums_of(ranks: list[Times], predicted: Simulation, predicted_us: float) -> Sums:
+    """`ranks`: by one clock, at least two steps. Of the prediction's constants, the hops between SMs of one GPU."""
+    step = predicted.step
     layers = len({stage.layer for stage in step.stages} - {None})
     longer = _longer(ranks, step)
     found: dict[str, list[Exchange]] = {}
@@ -71,7 +72,7 @@ def sums_of(ranks: list[Times], step: Step, cost: CostModel, predicted_us: float
     rows = []
     for name, ones in found.items():
         adds = all(node.op != "argmax_reduce" for node in _group(step, ones[0]).nodes)
-        means = np.array([_cost(ranks, step, one, cost, longer) for one in ones]).mean(0).tolist()
+        means = np.array([_cost(ranks, predicted, one, longer) for one in ones]).mean(0).tolist()
         rows.append(Sum(name, len(ones), adds, ones[0].data, *means))
     return Sums(tuple(rows), layers, predicted_us)
 
@@ -91,12 +92,13 @@ def _longer(ranks: list[Times], step: Step) -> float:
     return max(0.0, float(np.median(both[True]) - np.median(both[False]))) if all(both.values()) else 0.0
 
 
-def _cost(ranks: list[Times], step: Step, one: Exchange, cost: CostModel, longer: float) -> tuple[float, ...]:
+def _cost(ranks: list[Times], predicted: Simulation, one: Exchange, longer: float) -> tuple[float, ...]:
     """(later, way, signal, waited, beyond), means over ranks, tokens and SMs."""
     sms, places = (list(x) for x in zip(*one.seen, strict=True))
     longer = 0.0 if one.data else longer
-    at_once = cost.start_us + cost.activation_us if one.data else 0.0  # from being asked, were all parts there
-    hop = cost.data_hop_us if one.data else cost.hop_us - longer
+    step, group = predicted.step, _group(predicted.step, one)
+    look = look_us(predicted.plan, group, group.tasks[0], predicted.cost, predicted.context)
+    at_once, hop = (look, look) if one.data else (0.0, predicted.cost.hop_us - longer)  # asked when all parts are there
     rows = []
     for number in range(1, ranks[0].asked.shape[0]):
         own = [one.last_sent(times, number) for times in ranks]

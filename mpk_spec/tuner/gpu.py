@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError, VerdictFailed
+from mpk_spec.planner.kv_splits import FUSED_SPLITS
 from mpk_spec.tuner.journal import Measurement, NotJudged
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class GpuMeasurer:
 
         self._open_first()
         is_first = plan.key == self.baseline.key
-        if kv_splits(plan) != kv_splits(self.baseline):
+        if sum_orders(plan) != sum_orders(self.baseline):
             self._open_truth()
         backend = self.first if is_first else self.opened(plan, self.first)
         try:
@@ -117,7 +118,7 @@ class GpuMeasurer:
         found = self._logits(backend)
         if all(torch.equal(a, b) for a, b in zip(found, self.expected, strict=True)):
             return True, "same bits"
-        if kv_splits(backend.plan) == kv_splits(self.baseline):
+        if sum_orders(backend.plan) == sum_orders(self.baseline):
             worst = max((a - b).abs().max().item() for a, b in zip(found, self.expected, strict=True))
             return False, f"logits differ from the plan's without rules by up to {worst:.3g}, and should not"
         return self._against_truth(found)
@@ -145,6 +146,8 @@ class GpuMeasurer:
         return False, f"too far from the truth: {'; '.join(wrong) or 'logits are no numbers'}"
 
 
-def kv_splits(plan: Plan) -> dict[str, int]:
-    """By group: what decides the order of attention's sums."""
-    return {g.name: g.kv_splits for t in plan.steps["decode"].templates for g in t.groups if g.task == "attention"}
+def sum_orders(plan: Plan) -> dict[str, tuple[int, str | None]]:
+    """By group: what decides the order of attention's sums. Few splits are merged alike by readers and by tasks."""
+    groups = [g for t in plan.steps["decode"].templates for g in t.groups if g.task == "attention"]
+    merge = {g.name: plan.schedule[g.name].get("kv_merge") for g in groups if g.kv_splits > FUSED_SPLITS}
+    return {g.name: (g.kv_splits, merge.get(g.name)) for g in groups}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Rules = dict[str, dict[str, Any]]  # settings by group, as under a schedule rule's `set`
 KV_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+KV_MERGE = ("auto", "fused", "apart")
 KIB = 1024
 WHOLE_KERNEL: dict[str, tuple[Any, ...]] = {
     "in_flight": tuple(n * KIB for n in (32, 48, 64)),
@@ -30,16 +31,19 @@ class Knob:
 
 
 def knobs(plan: Plan) -> list[Knob]:
-    """All of a plan for the GPU: limits of the loader, how values cross, grids of linears (most bytes first), splits.
+    """All of a plan for the GPU: limits of the loader, how values cross, grids of linears (most bytes first), splits
+    and who merges them.
 
-    Splits come last: to judge them takes the truth, which is the longest wait of a search.
+    These come last: to judge them takes the truth, which is the longest wait of a search.
     """
     groups = _groups(plan)
     attention = [g for g in groups if g.task == "attention"]
     linears = sorted((g for g in groups if g.task == "linear"), key=lambda g: -sum(t.load_bytes for t in g.tasks))
     found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in WHOLE_KERNEL.items()]
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
-    return found + [Knob(g.name, "kv_splits", tuple({"kv_splits": n} for n in KV_SPLITS)) for g in attention]
+    for key, values in (("kv_splits", KV_SPLITS), ("kv_merge", KV_MERGE)):
+        found += [Knob(g.name, key, tuple({key: n} for n in values)) for g in attention]
+    return found
 
 
 def _groups(plan: Plan) -> list[Group]:

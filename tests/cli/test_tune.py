@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+from profiler.synthetic import times_of
 
 from mpk_spec import errors
 from mpk_spec.cli.main import main
+from mpk_spec.cli.tune import fit_constants
 from mpk_spec.planner import plan
+from mpk_spec.planner.cost import calibration_file, cost_model, read_calibration
+from mpk_spec.planner.simulate import simulate
 from mpk_spec.planner.targets import find_target
+from mpk_spec.profiler.clock import common_clock
 from mpk_spec.schema import load_spec
 from mpk_spec.tuner import gpu
 from mpk_spec.tuner.journal import Measurement
@@ -124,3 +130,20 @@ def test_the_spec_itself_is_not_overwritten(machine, capsys, tmp_path):
     before = path.read_text()
     assert main([*ASK, "-o", str(path)]) == errors.EXIT_BAD_INPUT
     assert "is the spec itself" in capsys.readouterr().err and path.read_text() == before
+
+
+def test_calibration_says_what_it_predicted_and_what_it_predicts_now(tmp_path, monkeypatch, capsys):
+    """Of a GPU whose hops take twice as long as the constants say."""
+    monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
+    made = plan(load_spec("qwen3"), size="0.6b", target="h100", context=256, verified=False)
+    slow = {f"{kind}_hop_us": 2.5 for kind in ("data", "norm", "merge", "attend")}
+    true = simulate(made, context=128, cost=cost_model("h100", slow))
+    recorded = (SimpleNamespace(plan=made), [common_clock(times_of(true))], simulate(made, context=128))
+    monkeypatch.setattr("mpk_spec.cli.profile.recorded", lambda *asked: recorded)
+    fit_constants("qwen3", "0.6b", None, 128, 2, None, False)
+    said = capsys.readouterr().out
+    measured, before, now = (float(x) for x in re.findall(r"(\d+\.\d{4}) ms", said))
+    assert measured > 1.1 * before and now == pytest.approx(measured, rel=0.02)
+    assert re.search(r"^norm_hop_us +1\.550 +2\.\d+ ", said, re.MULTILINE)
+    assert re.search(r"^down_add .* \+?-?[012] %$", said, re.MULTILINE)  # nothing marked as differing
+    assert str(calibration_file("h100")) in said and read_calibration("h100")["norm_hop_us"] > 2

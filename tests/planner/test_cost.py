@@ -7,9 +7,12 @@ import pytest
 import shapes
 
 from mpk_spec.errors import UserError
+from mpk_spec.planner import plan as plan_of
 from mpk_spec.planner.cost import CostModel, calibration_file, cost_model, kv_of, read_calibration, task_cost
 from mpk_spec.planner.plan import Node, Weight
 from mpk_spec.planner.targets import TARGETS
+from mpk_spec.planner.task_shape import Loop, looks_of, loop_of
+from mpk_spec.schema import load_spec
 
 
 def group(plan, name):
@@ -94,15 +97,62 @@ def test_every_sequence_of_a_batch_has_its_own_cache():
 def test_a_linear_streams_its_weights():
     plan = shapes.make()
     found = cost_of(plan, "gate_up")
-    assert found.weight_bytes == found.stream_bytes == group(plan, "gate_up").tasks[0].load_bytes
+    assert found.weight_bytes == group(plan, "gate_up").tasks[0].load_bytes
     assert found.kv_bytes == 0
 
 
-def test_attention_fetches_what_no_loader_streams():
-    plan = shapes.make()
-    ahead, late = cost_of(plan, "attend"), cost_of(plan, "attend", kv_ahead=False)
-    assert ahead.stream_bytes == ahead.kv_bytes == late.kv_bytes > 0
-    assert late.stream_bytes == 0 and late.fetch_us > 2 * cost_model("h100").kv_trip_us
+def test_attention_takes_its_blocks_one_after_another():
+    plan = shapes.make(context=512)
+    cost = cost_model("h100")
+    two, three = cost_of(plan, "attend", context=500), cost_of(plan, "attend", context=510, kv_block_us=3.0)
+    assert two.compute_us == pytest.approx(cost.attend_us + 2 * cost.kv_block_us) and two.weight_bytes == 0
+    assert three.compute_us == pytest.approx(cost.attend_us + 6.0)
+    slow = cost_of(plan, "attend", context=500, kv_gbps=10.0)
+    assert slow.compute_us == pytest.approx(cost.attend_us + slow.kv_bytes / 10e3)
+    idle = cost_of(plan, "attend", index=3, context=100)  # two blocks, four workers
+    assert idle.compute_us == 0
+
+
+def test_all_readers_of_the_cache_share_the_memory():
+    plan = shapes.make(context=512)
+    full, cost = cost_of(plan, "attend", context=500, stream_gbps=500.0), cost_model("h100")
+    assert full.compute_us == pytest.approx(cost.attend_us + full.kv_bytes / (500e3 / len(group(plan, "attend").tasks)))
+
+
+def test_the_block_of_the_new_position_counts_before_anything_is_cached_of_it():
+    plan = shapes.make(context=512)
+    step, tasks = plan.steps["decode"], group(plan, "attend").tasks
+    found = [kv_of(plan, step, t, None, 128) for t in tasks[:4]]
+    assert [blocks for blocks, _ in found] == [1, 1, 1, 0]
+    assert [size for _, size in found] == [64 * 128 * 2 * 2] * 2 + [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        ("qkv", Loop(12, 3, 0)),  # 5 or 6 tiles of 4 chunks of K: three pairs of each
+        ("gate_up", Loop(48, 9, 2)),  # 24 tiles, three blocks
+        ("down", Loop(24, 11, 0)),  # 4 tiles of 12 chunks
+        ("attend", Loop(0, 0, 0)),
+    ],
+)
+def test_turns_through_the_inner_loop(name, loop):
+    made = plan_of(load_spec("qwen3"), size="8b", target="h100", context=512, verified=False)
+    found = next(g for t in made.steps["decode"].templates for g in t.groups if g.name.removesuffix("_add") == name)
+    assert loop_of(made, found, max(found.tasks, key=lambda t: t.load_chunks)) == loop
+
+
+def test_an_odd_tile_is_a_pair_of_its_own():
+    made = plan_of(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
+    found = next(g for g in made.steps["decode"].templates[0].groups if g.name == "qkv")
+    assert {t.load_chunks: loop_of(made, found, t) for t in found.tasks} == {3: Loop(2, 0, 0), 4: Loop(2, 0, 0)}
+
+
+def test_what_is_made_of_values_that_are_looked_at():
+    made = plan_of(load_spec("qwen3"), size="8b", target="h100", context=512, verified=False)
+    found = {g.name: looks_of(g) for t in made.steps["decode"].templates for g in t.groups}
+    assert found["qkv"] == found["gate_up"] == "norm" and found["attend"] == "attend"
+    assert found["o_add"] == "merge" and found["down_add"] == found["next_ids"] == "plain"
 
 
 def test_a_wide_input_takes_longer():

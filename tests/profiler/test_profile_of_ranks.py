@@ -13,7 +13,7 @@ from tiny_specs import child, spec_of
 from mpk_spec.cli.profile import judged
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
-from mpk_spec.planner.cost import cost_model
+from mpk_spec.planner.cost import cost_model, look_us
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.profiler.chrome import AFTER_US, BEFORE_US, SIGNALS, WORK, chrome_trace, cut, process, write_trace
 from mpk_spec.profiler.clock import common_clock
@@ -96,15 +96,21 @@ def test_ranks_that_exchange_nothing_have_no_common_clock():
         align([times(alone)] * 2, alone.step)
 
 
+def look_of(simulation, name):
+    group = next(g for t in simulation.step.templates[1:] for g in t.groups if g.name == name)
+    return look_us(simulation.plan, group, group.tasks[0], COST, 128)
+
+
 def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike, crossing):
     moved, _ = align(alike, simulation.step)
-    sums = sums_of(moved, simulation.step, COST, 0.0)
+    sums = sums_of(moved, simulation, 0.0)
     assert [row.name for row in sums.rows] == ["gate_up", "qkv", "head", "next_ids"]
     assert [row.in_layers for row in sums.rows] == [True, True, True, False]
     assert [row.data for row in sums.rows] == [crossing == "data", crossing == "data", False, crossing == "data"]
     for row in sums.rows:
         assert row.later == pytest.approx(0.0, abs=0.02) and row.signal == pytest.approx(0.0, abs=0.02)
-        assert row.way == pytest.approx(COST.peer_data_hop_us if row.data else COST.peer_hop_us, abs=0.05)
+        look = look_of(simulation, row.name)
+        assert row.way == pytest.approx(COST.peer_us + look if row.data else COST.peer_hop_us, abs=0.05)
         assert 0 <= row.beyond <= row.waited <= COST.peer_hop_us - COST.hop_us + 0.05
     assert sums.of_a_layer("waited") > COST.peer_hop_us - COST.hop_us  # two a layer
     assert sums.of_a_layer("beyond") == pytest.approx(
@@ -113,13 +119,13 @@ def test_a_sum_waits_for_the_way_between_the_ranks(simulation, alike, crossing):
 
 
 def test_what_is_waited_for_weights_all_the_same_is_hidden(simulation, alike):
-    step, moved = simulation.step, align(alike, simulation.step)[0]
-    sums = sums_of(moved, step, COST, 0.0)
+    moved = align(alike, simulation.step)[0]
+    sums = sums_of(moved, simulation, 0.0)
     starved = [replace(t, waited=t.waited + 50.0) for t in moved]
     fed = [replace(t, waited=t.waited * 0.0) for t in moved]
-    assert all(row.beyond == 0.0 for row in sums_of(starved, step, COST, 0.0).rows)
-    assert all(row.beyond == row.waited for row in sums_of(fed, step, COST, 0.0).rows)
-    assert [r.waited for r in sums_of(fed, step, COST, 0.0).rows] == [r.waited for r in sums.rows]
+    assert all(row.beyond == 0.0 for row in sums_of(starved, simulation, 0.0).rows)
+    assert all(row.beyond == row.waited for row in sums_of(fed, simulation, 0.0).rows)
+    assert [r.waited for r in sums_of(fed, simulation, 0.0).rows] == [r.waited for r in sums.rows]
 
 
 def test_a_slow_peer_shows_as_later(made, simulation):
@@ -135,7 +141,7 @@ def test_a_slow_peer_shows_as_later(made, simulation):
     for e in waits.values():
         for sm, place in e.seen:
             arrived["seen" if e.data else "ready"][:, sm, e.stage, place] += 3.0
-    sums = sums_of([replace(fast, **arrived), replace(fast, **arrived, **late)], simulation.step, COST, 0.0)
+    sums = sums_of([replace(fast, **arrived), replace(fast, **arrived, **late)], simulation, 0.0)
     row = next(r for r in sums.rows if r.name == "gate_up")
     assert row.later == pytest.approx(1.5, abs=0.02)  # of the two ranks, one waits 3 us for the other
     assert row.waited > 1.0

@@ -12,7 +12,7 @@ from profiler.synthetic import times_of
 
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
-from mpk_spec.planner.cost import cost_model
+from mpk_spec.planner.cost import cost_model, look_us
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.profiler.chrome import chrome_trace
 from mpk_spec.profiler.clock import PHASES, common_clock
@@ -80,7 +80,7 @@ def test_a_measured_step_is_what_was_simulated(simulation, times):
 
 
 def test_the_path_follows_the_last_signal(simulation):
-    """One task of a middle stage takes 50 us longer on every clock: the path goes through it."""
+    """One task of a middle stage takes 60 us longer on every clock, more than is left of the step: it ends with it."""
     raw = times_of(simulation, steps=2)
     late = 60_000 * 1755 // 1000
     step = simulation.step
@@ -90,11 +90,11 @@ def test_the_path_follows_the_last_signal(simulation):
     name = step.templates[1].groups[group].name
     before = measured_steps(common_clock(times_of(simulation, steps=2)), simulation)[0].critical[name, "work"]
     after = measured_steps(common_clock(raw), simulation)[0]
-    assert after.critical[name, "work"] > before + 40
+    assert after.critical[name, "work"] > before + 30
 
 
-@pytest.mark.parametrize(("name", "later_us", "hop_us"), [("stored", 0.7, 1.5), ("signalled", 50.0, 2.2)])
-def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation, name, later_us, hop_us):
+@pytest.mark.parametrize(("name", "later_us", "sooner_us"), [("stored", 0.7, 0.7), ("signalled", 50.0, 0.0)])
+def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation, name, later_us, sooner_us):
     raw = times_of(simulation, steps=2)
     late, sm, place = _place(simulation, "attend", 1)
     raw[name][:, sm, 1, place] += int(later_us * 1755)
@@ -102,7 +102,9 @@ def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation
     looked = {step.group_of(r).name for r in step.records if r.stage == 1 and r.by == "data"}
     assert looked >= {"attend", "o_add", "gate_up", "down_add"}
     ran = next(r for r in step.records if (r.stage, step.group_of(r).name, r.task) == (1, "o_add", 0))
-    assert ran.by == "data" and ran.start - step.before(ran) == pytest.approx(hop_us, abs=0.1)
+    group = step.group_of(ran)
+    look = look_us(step.plan, group, group.tasks[0], step.cost, step.context)
+    assert ran.by == "data" and ran.start - step.before(ran) == pytest.approx(look - sooner_us, abs=0.1)
     cause = step.records[ran.after]
     assert cause.group == late
     if name == "stored":

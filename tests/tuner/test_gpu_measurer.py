@@ -10,9 +10,12 @@ import torch
 from fake_measurer import planned
 
 from mpk_spec.errors import UserError, VerdictFailed
+from mpk_spec.planner import plan
+from mpk_spec.schema import load_spec
 from mpk_spec.testing.metrics import Metrics, Verdict
-from mpk_spec.tuner.gpu import GpuMeasurer, kv_splits
+from mpk_spec.tuner.gpu import GpuMeasurer, sum_orders
 from mpk_spec.tuner.journal import NotJudged
+from mpk_spec.tuner.space import with_rules
 
 VOCAB = 515
 
@@ -95,13 +98,24 @@ def test_other_bits_are_wrong_where_sums_keep_their_order():
 
 
 def test_splits_may_differ_as_far_as_compare_allows():
-    assert kv_splits(planned(SPLITS)) != kv_splits(planned({}))
+    assert sum_orders(planned(SPLITS)) != sum_orders(planned({}))
     measured = measurer(wrong=1e-3)[0].measure(planned(SPLITS))
     assert measured.right and measured.output == "as near the truth as compare asks"
     measured = measurer(wrong=0.1)[0].measure(planned(SPLITS))
     assert not measured.right and measured.output == "too far from the truth: max logit error 0.1, at most 0.0147"
     assert not measurer(wrong=float("nan"))[0].measure(planned(SPLITS)).right
     assert not measurer(wrong=float("nan"))[0].measure(planned(LOADER)).right
+
+
+@pytest.mark.parametrize(("splits", "same"), [(3, True), (6, False)])
+def test_who_merges_decides_the_order_of_many_splits_only(splits, same):
+    """Readers merge four at a time, tasks of their own all at once."""
+    fused, apart = (
+        plan(with_rules(load_spec("qwen3"), {"attend": {"kv_splits": splits, "kv_merge": how}}), size="tiny",
+             target="h100", context=512, verified=False)
+        for how in ("fused", "apart")
+    )  # fmt: skip
+    assert (sum_orders(fused) == sum_orders(apart)) == same
 
 
 def test_no_truth_no_judgement_and_it_is_asked_once():

@@ -22,7 +22,8 @@ def path(tmp_path):
 
 def test_the_knobs_of_a_plan():
     found = {(k.group, k.name): k.choices for k in knobs(planned({}))}
-    assert {name for _, name in found} == {"kv_splits", "grid", "in_flight", "prefetch", "crossing"}
+    assert {name for _, name in found} == {"kv_splits", "kv_merge", "grid", "in_flight", "prefetch", "crossing"}
+    assert found["attend", "kv_merge"] == tuple({"kv_merge": how} for how in ("auto", "fused", "apart"))
     assert found["*", "crossing"] == ({"crossing": "event"}, {"crossing": "data"})
     assert {g for g, name in found if name == "grid"} == {"qkv", "o_add", "gate_up", "down_add", "head"}
     assert [c["prefetch"] for c in found["*", "prefetch"]] == [0, 65536, 131072, 262144]
@@ -50,6 +51,16 @@ def test_it_finds_the_best_of_each_knob(path):
         for s in said
     )
     assert run.confirm(best).is_real
+
+
+def test_who_merges_is_found_for_the_splits_that_are_best(path):
+    """The planner has the readers merge three splits; here tasks of their own do it faster."""
+    apart = lambda p: any(g.task == "attention_merge" for t in p.steps["decode"].templates for g in t.groups)  # noqa: E731
+    assert not apart(planned({"attend": {"kv_splits": 3}}))
+    measurer = FakeMeasurer(ms=lambda p: milliseconds(p) - 0.3 * apart(p))
+    best = search(measurer, path)[0].run()
+    assert best.rules == {**BEST, "attend": {"kv_splits": 3, "kv_merge": "apart"}} and apart(best.plan)
+    assert shown(best.rules) == "prefetch 262144, attend kv_splits 3, attend kv_merge apart"
 
 
 def test_refused_candidates_are_said_once_and_never_measured(path):
