@@ -19,8 +19,6 @@ from mpk_spec.planner.plan import Step
 from mpk_spec.profiler.clock import Times
 
 READING_US = 0.25  # how far clocks are read beside what they time: so much came out where two ranks shared a GPU
-    0.05  # a clock is read that much beside what it times: values are marked as stored a few instructions later
-)
 
 
 @dataclass(frozen=True)
