@@ -80,17 +80,17 @@ def test_a_measured_step_is_what_was_simulated(simulation, times):
 
 
 def test_the_path_follows_the_last_signal(simulation):
-    """One task of a middle stage takes 60 us longer on every clock, more than is left of the step: it ends with it."""
+    """One task of a middle stage takes 50 us longer in the second step, more than is left of it: it ends with it."""
     raw = times_of(simulation, steps=2)
-    late = 60_000 * 1755 // 1000
+    late = 50_000 * 1755 // 1000
     step = simulation.step
     sm, group = next((sm, q[0][0]) for sm, q in enumerate(step.templates[1].queues) if q)
     for name in ("stored", "signalled"):
-        raw[name][:, sm, 1, 0] += late
+        raw[name][1:, sm, 1, 0] += late
     name = step.templates[1].groups[group].name
     before = measured_steps(common_clock(times_of(simulation, steps=2)), simulation)[0].critical[name, "work"]
     after = measured_steps(common_clock(raw), simulation)[0]
-    assert after.critical[name, "work"] > before + 30
+    assert after.critical[name, "work"] > before + 40
 
 
 @pytest.mark.parametrize(("name", "later_us", "sooner_us"), [("stored", 0.7, 0.7), ("signalled", 50.0, 0.0)])
