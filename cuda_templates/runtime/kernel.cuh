@@ -24,7 +24,7 @@ __device__ void set_up(const Params& params, Shared& shared) {
       ptx::barrier_init(&shared.taken[i], 2);
     }
     ptx::fence_barrier_init();
-    shared.stop = shared.abort = shared.host_stop = 0;
+    shared.stop = shared.abort = shared.host_stop = shared.looking = 0;
     for (News& news : shared.news) news = {};
     shared.watched = {};
   }

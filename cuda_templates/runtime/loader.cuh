@@ -89,6 +89,17 @@ struct Scout {
   }
 };
 
+// Whether the next copy has to wait for one of the `issued` before it. Values that workers look for come through the same
+// queues as weights, so there are fewer of these under way until the workers have seen them. Lanes may differ for a moment.
+__device__ __forceinline__ bool too_many_in_flight(Shared& shared, u32 issued) {
+  u32 most = copies_in_flight;
+  if constexpr (copies_while_looking < copies_in_flight)
+    if (ptx::load_shared_flag(&shared.looking)) most = copies_while_looking;
+  if (issued < most) return false;
+  const u32 oldest = issued - most;
+  return !ptx::barrier_test(&shared.full[oldest % ring_slots], oldest / ring_slots % 2);
+}
+
 // Run by one warp.
 __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 lane) {
   const plan::Program& program = shared.program;
@@ -105,11 +116,8 @@ __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 l
       scout.look(cursor, __all_sync(all_lanes, landed), lane);
     }
     if (!__all_sync(all_lanes, going)) break;
-    if (issued >= copies_in_flight) {
-      const u32 oldest = issued - copies_in_flight;
-      u64* bar = &shared.full[oldest % ring_slots];
-      while (!ptx::barrier_try(bar, oldest / ring_slots % 2)) {}  // a copy that was issued always lands
-    }
+    while (too_many_in_flight(shared, issued)) {}  // a copy that was issued always lands
+    __syncwarp();
     probe::pause(params, probe::loading, issued);
     ptx::copy_to_shared(ring + slot * plan::slot_bytes, cursor.from, cursor.bytes, &shared.full[slot], lane);
     ++issued;

@@ -47,6 +47,7 @@ struct Shared : probe::Recorder {
   Step step[2];
   News news[step_slots];  // by step, from the task that samples to the warp that signals, which is a few tasks behind
   u32 stop;  // the loader may leave
+  u32 looking;  // the workers look for values, which weights would hold up: see run_loader
   u32 abort;
   u32 host_stop;
   Watched watched;
@@ -65,6 +66,7 @@ constexpr u32 scratch_bytes = activation_bytes + partial_bytes;
 constexpr u32 room_for_ring = plan::shared_limit - scratch_bytes - sizeof(Shared);
 constexpr u32 ring_slots = min_of<u32>(plan::ring_slots, room_for_ring / plan::slot_bytes);
 constexpr u32 copies_in_flight = min_of<u32>(plan::copies_in_flight, ring_slots);
+constexpr u32 copies_while_looking = min_of<u32>(plan::copies_while_looking, copies_in_flight);
 constexpr u32 ring_bytes = ring_slots * plan::slot_bytes;
 constexpr u32 shared_bytes = ring_bytes + scratch_bytes + sizeof(Shared);
 static_assert(plan::slot_bytes % 128 == 0, "ring slots are aligned to 128 bytes");
@@ -144,13 +146,21 @@ struct Worker : Progress {
 
   // After the barrier at which all threads had seen the task's inputs.
   __device__ __forceinline__ void mark_seen() const {
-    if (thread == 0) shared.mark_seen();
+    if (thread != 0) return;
+    shared.mark_seen();
+    say_looking(false);
+  }
+  __device__ __forceinline__ void say_looking(bool looking) const {
+    if constexpr (copies_while_looking < copies_in_flight) ptx::store_shared_flag(&shared.looking, looking);
   }
 
   // The events of the next task (or the next step's descriptor) have arrived.
   __device__ __forceinline__ void wait_ready() {
     wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);
-    if (thread == 0) shared.mark_ready(taken % ready_depth);
+    if (thread == 0) {
+      shared.mark_ready(taken % ready_depth);
+      say_looking(true);
+    }
     probe::pause(params, probe::working, taken);
   }
   // Every worker has read what the scheduler left; to be called once per wait_ready, after a barrier.

@@ -7,7 +7,8 @@
 // same features of all positions. None of it depends on the chunk that a row came in.
 //
 // Shared memory (the scratch): queries, new K and V bf16, weights, the warps' sums. Registers: at most 168. What does not
-// depend on this step (K and V of the first block, gains, rotations) is asked for before the event.
+// depend on this step (K and V of the first block, gains, rotations) is asked for before the event, and each block is brought to
+// L2 while the one before it is loaded: earlier, and it takes memory from what is needed first.
 #pragma once
 #include "tasks/heads.cuh"
 
@@ -82,9 +83,11 @@ struct Attention {
     for (int row = 0; row < queries; row += rows) {
       const int used = min_of(rows, queries - row);
       Cached cached{};  // initialised on every path, or the registers would count as in use in all other tasks too
-      const u8* from = idle ? nullptr : cached_page(w, head, worker);
-      if (!idle) prefetch_block(w, from, worker * block);
-      turn_vectors(w, s, head, worker, row, used, from, cached);
+      if (!idle) {
+        prefetch_block(w, head, worker);
+        prefetch_block(w, head, worker + Shape::splits);
+      }
+      turn_vectors(w, s, head, worker, row, used, idle, cached);
       w.sync();
       if (row == 0) w.release_ready();
       if (idle) break;
@@ -115,12 +118,13 @@ struct Attention {
     load_keys(w, from, first_position, first_new, cached);
     load_values(w, from, first_position, first_new, cached);
   }
-  // The same into L2, a line to a lane.
-  static __device__ __forceinline__ void prefetch_block(const Worker& w, const u8* from, int first_position) {
+  // What is cached of a block into L2, a line to a lane.
+  static __device__ __forceinline__ void prefetch_block(const Worker& w, int head, int index) {
+    if (index * block >= static_cast<int>(w.position)) return;
     constexpr u32 lines = positions * dim * 2 / 128;  // of a warp's keys, and of its values
     const u32 line = w.lane % lines, rows = w.warp * positions;
-    const int first = first_position + static_cast<int>(rows + line * 128 / (dim * 2));
-    const u8* at = from + (w.lane / lines * block + rows) * dim * 2 + line * 128;
+    const int first = index * block + static_cast<int>(rows + line * 128 / (dim * 2));
+    const u8* at = cached_page(w, head, index) + (w.lane / lines * block + rows) * dim * 2 + line * 128;
     if (w.lane < 2 * lines && first < static_cast<int>(w.position)) ptx::prefetch_line(at);
   }
   static __device__ __forceinline__ void load_keys(
@@ -163,13 +167,12 @@ struct Attention {
   // --- this step's queries, keys and values, a vector to a warp
 
   // The pass's queries go to shared memory; in the first pass also new keys and values of the blocks that this worker owns,
-  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for; what
-  // is cached at `cached_from` (none: the task is idle) is on its way to L2, and loaded behind this step's own values: a dozen
-  // loads before them would keep them back.
+  // which go to the cache too. The first pass waits for the event, once all that does not depend on it has been asked for: the
+  // first block of what is cached, too, unless the task is idle.
   static __device__ __forceinline__ void turn_vectors(
-      Worker& w, Scratch& s, int head, int worker, int first_row, int used, const u8* cached_from, Cached& cached) {
-    const int vectors = cached_from ? used + (first_row ? 0 : 2 * w.tokens) : 0;
-    bool waiting = first_row == 0, asked = false;
+      Worker& w, Scratch& s, int head, int worker, int first_row, int used, bool idle, Cached& cached) {
+    const int vectors = idle ? 0 : used + (first_row ? 0 : 2 * w.tokens);
+    bool waiting = first_row == 0, asked = idle;
     for (int i = w.warp; waiting || i < vectors || !asked; i += worker_warps) {
       const int row = first_row + i, token = i < used ? row / group : (i - used) / 2;
       const bool query = i < used, value = !query && (i - used) % 2;
@@ -182,6 +185,8 @@ struct Attention {
         const bool late = query && probe::planted(w.params, probe::late_position);
         Rotary::load(w, late ? min_of<int>(position + 1, w.params.context - 1) : position, angle);
       }
+      if (!asked) load_block(w, cached_page(w, head, worker), worker * block, w.position, cached);
+      asked = true;
       if (waiting) {
         w.wait_ready();
         waiting = false;
@@ -189,10 +194,8 @@ struct Attention {
       const u8* from = query ? Q::at(w, token, (head * group + row % group) * dim)
                              : (value ? V::at(w, token, head * dim) : K::at(w, token, head * dim));
       Fresh fresh{};
-      if (mine) Q::look(from + w.lane * per * 2, fresh);
-      if (!asked && cached_from) load_block(w, cached_from, worker * block, w.position, cached);
-      asked = true;
       if (!mine) continue;
+      Q::look(from + w.lane * per * 2, fresh);
       Q::settle(w, from + w.lane * per * 2, fresh);
       float x[per];
       widen(pairs_of(fresh), x);
@@ -251,6 +254,7 @@ struct Attention {
       weigh(w, s, index, sees, score, run);
       add_values(w, s, used, cached, run);
       if (more) load_values(w, from, next * block, w.position, cached);
+      prefetch_block(w, head, index + 2 * Shape::splits);
     }
     leave(w, s, used, run);
   }

@@ -22,8 +22,8 @@ struct AttentionMerge {
   static_assert(HeadDim % 4 == 0, "a thread's four features belong to one head");
 
   // Fills the panel too, and says so, where there is one token of few splits.
-  static __device__ __forceinline__ bool prepare(Worker& w, const Entry&, bool whole) {
-    const Panel panel{0, Heads * HeadDim};
+  static __device__ __forceinline__ bool prepare(Worker& w, const Entry&, const Panel& panel) {
+    const bool whole = panel.hi == Heads * HeadDim;
     const int live = seen(w, 0);
     if (!whole || w.tokens > 1 || live > few) return false;
     switch (live) {

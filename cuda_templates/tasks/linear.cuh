@@ -16,12 +16,13 @@
 
 namespace mpk {
 
-// The shape of a packed weight.
-template <int K, int Rows, int TileK>
+// The shape of a packed weight. MostTiles: of a task.
+template <int K, int Rows, int TileK, int MostTiles>
 struct Tiles {
   static constexpr int k = K, rows = Rows, tile_k = TileK;
   static constexpr int chunks = ceil_div(K, TileK);
   static constexpr int blocks_per_warp = ceil_div(TileK / 32, worker_warps);
+  static constexpr bool one_pair = MostTiles <= 2;
   static constexpr bool even = K % TileK == 0 && TileK % (32 * worker_warps) == 0;  // every warp has as many blocks
   static_assert(K % 32 == 0 && TileK % 32 == 0, "columns come in blocks of 32");
   static_assert(tile_rows * TileK * 2 <= plan::slot_bytes, "a chunk fits a slot of the ring");
@@ -139,10 +140,14 @@ struct Linear {
     return max_of<int>(1, (activation_bytes / tokens - 64) / 128 * 128 / (Shape::tile_k * 2));
   }
 
-  // The columns from `chunk` on take the place of those before, if that is where they end.
+  static __device__ __forceinline__ Panel panel_from(int chunk, int panel_chunks) {
+    return {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
+  }
+
+  // A chunk's columns take the place of others, together with those of the chunks that follow.
   static __device__ __forceinline__ void next_panel(const Worker& w, Panel& panel, int chunk, int panel_chunks) {
-    if (chunk % panel_chunks) return;
-    panel = {chunk * Shape::tile_k, min_of((chunk + panel_chunks) * Shape::tile_k, Shape::k)};
+    if (chunk * Shape::tile_k >= panel.lo && chunk * Shape::tile_k < panel.hi) return;
+    panel = panel_from(chunk, panel_chunks);
     w.sync();
     Prologue::fill(w, panel);
     w.sync();
@@ -209,9 +214,8 @@ struct Linear {
   };
 
   static __device__ __forceinline__ void run_one(Worker& w, const Entry& entry) {
-    constexpr bool whole = Panel::fits_one_token(Shape::k);
     const int lo = entry.lo, hi = entry.hi;  // once, not again after every barrier
-    Panel panel{0, Shape::k};
+    Panel panel = panel_from(0, panel_chunks_of(1));
     Pair pair{};
     // Weights that are there already are taken before the values are waited for.
     const int first = min_of(2, hi - lo);
@@ -220,20 +224,20 @@ struct Linear {
     Block block{lo, min_of(tiles_per_block, hi - lo)};
     typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
     Epilogue::load_early(w, block, early);
-    const bool filled = Prologue::prepare(w, entry, whole);
-    if constexpr (whole) {
-      if (!filled) Prologue::fill(w, panel);
-      w.sync();
-      w.mark_seen();
-    }
+    if (!Prologue::prepare(w, entry, panel)) Prologue::fill(w, panel);
+    w.sync();
+    w.mark_seen();
     typename Ending<Epilogue>::Kept kept{};
     while (true) {
-      one_token(w, block.tiles, hi - block.first - block.tiles, panel, pair, loaded);
+      if constexpr (Shape::one_pair)
+        one_pair(w, block.tiles, panel, pair, loaded);
+      else
+        one_token(w, block.tiles, hi - block.first - block.tiles, panel, pair, loaded);
       w.sync();
       Ending<Epilogue>::finish(w, block, early, kept);
       block.first += block.tiles;
       block.tiles = min_of(tiles_per_block, hi - block.first);
-      if (block.tiles <= 0) break;
+      if (Shape::one_pair || block.tiles <= 0) break;
       w.sync();
       Epilogue::load_early(w, block, early);
     }
@@ -241,21 +245,55 @@ struct Linear {
     if (w.lane == 0) w.shared.mark_waited(w.waits);
   }
 
+  // A task of one or two tiles: the chains stay in registers. `loaded`: whether the pair holds the first chunks.
+  static __device__ __forceinline__ void one_pair(Worker& w, int tiles, Panel& panel, Pair& pair, bool loaded) {
+    Chain even{}, odd{};
+    u32 a[per_warp][4] = {};
+#pragma unroll (Shape::chunks <= 4 ? Shape::chunks : 1)
+    for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
+      if constexpr (!Panel::fits_one_token(Shape::k)) next_panel(w, panel, chunk, panel_chunks_of(1));
+      load_activations(w, panel, chunk, a);
+      if (w.thread == 0) w.shared.mark_opened();
+      if (!loaded) {
+        w.wait_chunks(w.chunk_of_lane(tiles));
+        pair.load(w, chunk, tiles);
+      }
+      const bool looks = MPK_MOVES_REGISTERS && chunk + 1 < Shape::chunks;
+      loaded = multiply(w, chunk, a, pair, even, odd, looks ? Following{chunk + 1, tiles} : Following{0, 0});
+      if (w.thread == 0) w.shared.mark_used();
+    }
+    store_partials(w, even, odd, tiles, partials_of_lane(w));
+  }
+
+  // This warp's first partial sum of a block, of the row that this lane has.
+  static __device__ __forceinline__ float* partials_of_lane(const Worker& w) {
+    return w.partials() + w.warp * block_rows + w.lane / 4;
+  }
+  static __device__ __forceinline__ void store_partials(
+      const Worker& w, const Chain& even, const Chain& odd, int count, float* partial) {
+    if (w.lane % 4) return;
+    partial[0] = even.of[0] + odd.of[0];
+    if (count == 2) partial[tile_rows] = even.of[2] + odd.of[2];
+  }
+  static __device__ __forceinline__ void load_activations(const Worker& w, const Panel& panel, int chunk, u32 (&a)[per_warp][4]) {
+    const u32 row = operand(w, panel, chunk, 0);
+#pragma unroll
+    for (int j = 0; j < per_warp; ++j)
+      ptx::load_shared_16(a[j], row + j * worker_warps * 64, w.lane < 4 && Shape::has_block(w, chunk, j));
+  }
+
   // `loaded`: whether the pair holds the first chunks; then, those of the block that follows, of `rest` tiles with all that
   // come after. Between chunks the chains lie behind the partial sums.
   static __device__ __forceinline__ void one_token(
       Worker& w, int tiles, int rest, Panel& panel, Pair& pair, bool& loaded) {
-    float* partial = w.partials() + w.warp * block_rows + w.lane / 4;
+    float* partial = partials_of_lane(w);
     Chain* chains = reinterpret_cast<Chain*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 8 + w.lane / 4;
     static_assert(worker_warps * (block_rows * 4 + tiles_per_block * 8 * sizeof(Chain)) <= partial_bytes);
     u32 a[per_warp][4] = {};  // lanes of absent tokens keep zeros
 #pragma unroll 1
     for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
       if constexpr (!Panel::fits_one_token(Shape::k)) next_panel(w, panel, chunk, panel_chunks_of(1));
-      const u32 row = operand(w, panel, chunk, 0);
-#pragma unroll
-      for (int j = 0; j < per_warp; ++j)
-        ptx::load_shared_16(a[j], row + j * worker_warps * 64, w.lane < 4 && Shape::has_block(w, chunk, j));
+      load_activations(w, panel, chunk, a);
 #pragma unroll 1
       for (int t = 0; t < tiles; t += 2) {
         const int count = min_of(2, tiles - t);
@@ -278,15 +316,26 @@ struct Linear {
     return {0, min_of(2, rest)};
   }
 
-  // Of a pair's second tile only where `count` is 2 is there anything to keep. The weights of the pair that follows, if they
-  // have landed, are loaded as soon as this one's have been used; returns whether they were.
+  // Of a pair's second tile only where `count` is 2 is there anything to keep. Returns what `multiply` does.
   static __device__ __forceinline__ bool add_one_token(
       Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, int count, Chain* chains, float* partial, Following next) {
+    Chain even{}, odd{};
+    if (Shape::chunks > 1 && chunk && w.lane % 4 == 0) even = chains[0], odd = chains[8];
+    const bool landed = multiply(w, chunk, a, pair, even, odd, next);
+    if (chunk + 1 == Shape::chunks)
+      store_partials(w, even, odd, count, partial);
+    else if (w.lane % 4 == 0)
+      chains[0] = even, chains[8] = odd;
+    return landed;
+  }
+
+  // Adds a pair of chunks. The weights of the pair that follows, if they have landed, are loaded as soon as this one's have been
+  // used; returns whether they were.
+  static __device__ __forceinline__ bool multiply(
+      Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, Chain& even, Chain& odd, Following next) {
     const LaneChunk at = w.chunk_of_lane(next.count);
     bool landed = next.count > 0 && w.sees_landed(at);
     const u32 from = Pair::address(w, at);
-    Chain even{}, odd{};
-    if (Shape::chunks > 1 && chunk && w.lane % 4 == 0) even = chains[0], odd = chains[8];
 #pragma unroll
     for (int j = 0; j < per_warp; ++j) {
       if (Shape::has_block(w, chunk, j)) {
@@ -297,14 +346,6 @@ struct Linear {
       if (landed) pair.load_block(w, next.chunk, j, from);
     }
     if (landed) w.free_chunks(at, next.count);
-    if (w.lane % 4 == 0) {
-      if (chunk + 1 < Shape::chunks) {
-        chains[0] = even, chains[8] = odd;
-      } else {
-        partial[0] = even.of[0] + odd.of[0];
-        if (count == 2) partial[tile_rows] = even.of[2] + odd.of[2];
-      }
-    }
     return landed;
   }
 
@@ -318,16 +359,15 @@ struct Linear {
     __builtin_assume(w.tokens > 1);
     w.group = entry.group;
     const int panel_chunks = panel_chunks_of(w.tokens);
-    const bool whole = panel_chunks == Shape::chunks;
-    Panel panel{0, Shape::k};
-    Prologue::prepare(w, entry, whole);
+    Panel panel{0, 0};
+    Prologue::prepare(w, entry, panel);
 #pragma unroll 1
     for (int tile = entry.lo; tile < entry.hi; tile += tiles_per_block) {
       float sums[tiles_per_block][2][4] = {};
       const Block block{tile, min_of(tiles_per_block, entry.hi - tile)};
 #pragma unroll 1
       for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
-        if (!whole || tile == entry.lo) next_panel(w, panel, chunk, panel_chunks);
+        next_panel(w, panel, chunk, panel_chunks);
         multiply_chunks(w, sums, block.tiles, chunk, panel);
       }
       finish_many(w, block, sums);

@@ -11,33 +11,13 @@ struct Plain {
 
   static constexpr int vectors = Source::features / 8;
   static constexpr int per_thread = ceil_div(vectors, worker_threads);
+  static constexpr int at_once = min_of(per_thread, MPK_MOVES_REGISTERS ? 16 : 8);  // so many that registers hold them
 
-  static constexpr bool fits_one_token = Panel::fits_one_token(Source::features);
-
-  // Fills the panel too, and says so, where there is one token.
-  static __device__ __forceinline__ bool prepare(Worker& w, const Entry&, bool) {
+  // Of one token all values are looked for, those of the panel put there, and true is returned.
+  static __device__ __forceinline__ bool prepare(Worker& w, const Entry&, const Panel& panel) {
     if (w.tokens != 1) return false;
-    if constexpr (!fits_one_token) {
-      arrive(w);
-      return false;
-    }
-    const u8* from = Source::at(w, 0, 0);
-    uint4 v[per_thread] = {};  // on every path, or the registers would count as in use in all other tasks too
 #pragma unroll
-    for (int n = 0; n < per_thread; ++n) {
-      const int i = w.thread + n * worker_threads;
-      if (i < vectors) Source::look(from + i * 16, v[n]);
-    }
-    look_until_there<per_thread>(w, [&](int n) {
-      if (!Source::is_missing(v[n])) return false;
-      Source::look(from + (w.thread + n * worker_threads) * 16, v[n]);
-      return true;
-    });
-#pragma unroll
-    for (int n = 0; n < per_thread; ++n) {
-      const int i = w.thread + n * worker_threads;
-      if (i < vectors) store(w, Panel{0, Source::features}, 0, i * 8, v[n]);
-    }
+    for (int first = 0; first < per_thread; first += at_once) gather(w, panel, w.thread + first * worker_threads);
     return true;
   }
 
@@ -53,14 +33,22 @@ struct Plain {
   }
 
  private:
-  // All of one token's values are there: for all threads after the next barrier.
-  static __device__ void arrive(const Worker& w) {
-#pragma unroll 1
-    for (int i = w.thread; i < vectors; i += worker_threads) {
-      const u8* from = Source::at(w, 0, i * 8);
-      uint4 v;
-      Source::look(from, v);
-      Source::settle(w, from, v);
+  // This thread's vectors from number `begin` on: all that is missing is asked for at once.
+  static __device__ __forceinline__ void gather(const Worker& w, const Panel& panel, int begin) {
+    const u8* from = Source::at(w, 0, begin * 8);
+    uint4 v[at_once] = {};  // on every path, or the registers would count as in use in all other tasks too
+#pragma unroll
+    for (int n = 0; n < at_once; ++n)
+      if (begin + n * static_cast<int>(worker_threads) < vectors) Source::look(from + n * worker_threads * 16, v[n]);
+    look_until_there<at_once>(w, [&](int n) {
+      if (!Source::is_missing(v[n])) return false;
+      Source::look(from + n * worker_threads * 16, v[n]);
+      return true;
+    });
+#pragma unroll
+    for (int n = 0; n < at_once; ++n) {
+      const int feature = (begin + n * static_cast<int>(worker_threads)) * 8;
+      if (feature < panel.hi) store(w, panel, 0, feature, v[n]);
     }
   }
 

@@ -60,7 +60,7 @@ struct RmsNorm {
   static_assert(features % 4 == 0, "rows are read four features at a time");
 
   // Fills the panel too, and says so, where one token's row fits into registers.
-  static __device__ bool prepare(Worker& w, const Entry& entry, bool) {
+  static __device__ bool prepare(Worker& w, const Entry& entry, const Panel&) {
     if (fits_one_token && w.tokens == 1) {
       one_token(w, entry);
       return true;

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from mpk_spec.emit.layout import Layout
+from mpk_spec.emit.program import tiles
 from mpk_spec.errors import UserError
 from mpk_spec.ops import all_ops
 from mpk_spec.planner.plan import Group, Node, Plan, Template
@@ -114,7 +115,8 @@ class _Writer:
         linears = [n for n in self.group.nodes if n.op == "linear"]
         first, last = (self.group.nodes.index(n) for n in (linears[0], linears[-1]))
         packed = self.layout.packed[self.group.name]
-        shape = f"Tiles<{packed.k}, {packed.used_rows}, {packed.tile_k}>"
+        most = max(hi - lo for lo, hi in (tiles(task, packed) for task in self.group.tasks))
+        shape = f"Tiles<{packed.k}, {packed.used_rows}, {packed.tile_k}, {most}>"
         prologue = self.prologue(list(self.group.nodes[:first]), linears[0].inputs[0])
         epilogue = self.epilogue(list(self.group.nodes[last + 1 :]), linears, packed)
         return f"Linear<\n    {shape},\n    {prologue},\n    {epilogue}>"

@@ -255,6 +255,8 @@ class Plan:
     chunk_bytes: int = 0
     in_flight_bytes: int = 48 * 1024
     """Of copies that an SM's loader has on their way at once."""
+    in_flight_looking_bytes: int = 48 * 1024
+    """The same while the SM's workers look for values."""
     prefetch_bytes: int = 128 * 1024
     """That an SM's loader brings into L2 while its ring is full; 0: none."""
     crossing: Literal["event", "data"] = "event"

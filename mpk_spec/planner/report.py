@@ -185,11 +185,15 @@ def pin(plan: Plan) -> str:
     when = {"target": plan.target, "size": plan.size, "tp": plan.tp, "batch": plan.batch}
     lines = ["schedule:"]
     for kind, rules in kinds.items():
-        loader = {"*": {"in_flight": plan.in_flight_bytes, "prefetch": plan.prefetch_bytes, "crossing": plan.crossing}}
-        lines += rule_lines(when if alike else {**when, "step": kind}, loader | rules)
+        lines += rule_lines(when if alike else {**when, "step": kind}, {"*": _whole_kernel(plan)} | rules)
         if alike:
             break
     return "\n".join(lines) + "\n"
+
+
+def _whole_kernel(plan: Plan) -> dict[str, Any]:
+    loader = {key: getattr(plan, f"{key}_bytes") for key in ("in_flight", "in_flight_looking", "prefetch")}
+    return {**loader, "crossing": plan.crossing}
 
 
 def rule_lines(when: dict[str, Any], settings: dict[str, dict[str, Any]]) -> list[str]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
+from mpk_spec.planner.cost import DTYPE_BYTES
 from mpk_spec.schema.models import WHOLE_KERNEL
 
 if TYPE_CHECKING:
+    from mpk_spec.planner.model import Model
     from mpk_spec.planner.schedule import Scheduler
 
-IN_FLIGHT_BYTES = 48 * 1024  # enough for the full rate of memory; more only delays what is wanted first
+IN_FLIGHT_BYTES = 48 * 1024  # measured: 97 % of an H200's rate of memory; more delays what is wanted first
+IN_FLIGHT_BYTES_WIDE = 64 * 1024  # all of its rate, for layers that stream so long that it pays
+WIDE_LAYER_BYTES = (
+    2 * 1024 * 1024
+)  # of a layer, that each SM streams: between Llama-3.2-1B (0.9, slower) and Qwen3-8B (2.8)
+IN_FLIGHT_LOOKING_BYTES = 32 * 1024  # 16 or 48 cost Qwen3-8B 1 % on an H200
 PREFETCH_BYTES = (
     128 * 1024
 )  # of each SM into L2 while its ring is full; with several ranks it costs 1 % (Qwen3-8B, two H200s)
@@ -19,12 +27,14 @@ PREFETCH_BYTES = (
 
 @dataclass(frozen=True)
 class WholeKernel:
-    """in_flight, prefetch: bytes of each SM, copied to its ring at once and brought into L2 while the ring is full.
+    """Bytes of each SM. in_flight: copied to its ring at once; in_flight_looking: the same while its workers look for
+    values; prefetch: brought into L2 while the ring is full.
 
     crossing: "event", "data" or "auto", see `planner.crossing`.
     """
 
     in_flight: int
+    in_flight_looking: int
     prefetch: int
     crossing: str
 
@@ -50,8 +60,16 @@ def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int
 def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
     target, ring = scheduler.target, slots * chunk
     share = max(chunk, target.l2_bytes // target.num_sms)
+    layer = layer_bytes(scheduler.model) / target.num_sms
+    usual = IN_FLIGHT_BYTES_WIDE if layer >= WIDE_LAYER_BYTES else IN_FLIGHT_BYTES
+    in_flight = _whole_chunks(scheduler, "in_flight", usual, chunk, (chunk, ring), f"the ring's {ring}")
+    # A layer that fits the ring is there long before its values are.
+    looking = min(in_flight, IN_FLIGHT_LOOKING_BYTES) if layer > ring else in_flight
     return WholeKernel(
-        _whole_chunks(scheduler, "in_flight", IN_FLIGHT_BYTES, chunk, (chunk, ring), f"the ring's {ring}"),
+        in_flight,
+        _whole_chunks(
+            scheduler, "in_flight_looking", looking, chunk, (chunk, in_flight), f"the {in_flight} of 'in_flight'"
+        ),
         _whole_chunks(
             scheduler, "prefetch", PREFETCH_BYTES if scheduler.model.tp == 1 else 0, chunk, (chunk, share),
             f"{share} bytes of L2 for each SM of {target.title}", none=True,
@@ -73,3 +91,8 @@ def _whole_chunks(
         said = f"'{key}' is {or_none}at least one chunk of {chunk} bytes and at most {room}, got {wanted}"
         scheduler.problems.append(scheduler.spec.problem(pin[1], said, f"nearest that works: {near}"))
     return 0 if none and wanted == 0 else near
+
+
+def layer_bytes(model: Model) -> int:
+    """Of one layer's weights on one rank."""
+    return sum(prod(w.shape) * DTYPE_BYTES[w.dtype] for w in model.weights.values() if w.per_layer)

@@ -202,7 +202,8 @@ class Fusion(Section):
     pack: Pack | None = None
 
 
-WHOLE_KERNEL = ("in_flight", "prefetch", "crossing")  # settings of '*' that no group has of its own
+# Settings of '*' that no group has of its own.
+WHOLE_KERNEL = ("in_flight", "in_flight_looking", "prefetch", "crossing")
 
 
 class Settings(Section):
@@ -234,6 +235,9 @@ class Settings(Section):
     )
     in_flight: CountOrAuto | None = Field(
         default=None, description="for '*' alone: bytes of copies that each SM has under way, in whole chunks"
+    )
+    in_flight_looking: CountOrAuto | None = Field(
+        default=None, description="for '*' alone: the same while an SM's workers look for values; at most in_flight"
     )
     prefetch: BytesOrAuto | None = Field(
         default=None, description="for '*' alone: bytes that each SM brings into L2 while its ring is full; 0: none"

@@ -224,23 +224,28 @@ def _constants(made: Plan) -> dict[str, int]:
     return {name: int(value) for name, value in found}
 
 
+BOTH_LIMITS = {"copies_in_flight", "copies_while_looking"}  # the second one is at most the first
+
+
 @pytest.mark.parametrize(
-    ("key", "asked", "bytes_", "constant", "chunks"),
+    ("key", "asked", "bytes_", "constants", "chunks"),
     [
-        ("in_flight", 32768, 32768, "copies_in_flight", 8),
-        ("in_flight", 33000, 32768, "copies_in_flight", 8),  # whole chunks
-        ("in_flight", 4096, 4096, "copies_in_flight", 1),
-        ("prefetch", 0, 0, "prefetch_chunks", 0),
-        ("prefetch", 262144, 262144, "prefetch_chunks", 64),
+        ("in_flight", 32768, 32768, BOTH_LIMITS, 8),
+        ("in_flight", 33000, 32768, BOTH_LIMITS, 8),  # whole chunks
+        ("in_flight", 4096, 4096, BOTH_LIMITS, 1),
+        ("in_flight_looking", 16384, 16384, {"copies_while_looking"}, 4),
+        ("prefetch", 0, 0, {"prefetch_chunks"}, 0),
+        ("prefetch", 262144, 262144, {"prefetch_chunks"}, 64),
     ],
 )
-def test_loader(key, asked, bytes_, constant, chunks):
+def test_loader(key, asked, bytes_, constants, chunks):
     auto = planned(spec_of("qwen3"), **GPU)
     made = planned(ruled("qwen3", "*", **{key: asked}), **GPU)
     assert getattr(made, f"{key}_bytes") == json.loads(made.to_json())[f"{key}_bytes"] == bytes_
     before, after = _constants(auto), _constants(made)
     assert (before["copies_in_flight"], before["prefetch_chunks"]) == (12, 32)  # 48 and 128 KiB
-    assert {name for name in after if after[name] != before[name]} == {constant} and after[constant] == chunks
+    assert {name for name in after if after[name] != before[name]} == constants
+    assert {after[name] for name in constants} == {chunks}
     assert made.key != planned(ruled("qwen3", "*", **{key: "auto"}), **GPU).key
     again = planned(child("qwen3", schedule=yaml.safe_load(pin(made))["schedule"]), **GPU)
     assert again.to_json() == made.to_json() and f"{key}: {bytes_}" in pin(made)
@@ -251,6 +256,26 @@ def test_the_loader_fits_small_rings():
     """What is usual and does not fit is cut, so that a pinned plan is always accepted again."""
     made = planned(spec_of("qwen3"), target="rtx4090", context=256, size="0.6b", verified=False)
     assert (made.ring_bytes, made.in_flight_bytes, made.prefetch_bytes) == (32768, 32768, 131072)
+
+
+@pytest.mark.parametrize(
+    ("size", "both"),
+    [("135m", (48, 48)), ("0.6b", (48, 32)), ("1.7b", (48, 32)), ("8b", (64, 32)), ("32b", (64, 32))],
+)
+def test_limits_of_the_loader_follow_from_the_layers_size(size, both):
+    """KiB in flight, always and while workers look. Layers that fit the ring (135m) never hold a value up."""
+    made = planned(
+        spec_of("smollm2" if size == "135m" else "qwen3"), target="h200", context=512, size=size, verified=False
+    )
+    assert (made.in_flight_bytes, made.in_flight_looking_bytes) == tuple(n * 1024 for n in both)
+
+
+def test_fewer_copies_while_workers_look():
+    spec = ruled("qwen3", "*", in_flight=8192, in_flight_looking=12288)
+    with pytest.raises(
+        SpecError, match="'in_flight_looking' is at least one chunk of 4096 bytes and at most the 8192 of"
+    ):
+        planned(spec, **GPU)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,15 @@ def path(tmp_path):
 
 def test_the_knobs_of_a_plan():
     found = {(k.group, k.name): k.choices for k in knobs(planned({}))}
-    assert {name for _, name in found} == {"kv_splits", "kv_merge", "grid", "in_flight", "prefetch", "crossing"}
+    assert {name for _, name in found} == {
+        "kv_splits",
+        "kv_merge",
+        "grid",
+        "in_flight",
+        "in_flight_looking",
+        "prefetch",
+        "crossing",
+    }
     assert found["attend", "kv_merge"] == tuple({"kv_merge": how} for how in ("auto", "fused", "apart"))
     assert found["*", "crossing"] == ({"crossing": "event"}, {"crossing": "data"})
     assert {g for g, name in found if name == "grid"} == {"qkv", "o_add", "gate_up", "down_add", "head"}

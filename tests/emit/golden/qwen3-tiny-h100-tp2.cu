@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 7ee382d071e894a2: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan d533e8a4ee63bebf: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -9,6 +9,7 @@ constexpr mpk::u32 shared_limit = 232448;
 constexpr mpk::u32 ring_slots = 64;
 constexpr mpk::u32 slot_bytes = 2048;
 constexpr mpk::u32 copies_in_flight = 24;
+constexpr mpk::u32 copies_while_looking = 24;
 constexpr mpk::u32 prefetch_chunks = 0;
 constexpr mpk::u32 prefetch_clocks = 128;
 constexpr mpk::u32 num_stages = 4;
@@ -59,7 +60,7 @@ namespace mpk {
 
 // y.0: qkv
 using qkv_0 = Linear<
-    Tiles<96, 192, 96>,
+    Tiles<96, 192, 96, 1>,
     RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<84480ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<66048ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<51712ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
@@ -75,25 +76,25 @@ using attend_1 = Attention<
 
 // y.0: o_add, y.1: o_add
 using o_add_2 = Linear<
-    Tiles<128, 96, 128>,
+    Tiles<128, 96, 128, 1>,
     AttentionMerge<Turns<16896ull, 272, float, 17408ull, of_layer>, 4, 32, 2, 64>,
     Store<1, Part<Inbox<0ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
-    Tiles<96, 256, 96>,
+    Tiles<96, 256, 96, 1>,
     RmsNorm<SumRow<Turns<84480ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<53760ull, 96, float, 6144ull, of_layer>>>,
     GatedAct<Silu, Turns<76288ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
-    Tiles<128, 96, 128>,
+    Tiles<128, 96, 128, 1>,
     Plain<Turns<76288ull, 128, bf16, 4096ull, of_layer>>,
     Store<1, Part<Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
-    Tiles<96, 192, 96>,
+    Tiles<96, 192, 96, 1>,
     RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<84480ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<66048ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<51712ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
@@ -101,7 +102,7 @@ using qkv_5 = Linear<
 
 // head: head
 using head_6 = Linear<
-    Tiles<96, 258, 96>,
+    Tiles<96, 258, 96, 1>,
     RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     StoreBest<Tensor<0ull, 258, float>, 258, NoVector, Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, 515, 258>>;
 

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 2990632c36dd4f3c: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan b4f1edef2c934227: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
@@ -8,6 +8,7 @@ constexpr mpk::u32 shared_limit = 232448;
 constexpr mpk::u32 ring_slots = 53;
 constexpr mpk::u32 slot_bytes = 4096;
 constexpr mpk::u32 copies_in_flight = 12;
+constexpr mpk::u32 copies_while_looking = 12;
 constexpr mpk::u32 prefetch_chunks = 32;
 constexpr mpk::u32 prefetch_clocks = 256;
 constexpr mpk::u32 num_stages = 4;
@@ -54,7 +55,7 @@ namespace mpk {
 
 // y.0: qkv
 using qkv_0 = Linear<
-    Tiles<96, 384, 96>,
+    Tiles<96, 384, 96, 1>,
     RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Turns<185344ull, 96, float, 6144ull, of_step>>>,
     Store<2, Part<Turns<119296ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
           Part<Turns<102912ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
@@ -70,25 +71,25 @@ using attend_1 = Attention<
 
 // y.0: o_add
 using o_add_2 = Linear<
-    Tiles<256, 96, 256>,
+    Tiles<256, 96, 256, 1>,
     AttentionMerge<Turns<33280ull, 544, float, 34816ull, of_layer>, 8, 32, 2, 64>,
     AddResidual<Turns<185344ull, 96, float, 6144ull, of_step>, Turns<107008ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
-    Tiles<96, 512, 96>,
+    Tiles<96, 512, 96, 1>,
     RmsNorm<Row<Turns<107008ull, 96, float, 6144ull, of_layer>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
     GatedAct<Silu, Turns<139776ull, 256, bf16, 8192ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
-    Tiles<256, 96, 256>,
+    Tiles<256, 96, 256, 1>,
     Plain<Turns<139776ull, 256, bf16, 8192ull, of_layer>>,
     AddResidual<Turns<107008ull, 96, float, 6144ull, of_layer>, Turns<173056ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
-    Tiles<96, 384, 96>,
+    Tiles<96, 384, 96, 1>,
     RmsNorm<Row<Turns<173056ull, 96, float, 6144ull, of_layer_before>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
     Store<2, Part<Turns<119296ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
           Part<Turns<102912ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
@@ -96,13 +97,13 @@ using qkv_5 = Linear<
 
 // y.1: o_add
 using o_add_6 = Linear<
-    Tiles<256, 96, 256>,
+    Tiles<256, 96, 256, 1>,
     AttentionMerge<Turns<33280ull, 544, float, 34816ull, of_layer>, 8, 32, 2, 64>,
     AddResidual<Turns<173056ull, 96, float, 6144ull, of_layer_before>, Turns<107008ull, 96, float, 6144ull, of_layer>, NoVector>>;
 
 // head: head
 using head_7 = Linear<
-    Tiles<96, 515, 96>,
+    Tiles<96, 515, 96, 1>,
     RmsNorm<Row<Turns<173056ull, 96, float, 6144ull, of_layer>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     StoreBest<Tensor<0ull, 515, float>, 515, NoVector, Turns<156160ull, 130, float, 8448ull, of_step>, 515, 0>>;
 
