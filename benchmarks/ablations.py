@@ -21,6 +21,7 @@ VARIANTS = (
     ("values by event: one warp of an SM looks, at a counter", {"crossing": "event"}),
     ("no prefetch into L2 while the ring is full", {"prefetch": 0}),
     ("32 KiB of copies in flight for each SM", {"in_flight": 32768}),
+    ("48 KiB, also while workers look for values", {"in_flight": 49152, "in_flight_looking": 49152}),
     ("a ring of 3 chunks: weights run ahead no further", {"stages": 3}),
 )
 IDS, ALONE = 96, 16
