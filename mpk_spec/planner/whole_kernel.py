@@ -49,8 +49,9 @@ def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int
     for other, wanted in others:
         for key in WHOLE_KERNEL:
             ours, theirs = getattr(settings, key), getattr(wanted, key)
-            if ours != theirs:
-                _, at = (other.pins("*") | first.pins("*"))[key]
+            pin = (other.pins("*") | first.pins("*")).get(key)
+            if ours != theirs and pin:  # else it follows from another that differs
+                _, at = pin
                 said = f"'{key}' is {ours} in the {first.step} step and {theirs} in the {other.step} step"
                 hint = "one kernel serves all steps: leave 'step' out of this rule's 'when'"
                 first.problems.append(first.spec.problem(at, said, hint))
