@@ -7,13 +7,14 @@ machine that was measured overrides them with a file (`calibration_file`).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from mpk_spec.errors import UserError, did_you_mean
-from mpk_spec.planner.plan import Group, Plan, Step, Task
+from mpk_spec.planner.plan import Group, Plan, Step, Task, Weight
 from mpk_spec.planner.targets import Target, find_target
 from mpk_spec.planner.task_shape import Looks, looks, looks_of, loop_of
 
@@ -32,17 +33,20 @@ class CostModel:
     """One event, from the producer's signal to the consumer's seeing it; measured: 0.66 (H100), 0.62 (H200)."""
     peer_hop_us: float
     """One flag to a peer GPU through its pointer; measured: 1.23 (two H200s)."""
-    data_hop_us: float = 1.0
+    data_hop_us: float = 0.61
     """Values that cross as data, from the last one's being stored to its being seen by the last of its readers, ready
     for its tensor cores; or from a reader's SM being free, if that is later. Of values that are taken as they are;
-    fitted, as all that is called so: between what the critical paths of Qwen3-8B, Qwen3-0.6B and SmolLM2-135M on an
-    H200 say (`mpk-spec tune --calibrate` fits them to one), which an H100's hops are like."""
-    norm_hop_us: float = 1.55
+    fitted, as all that is called so: to milliseconds a token of five models and contexts on an H200, see
+    benchmarks/decode.md (`mpk-spec tune --calibrate` fits them to one model's recording)."""
+    norm_hop_us: float = 0.95
     """The same of rows that are normalised: sums over warps and a barrier more."""
-    merge_hop_us: float = 1.65
+    merge_hop_us: float = 1.01
     """The same of an attention's splits, which are merged."""
-    attend_hop_us: float = 1.5
+    attend_hop_us: float = 0.92
     """The same of an attention's own queries and keys, which are turned."""
+    busy_look_us: float = 0.35
+    """What all of these take longer where layers do not fit the ring, so that weights come in through the same queues;
+    fitted."""
     look_gbps: float = 40.0
     """Beside those, for all bytes that one SM looks at; assumed (5.3 TB/s of L2 over 132 SMs), and what was measured
     between narrow and wide rows."""
@@ -62,13 +66,15 @@ class CostModel:
     """Rate of one SM for activations beyond those, from L2 while it computes; assumed (5.3 TB/s over 132 SMs)."""
     start_us: float = 0.1
     """Fetch a task's description and turn to it; assumed."""
-    refill_us: float = 1.6
-    """From a freed ring stage to its next bytes' arrival, memory having been idle; fitted to the wait for weights of
-    Qwen3-8B's o_add, whose ring was full and is too small for it, on an H100 and an H200 (1.6 in both)."""
-    pair_us: float = 0.29
+    refill_us: float = 1.17
+    """From a freed ring stage to its next bytes' arrival, memory having been idle; fitted. The wait for weights of
+    Qwen3-8B's o_add, whose ring is too small for it, said 1.6 with 48 KiB in flight (an H100 and an H200)."""
+    pair_us: float = 0.33
     """Per pair of chunks that a linear's inner loop takes at once, or a single one, beside reading bytes; fitted."""
-    turn_us: float = 0.15
-    """For another chunk of K: its activations, and the sums so far of all its pairs; fitted."""
+    kept_us: float = 0.21
+    """The same of a group whose tasks keep their sums in registers; fitted."""
+    turn_us: float = 0.1
+    """For another chunk of K: its activations, and the sums so far of all its pairs; assumed."""
     block_us: float = 0.2
     """For another block of tiles of the same task: the results of the one before; fitted."""
     consume_gbps: float = 225.0
@@ -78,13 +84,16 @@ class CostModel:
     """Part of the data sheet's tensor throughput that a task reaches; assumed; matters for prefill only."""
     tflops: float = 989.0
     """bf16 tensor throughput of all SMs; data sheet."""
-    attend_us: float = 0.5
+    attend_us: float = 0.48
     """Of an attention's task, whatever it reads: the sums of its warps together; fitted."""
-    kv_block_us: float = 0.45
-    """One block of one KV head, for all its query heads, the next one's loads included; measured (H200)."""
+    kv_block_us: float = 0.46
+    """One block of one KV head, for all its query heads, the next one's loads included; fitted."""
     kv_gbps: float = 73.0
     """Rate at which one SM's workers load blocks while others wait: 32 KB in that time; measured (H200). All readers
     together get no more than `stream_gbps`."""
+    kv_share: float = 0.75
+    """Part of their even share of memory's rate that an attention's tasks get who read all at once, as weights come in
+    beside them; fitted."""
     row_op_us: float = 0.5
     """Arithmetic of a task that streams nothing (a norm, a reduction, an argmax slice); assumed."""
     spread: float = 0.025
@@ -95,10 +104,11 @@ class CostModel:
     catch_up: float = 1.25
     """How much more than its even part of the bandwidth an SM can draw while others wait; assumed."""
 
-    def look_us(self, looks: Looks, looked_bytes: float = 0.0) -> float:
-        """From values stored, or an SM free, to all of them seen and prepared. Of peers' values see `peer_us`."""
+    def hop_of(self, looks: Looks) -> float:
+        """From values stored, or an SM free, to all of them seen and prepared, if they are few and nothing is in their
+        way: see `beside_hop_us`. Of peers' values see `peer_us`."""
         hops = {"plain": self.data_hop_us, "norm": self.norm_hop_us, "merge": self.merge_hop_us}
-        return hops.get(looks, self.attend_hop_us) + looked_bytes / (self.look_gbps * 1e3)
+        return hops.get(looks, self.attend_hop_us)
 
     @property
     def peer_us(self) -> float:
@@ -138,8 +148,8 @@ OF_TARGET: dict[str, dict[str, float]] = {
     "cpu": {
         "reduce_us": 10.0, "signal_us": 0.0, "activation_us": 10.0, "activation_gbps": 10.0, "start_us": 5.0,
         "data_hop_us": 0.0, "norm_hop_us": 0.0, "merge_hop_us": 0.0, "attend_hop_us": 0.0,
-        "refill_us": 0.1, "pair_us": 0.0, "turn_us": 0.0, "block_us": 0.0, "consume_gbps": 40.0, "attend_us": 0.0,
-        "kv_block_us": 10.0, "row_op_us": 20.0, "spread": 0.0, "chance": 0.0,
+        "refill_us": 0.1, "pair_us": 0.0, "kept_us": 0.0, "turn_us": 0.0, "block_us": 0.0, "consume_gbps": 40.0,
+        "attend_us": 0.0, "kv_block_us": 10.0, "row_op_us": 20.0, "spread": 0.0, "chance": 0.0,
     },
 }  # fmt: skip
 """What differs from the constants above: of a measured GPU what `mpk-spec tune --calibrate` found."""
@@ -186,10 +196,11 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     blocks, kv_bytes = kv_of(plan, step, task, attention.values.get("window"), context) if attention else (0, 0.0)
     weights, loop = task.load_bytes * _share(plan, step, group, task), loop_of(plan, group, task)
     compute = loop.pairs * cost.pair_us + loop.turns * cost.turn_us + loop.blocks * cost.block_us
+    compute += loop.kept * cost.kept_us
     compute += weights / (cost.consume_gbps * 1e3)
     compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6)
     if blocks:  # a split of an attention without any does nothing
-        rate = min(cost.kv_gbps, cost.stream_gbps / len(group.tasks)) * 1e3
+        rate = min(cost.kv_gbps, cost.kv_share * cost.stream_gbps / len(group.tasks)) * 1e3
         compute += cost.attend_us + max(blocks * cost.kv_block_us, kv_bytes / rate)
     elif not attention and not task.load_chunks:
         compute += cost.row_op_us
@@ -209,7 +220,18 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
 
 def look_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int) -> float:
     """From values stored to seen and prepared, of a task that looks at them."""
-    return cost.look_us(looks_of(group), loaded_bytes(plan, group, task, context))
+    return cost.hop_of(looks_of(group)) + beside_hop_us(plan, group, task, cost, context)
+
+
+def beside_hop_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int) -> float:
+    """What a look takes beside its hop: the bytes looked at, and weights on their way."""
+    busy = layer_bytes(plan.weights) / plan.num_sms > plan.ring_bytes
+    return loaded_bytes(plan, group, task, context) / (cost.look_gbps * 1e3) + (cost.busy_look_us if busy else 0.0)
+
+
+def layer_bytes(weights: Mapping[str, Weight]) -> int:
+    """Of one layer's weights on one rank."""
+    return sum(prod(w.shape) * DTYPE_BYTES[w.dtype] for w in weights.values() if w.per_layer)
 
 
 def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) -> tuple[int, float]:

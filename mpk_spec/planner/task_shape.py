@@ -10,28 +10,33 @@ from mpk_spec.planner.plan import Group, Plan, Step, Task
 from mpk_spec.planner.tile import ROW_TILE, STORAGE_BYTES
 
 TILES_PER_BLOCK = 8  # whose sums a linear's task keeps at once: see cuda_templates/tasks/linear.cuh
+TILES_IN_REGISTERS = 2  # where no task of a group has more, sums stay in registers from chunk to chunk of K
 Looks = Literal["plain", "norm", "merge", "attend"]
 
 
 @dataclass(frozen=True)
 class Loop:
     """A linear's task: pairs of chunks (of two tiles, the last of a block alone if they are odd) that its inner loop
-    takes one after the other; how often it turns to another chunk of K; blocks of tiles after the first."""
+    takes one after the other; how often it turns to another chunk of K; blocks of tiles after the first. kept: the
+    pairs of a group whose sums stay in registers; it has none of the others."""
 
     pairs: int
     turns: int
     blocks: int
+    kept: int
 
 
 def loop_of(plan: Plan, group: Group, task: Task) -> Loop:
     """The `Loop` of a task that streams weights; nothing of one that streams none."""
     if not task.load_chunks:
-        return Loop(0, 0, 0)
+        return Loop(0, 0, 0, 0)
     deep = min(task.load_chunks, _chunks_of_a_tile(plan, group))
     tiles = task.load_chunks // deep
+    if max(t.load_chunks for t in group.tasks) <= TILES_IN_REGISTERS * deep:
+        return Loop(0, 0, 0, deep)
     whole, rest = divmod(tiles, TILES_PER_BLOCK)
     blocks = whole + (rest > 0)
-    return Loop(deep * (whole * TILES_PER_BLOCK // 2 + (rest + 1) // 2), blocks * (deep - 1), blocks - 1)
+    return Loop(deep * (whole * TILES_PER_BLOCK // 2 + (rest + 1) // 2), blocks * (deep - 1), blocks - 1, 0)
 
 
 def _chunks_of_a_tile(plan: Plan, group: Group) -> int:

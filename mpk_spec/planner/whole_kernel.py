@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
-from mpk_spec.planner.cost import DTYPE_BYTES
+from mpk_spec.planner.cost import layer_bytes
 from mpk_spec.schema.models import WHOLE_KERNEL
 
 if TYPE_CHECKING:
-    from mpk_spec.planner.model import Model
     from mpk_spec.planner.schedule import Scheduler
 
 IN_FLIGHT_BYTES = 48 * 1024  # measured: 97 % of an H200's rate of memory; more delays what is wanted first
@@ -61,7 +59,7 @@ def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int
 def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
     target, ring = scheduler.target, slots * chunk
     share = max(chunk, target.l2_bytes // target.num_sms)
-    layer = layer_bytes(scheduler.model) / target.num_sms
+    layer = layer_bytes(scheduler.model.weights) / target.num_sms
     usual = IN_FLIGHT_BYTES_WIDE if layer >= WIDE_LAYER_BYTES else IN_FLIGHT_BYTES
     in_flight = _whole_chunks(scheduler, "in_flight", usual, chunk, (chunk, ring), f"the ring's {ring}")
     # A layer that fits the ring is there long before its values are.
@@ -92,8 +90,3 @@ def _whole_chunks(
         said = f"'{key}' is {or_none}at least one chunk of {chunk} bytes and at most {room}, got {wanted}"
         scheduler.problems.append(scheduler.spec.problem(pin[1], said, f"nearest that works: {near}"))
     return 0 if none and wanted == 0 else near
-
-
-def layer_bytes(model: Model) -> int:
-    """Of one layer's weights on one rank."""
-    return sum(prod(w.shape) * DTYPE_BYTES[w.dtype] for w in model.weights.values() if w.per_layer)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpk_spec.planner.cost import CostModel, calibration_file, kv_of, loaded_bytes, read_calibration
+from mpk_spec.planner.cost import CostModel, beside_hop_us, calibration_file, kv_of, read_calibration
 from mpk_spec.planner.plan import Group, Task
 from mpk_spec.planner.simulate import Ran, Simulation
 from mpk_spec.planner.task_shape import looks, looks_of, loop_of
@@ -55,7 +55,7 @@ def fit(steps: list[Simulation]) -> list[Fit]:
         reduce,
         _median("signal_us", (t.ran.done - t.ran.stored for t in every)),
         _median("row_op_us", _row_ops(every, before, after)),
-        *_work(("pair_us", "turn_us", "block_us"), _linears(path), cost),
+        *_work(("pair_us", "turn_us", "block_us", "kept_us"), _linears(path), cost),
         *_attentions(path, before, after),
     ]
     return [one for one in found if one is not None]
@@ -95,9 +95,10 @@ class _Timed:
 
     @property
     def hop(self) -> float:
-        """What `CostModel.look_us` says of no bytes."""
-        looked = loaded_bytes(self.step.plan, self.group, self.task, self.step.context)
-        return self.ran.ready - self.step.before(self.ran) - looked / (self.step.cost.look_gbps * 1e3)
+        """What `CostModel.hop_of` says."""
+        step = self.step
+        beside = beside_hop_us(step.plan, self.group, self.task, step.cost, step.context)
+        return self.ran.ready - step.before(self.ran) - beside
 
     @property
     def work(self) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HOLD = 0.02  # how much of a group's time a constant may be off if that moves it by its own size
+HOLD = 0.01  # how much of a group's time a constant may be off if that moves it by its own size or their mean
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ def fitted(groups: list[list[Sample]], known: list[float]) -> np.ndarray:
         -1, len(known) + 1
     )
     sums /= np.abs(sums[:, -1:])
-    start = np.maximum(known, 0.01)
-    a = np.vstack([sums[:, :-1], HOLD * np.diag(1 / start)])
-    b = np.append(sums[:, -1], HOLD * np.ones(len(known)))
+    size = np.maximum(known, max(0.01, float(np.mean(known))))
+    a = np.vstack([sums[:, :-1], HOLD * np.diag(1 / size)])
+    b = np.append(sums[:, -1], HOLD * np.array(known) / size)
     free = np.ones(len(known), bool)
     while True:
         values = np.zeros(len(known))

@@ -116,7 +116,8 @@ def test_attention_takes_its_blocks_one_after_another():
 def test_all_readers_of_the_cache_share_the_memory():
     plan = shapes.make(context=512)
     full, cost = cost_of(plan, "attend", context=500, stream_gbps=500.0), cost_model("h100")
-    assert full.compute_us == pytest.approx(cost.attend_us + full.kv_bytes / (500e3 / len(group(plan, "attend").tasks)))
+    share = cost.kv_share * 500e3 / len(group(plan, "attend").tasks)
+    assert full.compute_us == pytest.approx(cost.attend_us + full.kv_bytes / share)
 
 
 def test_the_block_of_the_new_position_counts_before_anything_is_cached_of_it():
@@ -130,10 +131,10 @@ def test_the_block_of_the_new_position_counts_before_anything_is_cached_of_it():
 @pytest.mark.parametrize(
     ("name", "loop"),
     [
-        ("qkv", Loop(12, 3, 0)),  # 5 or 6 tiles of 4 chunks of K: three pairs of each
-        ("gate_up", Loop(48, 9, 2)),  # 24 tiles, three blocks
-        ("down", Loop(24, 11, 0)),  # 4 tiles of 12 chunks
-        ("attend", Loop(0, 0, 0)),
+        ("qkv", Loop(12, 3, 0, 0)),  # 5 or 6 tiles of 4 chunks of K: three pairs of each
+        ("gate_up", Loop(48, 9, 2, 0)),  # 24 tiles, three blocks
+        ("down", Loop(24, 11, 0, 0)),  # 4 tiles of 12 chunks
+        ("attend", Loop(0, 0, 0, 0)),
     ],
 )
 def test_turns_through_the_inner_loop(name, loop):
@@ -145,7 +146,13 @@ def test_turns_through_the_inner_loop(name, loop):
 def test_an_odd_tile_is_a_pair_of_its_own():
     made = plan_of(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
     found = next(g for g in made.steps["decode"].templates[0].groups if g.name == "qkv")
-    assert {t.load_chunks: loop_of(made, found, t) for t in found.tasks} == {3: Loop(2, 0, 0), 4: Loop(2, 0, 0)}
+    assert {t.load_chunks: loop_of(made, found, t) for t in found.tasks} == {3: Loop(2, 0, 0, 0), 4: Loop(2, 0, 0, 0)}
+
+
+def test_sums_of_one_or_two_tiles_stay_in_registers():
+    made = plan_of(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
+    found = next(g for g in made.steps["decode"].templates[1].groups if g.name == "down_add")
+    assert {loop_of(made, found, t) for t in found.tasks} == {Loop(0, 0, 0, 3)}  # 3072 columns are 3 chunks
 
 
 def test_what_is_made_of_values_that_are_looked_at():

@@ -31,8 +31,8 @@ def small(ring=176 * KIB, layers=4):
 # A hand-written kernel of these shapes was measured (H100, context 128, no tensor cores, naive attention that took a
 # block 5 us; workers signalled themselves); with its constants the simulation must find its times.
 MEASURED_8B = {
-    "signaller": False, "consume_gbps": 36.0, "pair_us": 0.0, "turn_us": 0.0, "block_us": 0.0, "reduce_us": 0.4,
-    "attend_us": 0.0, "kv_block_us": 5.2,
+    "signaller": False, "consume_gbps": 36.0, "pair_us": 0.0, "kept_us": 0.0, "turn_us": 0.0, "block_us": 0.0,
+    "reduce_us": 0.4, "attend_us": 0.0, "kv_block_us": 5.2,
 }  # fmt: skip
 NO_ATTENTION = {**MEASURED_8B, "kv_block_us": 0.0, "attend_us": -3.06}  # as long as its other costs and one hop
 
@@ -134,7 +134,7 @@ def test_whoever_looks_at_values_has_them_a_hop_after_they_are_stored():
         maker = next(g for g in template.groups if g.name == before[name])
         last = max(stored[ran.stage, maker.name, t.index] for t in maker.tasks if read_by(task, t))
         look = look_us(found.plan, found.group_of(ran), found.group_of(ran).tasks[ran.task], found.cost, 128)
-        assert look >= found.cost.look_us(kinds[name]) and ran.ready >= max(last, ran.free) + look - 1e-9
+        assert look >= found.cost.hop_of(kinds[name]) and ran.ready >= max(last, ran.free) + look - 1e-9
         if ran.by == "data":
             looked += 1
             assert ran.start == ran.ready and found.before(ran) >= last
@@ -216,7 +216,7 @@ def test_groups_and_utilisation():
 @pytest.mark.parametrize(
     "constants",
     [{"hop_us": 2.0}, {"signal_us": 3.0}, {"activation_us": 3.0}, {"consume_gbps": 20.0}, {"spread": 0.1},
-     {"attend_us": 3.0}, {"start_us": 2.0}, {"reduce_us": 2.0}, {"pair_us": 2.0}, {"turn_us": 4.0}, {"block_us": 9.0},
+     {"attend_us": 3.0}, {"start_us": 2.0}, {"reduce_us": 2.0}, {"pair_us": 2.0}, {"turn_us": 4.0}, {"block_us": 30.0},
      {"stream_gbps": 2000.0}, {"chance": 0.15}, {"kv_block_us": 3.0}, {"kv_gbps": 1.0}, {"row_op_us": 30.0}],
 )  # fmt: skip
 def test_every_constant_acts(constants):

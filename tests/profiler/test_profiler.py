@@ -93,7 +93,7 @@ def test_the_path_follows_the_last_signal(simulation):
     assert after.critical[name, "work"] > before + 40
 
 
-@pytest.mark.parametrize(("name", "later_us", "sooner_us"), [("stored", 0.7, 0.7), ("signalled", 50.0, 0.0)])
+@pytest.mark.parametrize(("name", "later_us", "sooner_us"), [("stored", 0.5, 0.5), ("signalled", 50.0, 0.0)])
 def test_values_count_when_they_are_stored_not_when_that_is_signalled(simulation, name, later_us, sooner_us):
     raw = times_of(simulation, steps=2)
     late, sm, place = _place(simulation, "attend", 1)
