@@ -63,4 +63,11 @@ struct Rope {
   }
 };
 
+struct NoRope {
+  template <int N>
+  static __device__ __forceinline__ void load(const Worker&, int, float2 (&)[N]) {}
+  template <int N>
+  static __device__ __forceinline__ void apply(const Worker&, const float2 (&)[N], float (&)[N]) {}
+};
+
 }  // namespace mpk

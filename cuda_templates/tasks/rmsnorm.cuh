@@ -77,9 +77,13 @@ struct RmsNorm {
 #pragma unroll 1
     for (u32 i = w.thread; i < count * w.tokens; i += worker_threads) {
       const int token = i / count, feature = panel.lo + i % count * 4;
-      const float4 x = load(Source::of(w, token), feature);
-      panel.store_four(w, token, feature, scaled(x, w.shared.rstd[token], gain(w, feature)));
+      panel.store_four(w, token, feature, four(w, token, feature));
     }
+  }
+
+  // Four neighbouring features of a token, unless `prepare` has filled the panel.
+  static __device__ __forceinline__ uint2 four(const Worker& w, int token, int feature) {
+    return scaled(load(Source::of(w, token), feature), w.shared.rstd[token], gain(w, feature));
   }
 
  private:

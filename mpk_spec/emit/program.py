@@ -28,6 +28,7 @@ ENTRY = np.dtype(
     ]
 )
 LOAD = np.dtype([("shape", "<u4"), ("lo", "<i4"), ("hi", "<i4")])
+ROW_TASKS = frozenset({"rmsnorm", "add", "gated_act", "embedding", "rope"})  # row operators on their own
 MOST_STAGES = 255  # a wait counts stages in a byte
 WAIT = np.dtype([("event", "<u2"), ("back", "u1"), ("data", "u1"), ("count", "<u4")])
 
@@ -162,7 +163,7 @@ def bounds(group: Group, task: Task, layout: Layout) -> tuple[int, int]:
         return task.out[0] // head_dim, task.out[1] // head_dim
     if group.task == "argmax_partial":
         return task.out[0] // 2, task.out[1] // 2
-    if group.nodes[0].op == "all_reduce":
+    if group.task in ROW_TASKS or group.nodes[0].op == "all_reduce":
         return task.out
     return 0, 0
 

@@ -6,15 +6,20 @@ import re
 from dataclasses import dataclass, field
 
 from mpk_spec.emit.layout import Layout
-from mpk_spec.emit.program import tiles
+from mpk_spec.emit.program import ROW_TASKS, tiles
 from mpk_spec.errors import UserError
 from mpk_spec.ops import all_ops
 from mpk_spec.planner.plan import Group, Node, Plan, Template
+from mpk_spec.planner.schedule import SHARE
 
 DTYPES = {"bf16": "bf16", "f32": "float", "i32": "i32"}
 ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu": "Relu"}
 HEADERS_OF_RANKS = ("inbox", "all_reduce")
-HEADERS = ("linear", "plain", "rmsnorm", "embedding", "attention_merge", "add", "gated_act", "attention", "argmax")
+HEADERS = (
+    "linear", "plain", "rmsnorm", "embedding", "attention_merge", "add", "gated_act", "attention", "argmax", "rows",
+)  # fmt: skip
+HEAD_DIMS = (32, 64, 128)  # of which a warp computes one at a time
+MOST_ROW_FEATURES = 4096  # of a task; see tasks/rows.cuh
 
 
 @dataclass
@@ -54,6 +59,7 @@ def task_type(plan: Plan, layout: Layout, group: Group, template: Template) -> s
         "attention_merge": writer.attention_merge,
         "argmax_partial": writer.argmax_partial,
         "argmax_reduce": writer.argmax_reduce,
+        **dict.fromkeys(ROW_TASKS, writer.rows),
     }
     if group.task not in makers:
         raise Refused(group, f"there is no CUDA task for '{group.nodes[-1].op}' on its own yet")
@@ -130,14 +136,15 @@ class _Writer:
         if ops == ["rmsnorm"]:
             return self.norm(nodes[0], f"Row<{self.tensor(nodes[0].inputs[0])}>", "NotPublished")
         if ops == ["embedding", "rmsnorm"]:
-            table = self.layout.flat[nodes[0].weights["weight"]]
-            source = f"EmbeddingRow<{table.offset}ull, {nodes[0].width}, {number(nodes[0].values['scale'])}>"
-            return self.norm(nodes[1], source, self.publish(nodes[0]))
+            return self.norm(nodes[1], f"EmbeddingRow<{self.table(nodes[0])}>", self.publish(nodes[0]))
         if ops == ["all_reduce", "add", "rmsnorm"] and nodes[2].inputs[0] == nodes[1].output:
             residual = next(i for i in nodes[1].inputs if i != nodes[0].output)
             source = f"SumRow<{self.tensor(residual)}, {self.tensor(nodes[0].inputs[0])}>"
             return self.norm(nodes[2], source, self.publish(nodes[1]))
         raise Refused(self.group, f"no prologue does {' and '.join(ops)}")
+
+    def table(self, node: Node) -> str:
+        return f"{self.layout.flat[node.weights['weight']].offset}ull, {node.width}, {number(node.values['scale'])}"
 
     def publish(self, node: Node) -> str:
         """Whether the tasks write a prologue's value down for others."""
@@ -191,6 +198,45 @@ class _Writer:
             raise Refused(self.group, "its sum in two shots has no residual", "all_reduce: one_shot")
         return f"SharedSum<{residual}, {addends}, {summed}>"
 
+    # rows
+
+    def rows(self) -> str:
+        """A row operator that is fused with nothing."""
+        node, most = self.group.nodes[-1], max(t.out[1] - t.out[0] for t in self.group.tasks)
+        if len(self.group.nodes) != 1:
+            raise Refused(self.group, f"no task does {' and '.join(n.op for n in self.group.nodes)} on rows")
+        if node.op == "rmsnorm" and node.granule == node.width and self.plan.tensors[node.inputs[0]].dtype == "f32":
+            return self.norm_of_rows(node)
+        if most > MOST_ROW_FEATURES:
+            hint = f"set '{self.group.name}: {{grid: {-(-node.width // MOST_ROW_FEATURES)}}}' or more in the schedule"
+            raise Refused(self.group, f"a task has {most} features, one does at most {MOST_ROW_FEATURES}", hint)
+        return f"Rows<{most}, {self.tensor(node.output, write=True)},\n    {self.row_value(node)}>"
+
+    def norm_of_rows(self, node: Node) -> str:
+        if self.plan.tensors[node.output].dtype != "bf16":
+            raise Refused(self.group, f"its norm makes bf16, '{node.output}' is {self.plan.tensors[node.output].dtype}")
+        if any(edge % SHARE for task in self.group.tasks for edge in task.out):
+            raise Refused(self.group, f"its tasks do not begin and end at multiples of {SHARE} features")
+        norm = self.norm(node, f"Row<{self.tensor(node.inputs[0])}>", "NotPublished")
+        return f"NormRows<\n    {norm},\n    {self.tensor(node.output, write=True)}>"
+
+    def row_value(self, node: Node) -> str:
+        if node.op == "embedding":
+            return f"Embedded<{self.table(node)}>"
+        read = ", ".join(self.tensor(i) for i in node.inputs)
+        if node.op == "add":
+            return f"Sum<{read}>"
+        if node.op == "gated_act":
+            return f"Gated<{ACTIVATIONS[node.values['fn']]}, {read}>"
+        if node.granule not in HEAD_DIMS:
+            sizes = ", ".join(map(str, HEAD_DIMS))
+            raise Refused(self.group, f"'{node.op}' of bf16 takes vectors of {sizes}, not {node.granule}")
+        if node.op == "rope":
+            return f"RotatedHeads<{read}, {node.granule}, {self.rope(node)}>"
+        if node.values.get("weight_offset"):
+            raise Refused(self.group, "the gain of its heads has an offset")
+        return f"NormedHeads<{read}, {node.granule}, {self.head_norms(node, node)}>"
+
     # attention
 
     def attention(self) -> str:
@@ -205,13 +251,15 @@ class _Writer:
         q, q_norm, rope = self.chain(node.inputs[0])
         k, k_norm, k_rope = self.chain(append.inputs[0])
         v, v_norm, v_rope = self.chain(append.inputs[1])
-        if rope != k_rope or v_norm is not None or v_rope is not None or rope is None:
+        if rope != k_rope or v_norm is not None or v_rope is not None:
             raise Refused(self.group, "queries and keys need the same rope, values none")
+        if other := next((n for n in (q, k, v) if self.plan.tensors[n].dtype != "bf16"), None):
+            raise Refused(self.group, f"attention reads bf16, '{other}' is {self.plan.tensors[other].dtype}")
         shape = f"{node.values['heads']}, {state.kv_heads}, {state.head_dim}, {self.group.kv_splits}, {state.kv_block}"
         cache = self.layout.cache_offsets[state.name]
         return (
             f"Attention<\n    AttentionShape<{shape}>,\n    {self.tensor(q)}, {self.tensor(k)}, {self.tensor(v)},\n"
-            f"    {self.head_norms(q_norm, k_norm)},\n    {rope}, {cache}ull,\n    "
+            f"    {self.head_norms(q_norm, k_norm)},\n    {rope or 'NoRope'}, {cache}ull,\n    "
             f"{self.tensor(node.output, write=True)}, {number(node.values['scale'])}>"
         )
 
@@ -235,14 +283,17 @@ class _Writer:
         gains = f"{self.vector(q.weights['weight'])}, {self.vector(k.weights['weight'])}"
         return f"HeadNorms<{gains}, {number(q.values['eps'])}>"
 
+    def rope(self, node: Node) -> str:
+        table = self.layout.ropes[repr(node.values["parameters"])]
+        return f"Rope<{table.offset}ull, {table.dims}>"
+
     def chain(self, value: str) -> tuple[str, Node | None, str | None]:
         """(tensor, head norm, rope) that make a value of the group from a stored one."""
         norm, rope = None, None
         while value in self.made:
             node = self.made[value]
             if node.op == "rope" and rope is None and norm is None:
-                table = self.layout.ropes[repr(node.values["parameters"])]
-                rope = f"Rope<{table.offset}ull, {table.dims}>"
+                rope = self.rope(node)
             elif node.op == "rmsnorm" and norm is None and not node.values.get("weight_offset"):
                 norm = node
             else:

@@ -51,6 +51,7 @@ __constant__ const mpk::WeightTiles weight_tiles[5] = {
 #include "tasks/gated_act.cuh"
 #include "tasks/attention.cuh"
 #include "tasks/argmax.cuh"
+#include "tasks/rows.cuh"
 #include "tasks/inbox.cuh"
 #include "tasks/all_reduce.cuh"
 

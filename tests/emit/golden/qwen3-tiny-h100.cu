@@ -48,6 +48,7 @@ __constant__ const mpk::WeightTiles weight_tiles[5] = {
 #include "tasks/gated_act.cuh"
 #include "tasks/attention.cuh"
 #include "tasks/argmax.cuh"
+#include "tasks/rows.cuh"
 
 namespace mpk {
 
