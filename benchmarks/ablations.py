@@ -1,30 +1,67 @@
 """What each lever of the kernel is worth: the same model with and without it, one run after the other on one GPU.
 
 python benchmarks/ablations.py smollm2:135m qwen3:8b           # needs a GPU; a table for benchmarks/decode.md
+python benchmarks/ablations.py qwen3:0.6b --fusions            # each fusion against none: small models will do
 python benchmarks/ablations.py smollm2:135m --compile          # kernels into the cache ahead, without a GPU
 
-Every variant is a rule of the schedule, as a spec has it. Logits of all variants must have the same bits: none of these
-levers changes the order of a sum. The kernel has no tasks for a norm, an activation or a residual on their own, so that
-a fusion left out is refused by name; claim pools it has none.
+Levers are rules of the schedule, as a spec has them, and logits must have the same bits with and without them: none
+changes the order of a sum. Without a fusion, values that never left an SM are rounded on the way: then it is said
+how far logits move, in parts of the largest. What the kernel refuses to run is said too. Claim pools it has none.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import kernel
 
-VARIANTS = (
-    ("as planned", {}),
-    ("values by event: one warp of an SM looks, at a counter", {"crossing": "event"}),
-    ("no prefetch into L2 while the ring is full", {"prefetch": 0}),
-    ("32 KiB of copies in flight for each SM", {"in_flight": 32768}),
-    ("48 KiB, also while workers look for values", {"in_flight": 49152, "in_flight_looking": 49152}),
-    ("a ring of 3 chunks: weights run ahead no further", {"stages": 3}),
-)
+from mpk_spec.errors import UserError
+
 IDS, ALONE = 96, 16
+FAR = 0.1  # of the largest logit: further than roundings go
+IN_ONE = ("attention.cache", "attention.a")  # the kernel appends to the cache where it attends
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`rules`, `without`: as kernel.py takes them."""
+
+    name: str
+    rules: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+PLANNED, BY_EVENT = Variant("as planned"), ("crossing=event",)
+LEVERS = (
+    PLANNED,
+    Variant("values by event: one warp of an SM looks, at a counter", BY_EVENT),
+    Variant("no prefetch into L2 while the ring is full", ("prefetch=0",)),
+    Variant("32 KiB of copies in flight for each SM", ("in_flight=32768",)),
+    Variant("48 KiB, also while workers look for values", ("in_flight=49152", "in_flight_looking=49152")),
+    Variant("a ring of 3 chunks: weights run ahead no further", ("stages=3",)),
+)
+
+
+def fusions(model: str) -> list[Variant]:
+    """Without each of the spec's fusions (and what is fused into it), and without all that the kernel can do without.
+
+    A step that does not begin with its layers, as without `embed`, has all its values cross by event.
+    """
+    from mpk_spec.schema import load_spec
+
+    named = load_spec(model.partition(":")[0]).fusions
+    found, least = [PLANNED, Variant("as planned, but values by event", BY_EVENT)], []
+    for name, fusion in named.items():
+        left = (name, *(n for n, f in named.items() if f.into == name))
+        found.append(Variant(f"without {' and '.join(left)}", without=left))
+        kept = [o for o in fusion.of if o in IN_ONE]
+        least.append(f"{name}={','.join(kept)}" if kept else name)
+        if kept:
+            found.append(Variant(f"without {name}, but for {' and '.join(kept)}", without=(least[-1],)))
+    return [*found, Variant("without all, but for the cache", without=tuple(least))]
 
 
 def main() -> int:
@@ -32,32 +69,48 @@ def main() -> int:
     parser.add_argument("models", nargs="+", metavar="SPEC:SIZE")
     parser.add_argument("--target", default="h100")
     parser.add_argument("--prompt", type=int, default=128, help="positions in the cache, on average")
+    parser.add_argument("--fusions", action="store_true", help="each fusion against none, instead of the levers")
     parser.add_argument("--compile", action="store_true", help="only compile")
     options = parser.parse_args()
     rows, wrong = [], 0
     for model in options.models:
         first = None
-        for name, rules in VARIANTS:
-            asked = SimpleNamespace(
-                rule=[f"{k}={v}" for k, v in rules.items()], target=options.target, context=512, prompt=options.prompt,
-                new=64, repeats=5, seed=0, gbps=None,
-            )  # fmt: skip
-            if options.compile:
-                kernel.compiled(model, asked)
-                continue
-            ms, logits = measured(model, asked)
-            first = first or (ms, logits)
-            same = logits.equal(first[1])
-            wrong += not same
-            rows.append(f"| {model} | {name} | {ms:.4f} | {ms / first[0] - 1:+.1%} | {'same' if same else 'OTHER'} |")
+        for variant in fusions(model) if options.fusions else LEVERS:
+            try:
+                found = measured(model, variant, options)
+            except UserError as error:
+                if variant is PLANNED:
+                    raise
+                rows.append(f"| {model} | {variant.name} | refused | | {error.message} |")
+            else:
+                if found is None:
+                    continue
+                first = first or found
+                said, bad = compared(variant, found[1], first[1])
+                wrong += bad
+                rows.append(f"| {model} | {variant.name} | {found[0]:.4f} | {found[0] / first[0] - 1:+.1%} | {said} |")
             print(rows[-1], flush=True)
-    if rows:
+    if not options.compile:
         print("\n| model | variant | ms/token | | bits |\n|---|---|---:|---:|---|", *rows, sep="\n")
     return 1 if wrong else 0
 
 
-def measured(model: str, asked):
-    """(ms per token, logits of some ids, the last of them token by token)."""
+def compared(variant: Variant, logits, planned) -> tuple[str, bool]:
+    """What is said of a variant's logits, and whether they are wrong."""
+    if logits.equal(planned):
+        return "same", False
+    apart = ((logits - planned).abs().max() / planned.abs().max()).item()
+    return f"OTHER, by {apart:.1e}" if not variant.without else f"by {apart:.1e}", not (variant.without and apart < FAR)
+
+
+def measured(model: str, variant: Variant, options):
+    """(ms per token, logits of some ids, the last of them token by token); None where it is only compiled."""
+    asked = SimpleNamespace(
+        rule=list(variant.rules), without=list(variant.without), target=options.target, context=512,
+        prompt=options.prompt, new=64, repeats=5, seed=0, gbps=None,
+    )  # fmt: skip
+    if options.compile:
+        return kernel.compiled(model, asked)
     from mpk_spec.perf.clock import time_decode
     from mpk_spec.testing.yardstick import sequences
 

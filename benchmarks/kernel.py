@@ -26,6 +26,9 @@ def main() -> int:
     parser.add_argument(
         "--rule", action="append", metavar="KEY=VALUE", default=[], help="of the schedule, for all groups"
     )
+    parser.add_argument(
+        "--without", action="append", metavar="FUSION[=OPERATOR,...]", default=[], help="leave it out, but for these"
+    )
     parser.add_argument("--ceiling", action="store_true", help="measure the ceiling of memory first")
     options = parser.parse_args()
     options.gbps = measured_ceiling(options.target) if options.ceiling else None
@@ -56,13 +59,27 @@ def ruled(spec, rules: list[str]):
     return with_rules(spec, {"*": {k: int(v) if v.isdecimal() else v for k, v in words.items()}}) if words else spec
 
 
+def unfused(spec, without: list[str]):
+    """The spec with fusions left out, as in o_add, or with less of them, as in attend=attention.cache,attention.a."""
+    from dataclasses import replace
+
+    from mpk_spec.errors import UserError, did_you_mean
+
+    kept = dict(word.partition("=")[::2] for word in without)
+    for name in kept.keys() - spec.fusions.keys():
+        raise UserError(f"there is no fusion '{name}'", did_you_mean(name, spec.fusions, "fusions"))
+    left = {n: f.model_copy(update={"of": kept[n].split(",")}) if kept.get(n) else f for n, f in spec.fusions.items()}
+    return replace(spec, fusions={n: f for n, f in left.items() if kept.get(n) != ""})
+
+
 def planned(model: str, options):
     from mpk_spec.planner import plan
     from mpk_spec.schema import load_spec
 
     name, _, size = model.partition(":")
     context = max(options.context, options.prompt + options.new)
-    return plan(ruled(load_spec(name), options.rule), size=size, target=options.target, context=context)
+    spec = unfused(ruled(load_spec(name), options.rule), options.without)
+    return plan(spec, size=size, target=options.target, context=context)
 
 
 def compiled(model: str, options) -> None:

@@ -83,6 +83,7 @@ struct ArgmaxPartial {
       }
     }
     w.sync();
+    w.mark_seen();
     w.release_ready();
     w.signal(entry, outgoing_pairs<Pairs>(w, entry.lo, entry.hi));
   }

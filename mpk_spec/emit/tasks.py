@@ -155,6 +155,8 @@ class _Writer:
         )
 
     def norm(self, node: Node, source: str, publish: str) -> str:
+        if node.output in self.group.published:
+            raise Refused(self.group, f"its norm is not written down, and '{node.output}' is read by others too")
         gain = self.vector(node.weights["weight"])
         eps, offset = number(node.values["eps"]), number(node.values.get("weight_offset") or 0)
         return f"RmsNorm<{source}, {gain}, {eps}, {offset}, {publish}>"
@@ -208,7 +210,7 @@ class _Writer:
         if node.op == "rmsnorm" and node.granule == node.width and self.plan.tensors[node.inputs[0]].dtype == "f32":
             return self.norm_of_rows(node)
         if most > MOST_ROW_FEATURES:
-            hint = f"set '{self.group.name}: {{grid: {-(-node.width // MOST_ROW_FEATURES)}}}' or more in the schedule"
+            hint = f"set '{self.group.name}: {{grid: [{-(-node.width // MOST_ROW_FEATURES)}]}}' or more in the schedule"
             raise Refused(self.group, f"a task has {most} features, one does at most {MOST_ROW_FEATURES}", hint)
         return f"Rows<{most}, {self.tensor(node.output, write=True)},\n    {self.row_value(node)}>"
 

@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 from tiny_specs import child
+from unfused import spec_without
 
 from mpk_spec.emit.program import _program_dtype
 from mpk_spec.emit.source import emit
@@ -141,6 +142,13 @@ def test_so_do_they_with_sums_in_two_shots(tp):
     made = in_two_shots("qwen3", tp)
     assert {t.shares for t in made.plan.tensors.values()} == {"all", "scattered", "gathered"}
     Machine(made, made.programs.from_peers, seed=tp, first_step=5).run()
+
+
+@pytest.mark.parametrize("case", ["layers and head", "all"])
+def test_so_do_they_where_nothing_is_fused(case):
+    made = emit(plan(spec_without(case), size="tiny", target="h100", context=128, tp=2))
+    assert any(g.task == "all_reduce" for t in made.step.templates for g in t.groups)
+    Machine(made, made.programs.from_peers, seed=3, first_step=5).run()
 
 
 def test_every_count_of_a_peers_signal_is_needed():
