@@ -330,14 +330,15 @@ def _fuse_into(spec: Spec, sections: list[FusedSection], problems: list[Problem]
         moved = tuple(o for g in source.groups for o in g.ops if o.name in decl.of)
         host = next(g for g in target.groups if g.name == decl.into)
         earlier = target.groups[: target.groups.index(host)]
-        allowed = all(host.kind in o.op.prologue_of for o in moved)
+        allowed = bool(host.body) and all(host.kind in o.op.prologue_of for o in moved)  # rows publish nothing
         allowed &= not any(o.output in g.inputs for o in moved for g in earlier)
         if not allowed or target.section.layers is None or moved[-1].output not in host.inputs:
             problems.append(
                 spec.problem(
                     ("fusions", name, "into"),
                     f"'{moved[-1].name}' cannot be computed inside '{decl.into}'",
-                    "it must be the first group of the layers that reads it",
+                    "it must be the first group of the layers that reads it"
+                    + ("" if host.body else ", and have a linear"),
                 )
             )
             continue
