@@ -2,6 +2,7 @@
 
 python benchmarks/sanitize.py                      # memcheck, racecheck, synccheck; a table of verdicts last
 python benchmarks/sanitize.py memcheck --limit 300
+python benchmarks/sanitize.py --without o_add      # a kernel with tasks that this one has not
 
 The tools slow every access down a hundredfold, and a persistent kernel spins while it waits. So the plan is one for a
 few SMs only, the cubin is built before, the watchdog has all the time there is, and only the kernel is instrumented.
@@ -60,6 +61,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"default: {', '.join(TOOLS)}")
     parser.add_argument("--spec", default="qwen3")
+    parser.add_argument(
+        "--without", action="append", metavar="FUSION[=OPERATOR,...]", default=[], help="as kernel.py's"
+    )
     parser.add_argument("--target", default="h100")
     parser.add_argument("--sms", type=int, default=4)
     parser.add_argument("--limit", type=float, default=150.0, help="seconds for each tool")
@@ -120,6 +124,7 @@ class Checked:
     def __init__(self, tool: str, command: list[str], options):
         self.tool, self.limit = tool, options.limit
         same = ["--spec", options.spec, "--target", options.target, "--sms", str(options.sms)]
+        same += [f"--without={word}" for word in options.without]
         arguments = [*command, sys.executable, __file__, "--child", "--limit", str(options.limit), *same]
         # one allocation per tensor: inside torch's own blocks no access would be out of bounds
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
@@ -157,10 +162,13 @@ class Checked:
 
 
 def plan_small(options):
+    from kernel import unfused
+
     from mpk_spec.planner import plan
     from mpk_spec.schema import load_spec
 
-    return plan(load_spec(options.spec), size="tiny", target=f"{options.target}:{options.sms}", context=CONTEXT)
+    spec = unfused(load_spec(options.spec), options.without)
+    return plan(spec, size="tiny", target=f"{options.target}:{options.sms}", context=CONTEXT)
 
 
 def build(options) -> None:

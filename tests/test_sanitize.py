@@ -35,7 +35,7 @@ def sanitize():
     ],
 )
 def test_verdicts(sanitize, script, says):
-    options = SimpleNamespace(limit=1.0, spec="qwen3", target="h100", sms=4)
+    options = SimpleNamespace(limit=1.0, spec="qwen3", target="h100", sms=4, without=[])
     checked = sanitize.Checked("memcheck", ["sh", "-c", script], options)
     assert checked.verdict("1 2 3").says == says
     assert checked.seconds < 10
@@ -77,7 +77,7 @@ ANOTHER = """
 def test_hazards_between_other_places_than_the_known_ones_are_findings(sanitize, tmp_path, text, says):
     page = tmp_path / "page"
     page.write_text("tokens: 1 2 3\n" + text)
-    options = SimpleNamespace(limit=5.0, spec="qwen3", target="h100", sms=4)
+    options = SimpleNamespace(limit=5.0, spec="qwen3", target="h100", sms=4, without=[])
     verdict = sanitize.Checked("racecheck", ["sh", "-c", f"cat {page}; exit 9"], options).verdict("1 2 3")
     assert verdict.says == says
     assert verdict.clean == says.startswith("clean")
