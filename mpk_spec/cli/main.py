@@ -115,8 +115,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The entry point of the console script; under torchrun all ranks but the first follow that one."""
-    if os.environ.get("RANK", "0") != "0" and "MASTER_ADDR" in os.environ:
+    under_torchrun = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if under_torchrun and os.environ["RANK"] != "0":
         from mpk_spec.runtime import follower
 
         follower.run()
-    sys.exit(main())
+    code = main()
+    if under_torchrun and code == errors.EXIT_OK:  # after a failure torchrun ends the others itself
+        from mpk_spec.runtime import follower
+
+        code = boundary.guarded(follower.dismiss)
+    sys.exit(code)

@@ -15,7 +15,7 @@ from typing import Any
 from mpk_spec.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from mpk_spec.runtime import links
 from mpk_spec.runtime.links import Place
-from mpk_spec.runtime.ranks import GRACE_S
+from mpk_spec.runtime.ranks import GRACE_S, Ranks
 
 
 def main() -> int:
@@ -24,7 +24,15 @@ def main() -> int:
     place = Place.from_environment()
     if place is None:
         raise UserError("this process belongs to no group of ranks: it is started by mpk-spec or torchrun")
-    return Follower(place.rank, links.connect(place.store(), place.rank)).run()
+    link = links.connect(place.store(), place.rank)
+    return EXIT_OK if link is None else Follower(place.rank, link).run()
+
+
+def dismiss() -> None:
+    """For rank 0 at its end: a command that called no rank (on the CPU, say) leaves none that torchrun started waiting."""
+    place = Place.from_environment()
+    if place is not None and not Ranks.gathered:
+        links.dismiss(place.store())
 
 
 class Follower:

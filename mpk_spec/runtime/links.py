@@ -93,9 +93,16 @@ def accept(store: TCPStore, ranks: int, check: Callable[[], None]) -> list[Conne
     return [found[rank] for rank in range(1, ranks)]
 
 
-def connect(store: TCPStore, rank: int) -> Connection:
-    """Another rank's link to rank 0."""
+def dismiss(store: TCPStore) -> None:
+    """Lets the other ranks go, where rank 0 had nothing for them to do."""
+    store.set(KEY, json.dumps(None))
+
+
+def connect(store: TCPStore, rank: int) -> Connection | None:
+    """Another rank's link to rank 0. None where that one has let it go."""
     at = json.loads(store.get(KEY))
+    if at is None:
+        return None
     link = Connection(socket.create_connection((HOST, at["port"])).detach())
     answer_challenge(link, bytes.fromhex(at["key"]))
     deliver_challenge(link, bytes.fromhex(at["key"]))

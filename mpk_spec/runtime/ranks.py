@@ -34,6 +34,8 @@ class RankLost(MpkSpecError):
 class Ranks:
     """The processes of all ranks; this one is rank 0. `make(rank, ranks, *args)` makes each rank's object."""
 
+    gathered = False  # ever, by this process
+
     def __init__(self, ranks: int):
         self.ranks, self.lost, self.lost_at, self.local = ranks, None, 0.0, None
         self.processes: list[subprocess.Popen] = []
@@ -45,6 +47,7 @@ class Ranks:
                 f"torchrun started {place.ranks} processes for {ranks} ranks", f"torchrun --nproc-per-node {ranks}"
             )
         try:
+            Ranks.gathered = True
             self._store = place.store() if place else self._start()
             self.links = links.accept(self._store, ranks, self._check_started)
         except BaseException:

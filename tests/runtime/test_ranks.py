@@ -217,3 +217,14 @@ def test_torchrun_can_start_the_ranks(tmp_path):
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[0, 1, 2] 0"
+
+
+def test_ranks_that_a_command_does_not_need_end_with_it():
+    """Under torchrun, on a machine without GPUs say: the others wait for a call that never comes."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29534", "-m", "mpk_spec"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, *command, "--version"], env=environment, capture_output=True, text=True, timeout=30
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mpk-spec ") and len(done.stdout.splitlines()) == 1
