@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def dismiss() -> None:
-    """For rank 0 at its end: a command that called no rank (on the CPU, say) leaves none that torchrun started waiting."""
+    """For rank 0 at its end: after a command that called no rank (on the CPU, say), torchrun's others must not wait."""
     place = Place.from_environment()
     if place is not None and not Ranks.gathered:
         links.dismiss(place.store())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,12 +36,15 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.found = dict(_read(path))
+        text = _read(path)
+        self.found = dict(_entries(text))
+        self._whole = text.endswith("\n") or not text
 
     def add(self, plan: str, settings: str, measured: Measurement) -> None:
         """Keeps it. Raises UserError where the file cannot be written."""
         self.found[plan] = measured
         line = json.dumps({"plan": plan, "settings": settings, **asdict(measured)}) + "\n"
+        line, self._whole = line if self._whole else "\n" + line, True
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
@@ -62,13 +66,19 @@ def journal_of(plan: Plan, gpu: str, weights: str, context: int, tokens: int) ->
     return Journal(cache_dir() / "tune" / name)
 
 
-def _read(path: Path):
-    """(plan, measurement) of every whole line; the last may be cut short where a run was ended while it wrote."""
+def _read(path: Path) -> str:
+    """The file's text, empty where there is none. Raises UserError where it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return
-    for line in lines:
+        return ""
+    except OSError as trouble:
+        raise UserError(f"cannot read {path}: {trouble.strerror or trouble}") from None
+
+
+def _entries(text: str) -> Iterator[tuple[str, Measurement]]:
+    """(plan, measurement) of every whole line: one is cut short where a run was ended while it wrote."""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             yield entry.pop("plan"), Measurement(**{k: v for k, v in entry.items() if k != "settings"})

@@ -101,6 +101,14 @@ def test_it_goes_on_where_it_was_cut_short(path):
     measurer = FakeMeasurer()
     assert search(measurer, path)[0].run().rules == BEST
     assert len(measurer.measured) == len(lines) - 5
+    third = FakeMeasurer()  # what was measured right after the torn line was kept, too
+    assert search(third, path)[0].run().rules == BEST and third.measured == []
+
+
+def test_a_journal_that_cannot_be_read_is_said(path):
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl: Is a directory"):
+        search(FakeMeasurer(), path)
 
 
 @pytest.mark.parametrize("limit", [45.0, 100.0])
