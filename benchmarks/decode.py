@@ -136,14 +136,16 @@ def run(job: Job, folder: Path, tokens: int, limit: float) -> bool:
 
 def write_table(folder: Path, jobs: list[Job], target: str) -> None:
     """table.md, table.json and decode.png of the results there are; the table also to standard output."""
+    from mpk_spec.files import write_aside
+
     results = [json.loads(p.read_text()) for job in jobs if (p := job.result(folder, target)).is_file()]
     if not results:
         print("nothing is measured yet")
         return
     rows = [row_of(result) for result in results]
     text = table(rows, results)
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_aside(folder / "table.md", text)
+    write_aside(folder / "table.json", json.dumps(rows, indent=2) + "\n")
     print(text, end="")
     if plot(rows, folder / "decode.png"):
         print(f"plot: {folder / 'decode.png'}")

@@ -58,11 +58,14 @@ def command(
     simulation, the rivals asked for, and a verdict on the numbers. On the CPU the backends take turns.
     """
     from mpk_spec.cli import measure
+    from mpk_spec.files import make_folder
     from mpk_spec.perf import page
     from mpk_spec.perf.bench import Settings
 
     names = _backends(backends)
     _check_rivals(names, rivals or [])
+    if output is not None:
+        make_folder(output)
     if names == ["cuda"]:
         positions = Settings.positions if verdict else 0
         settings = Settings(context, max_new_tokens, repeats, tuple(dict.fromkeys(rivals or [])), positions)
@@ -158,11 +161,9 @@ def in_turns(
 
 
 def write(folder: Path, name: str, page: str, data: str) -> None:
-    """NAME.md and NAME.json. Raises UserError where the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(page, encoding="utf-8")
-        (folder / f"{name}.json").write_text(data + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    """NAME.md and NAME.json, each whole or as it was. Raises UserError where they cannot be written."""
+    from mpk_spec.files import write_aside
+
+    write_aside(folder / f"{name}.md", page)
+    write_aside(folder / f"{name}.json", data + "\n")
     print(f"wrote {folder / name}.md and .json", file=sys.stderr)

@@ -182,7 +182,7 @@ def _constants(target: str, quiet: bool) -> CostModel:
 
 
 def _draw(plan: Plan, step: str, path: Path) -> None:
-    from mpk_spec.planner.plan_io import write_aside
+    from mpk_spec.files import write_aside
     from mpk_spec.planner.timeline import chrome_trace, svg
 
     simulation = _simulate(plan, step, min(EARLY, plan.context))

@@ -51,11 +51,14 @@ def command(
     Runs the kernel's profiling build, which reads the clocks at every task and is a little slower. Needs a GPU.
     Of several ranks also what their sums cost beyond what the weights hide; the trace has every rank's SMs.
     """
+    from mpk_spec.files import check_place
     from mpk_spec.profiler.chrome import chrome_trace, write_trace
     from mpk_spec.runtime.select import choose_degree
 
     if layer is not None and output is None:
         raise typer.BadParameter("says what -o FILE is to hold, and there is no -o", param_hint="--layer")
+    if output is not None:
+        check_place(output)
     backend, ranks, predicted = recorded(model, size, weights, context, tokens, choose_degree(tp), layer)
     ranks, clocks, data, shown = judged(ranks, predicted)
     if output is not None:

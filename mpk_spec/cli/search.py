@@ -36,8 +36,11 @@ def search(asked: Asked) -> None:
     """Prints what was tried, the best, and its rules; then VerdictFailed where candidates computed wrong numbers."""
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
+    from mpk_spec.files import check_place
     from mpk_spec.runtime.select import target_here
 
+    if asked.output is not None:
+        check_place(asked.output)
     _, gpu = target_here()
     with progress() as report:
         target = open_target(asked.model, report, size=asked.size, weights=asked.weights)
@@ -116,7 +119,7 @@ def _say(line: str) -> None:
 
 
 def _write(asked: Asked, target: Target, best: Trial, notes: list[str]) -> None:
-    from mpk_spec.planner.plan_io import write_aside
+    from mpk_spec.files import write_aside
     from mpk_spec.tuner.write import extended
 
     write_aside(asked.output, extended(target.spec, best.plan, best.rules, asked.output, notes))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpk_spec.errors import UserError
+from mpk_spec.files import write_aside
 from mpk_spec.planner.plan import PLAN_VERSION, Plan
 
 if TYPE_CHECKING:
@@ -19,17 +19,6 @@ SHOWN = 3  # of a file's defects; the rest are counted
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Writes the plan; the file is whole or not there. Raises UserError where it cannot be written."""
     write_aside(Path(path), plan.to_json() + "\n")
-
-
-def write_aside(path: Path, data: str | bytes) -> None:
-    """Writes beside `path`, then renames. Raises UserError where that cannot be."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(data if isinstance(data, bytes) else data.encode())
-        aside.replace(path)
-    except OSError as trouble:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {trouble.strerror or trouble}") from None
 
 
 def load_plan(path: str | Path) -> Plan:

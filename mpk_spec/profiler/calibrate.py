@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpk_spec.files import make_folder, write_aside
 from mpk_spec.planner.cost import CostModel, beside_hop_us, calibration_file, kv_of, read_calibration
 from mpk_spec.planner.plan import Group, Task
 from mpk_spec.planner.simulate import Ran, Simulation
@@ -62,14 +63,15 @@ def fit(steps: list[Simulation]) -> list[Fit]:
 
 
 def save(target: str, fits: Iterable[Fit], **given: float) -> Path:
-    """Adds the constants to the GPU's calibration file, which `plan` and `profile` read; returns its path."""
+    """Adds the constants to the GPU's calibration file, which all predictions read; returns its path.
+
+    Raises UserError where it cannot be written.
+    """
     path = calibration_file(target)
     known = read_calibration(target) or {}
     known |= {one.name: round(one.value, 4) for one in fits} | given
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".json.new")
-    aside.write_text(json.dumps(known, indent=2, sort_keys=True), encoding="utf-8")
-    aside.replace(path)
+    make_folder(path.parent)
+    write_aside(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mpk_spec.errors import UserError
+from mpk_spec.files import write_aside
 from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.profiler.clock import Times
 
@@ -72,8 +73,6 @@ def check_layer(plan: Plan, layer: int) -> None:
 
 def write_trace(path: Path, trace: str) -> None:
     """Compressed if the name ends in .gz. Raises UserError where it cannot be written."""
-    from mpk_spec.planner.plan_io import write_aside
-
     write_aside(path, gzip.compress(trace.encode(), mtime=0) if path.suffix == ".gz" else trace)
 
 

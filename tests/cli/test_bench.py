@@ -60,6 +60,13 @@ def test_the_summary_is_the_median():
     assert found["tokens_per_s"] == pytest.approx(50)
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("mpk_spec.cli.target.open_target", lambda *arguments, **options: pytest.fail("it ran"))
+    (tmp_path / "file").touch()
+    assert main(["bench", "smollm2", "--backend", "cpu", "-o", str(tmp_path / "file")]) == errors.EXIT_BAD_INPUT
+    assert f"cannot write {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table_and_writes_both_files(monkeypatch, tmp_path, capsys):
     target = SimpleNamespace(
         spec=None, name="smollm2", size="135m", checkpoint=SimpleNamespace(source="./made"), build=None

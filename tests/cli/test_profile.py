@@ -59,6 +59,12 @@ def test_one_layer_is_written(monkeypatch, tmp_path, capsys):
     assert layers.count(1) == tasks and len(layers) < 2 * tasks
 
 
+def test_a_trace_that_cannot_be_written_is_said_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(profile, "recorded", lambda *asked: pytest.fail("it ran"))
+    assert main([*TINY, "-o", str(tmp_path)]) == errors.EXIT_BAD_INPUT
+    assert f"cannot write {tmp_path}: Is a directory" in capsys.readouterr().err
+
+
 def test_a_layer_without_a_file_is_refused(capsys):
     assert main([*TINY, "--layer", "1"]) == errors.EXIT_USAGE
     assert "Invalid value for --layer: says what -o FILE is to hold, and there is no -o" in capsys.readouterr().err

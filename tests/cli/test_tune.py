@@ -123,6 +123,12 @@ def test_what_makes_no_sense_is_refused(machine, asked, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(machine, capsys, tmp_path):
+    path = tmp_path / "nowhere" / "tuned.yaml"
+    assert main([*ASK, "-o", str(path)]) == errors.EXIT_BAD_INPUT
+    assert f"cannot write {path}: No such file or directory" in capsys.readouterr().err and machine.measured == []
+
+
 def test_the_spec_itself_is_not_overwritten(machine, capsys, tmp_path):
     from mpk_spec.paths import specs_dir
 
