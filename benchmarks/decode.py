@@ -80,10 +80,12 @@ def main() -> int:
 
 def target_here() -> str:
     from mpk_spec.errors import UserError
+    from mpk_spec.runtime.cuda_device import gpu_alone
     from mpk_spec.runtime.select import target_here as found
 
     try:
-        return found()[0].name
+        with gpu_alone():
+            return found()[0].name
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -4,7 +4,7 @@ Three families, one per exit code that a failing command can have:
 
 * `SpecError`   a spec, plan or input is wrong (exit 1); carries one `Problem` per cause.
 * `UserError`   the surroundings are wrong: no GPU, no disk, a corrupt checkpoint (exit 1).
-* `VerdictFailed` the command worked and its answer is "no": `compare`, `test` (exit 4).
+* `VerdictFailed` the command worked and its answer is "no": `compare`, say (exit 4).
 
 Everything else that escapes is a bug (exit 3) and is reported with a log.
 """
@@ -27,7 +27,7 @@ EXIT_CODES = {
     EXIT_BAD_INPUT: "a bad spec, checkpoint or other input, or a machine that cannot do it",
     EXIT_USAGE: "the command line was wrong",
     EXIT_BUG: "a bug in mpk-spec; the message names a log file",
-    EXIT_VERDICT: "the command ran and its verdict is a failure (compare, test)",
+    EXIT_VERDICT: "the command ran and its verdict is a failure (compare, test, bench, tune)",
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",
 }
 

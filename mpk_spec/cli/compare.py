@@ -35,7 +35,9 @@ def command(
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
     tp: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Ranks: GPUs, or all in this process on the CPU; default: 1."),
+        typer.Option(
+            min=1, metavar="N", help="Ranks: GPUs, or all in this process on the CPU; default: 1, or as torchrun says."
+        ),
     ] = None,
     positions: Annotated[int, typer.Option(min=1, metavar="N", help="Teacher-forced positions, at least.")] = 2000,
     seeds: Annotated[

@@ -95,8 +95,9 @@ def recorded(
     from mpk_spec.planner.simulate import simulate
     from mpk_spec.profiler.clock import common_clock
     from mpk_spec.profiler.run import record
+    from mpk_spec.runtime.cuda_device import gpu_alone
 
-    with progress() as report:
+    with progress() as report, gpu_alone():
         backend = _open(model, size, weights, context, tokens, report, tp, layer)
         report("recording", 0, 0)
         times = [common_clock(raw) for raw in record(backend, context, tokens)]

@@ -37,11 +37,13 @@ def search(asked: Asked) -> None:
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
     from mpk_spec.files import check_place
+    from mpk_spec.runtime.cuda_device import gpu_alone
     from mpk_spec.runtime.select import target_here
 
     if asked.output is not None:
         check_place(asked.output)
-    _, gpu = target_here()
+    with gpu_alone():
+        _, gpu = target_here()
     with progress() as report:
         target = open_target(asked.model, report, size=asked.size, weights=asked.weights)
         if target.build is not None or target.size is None:

@@ -32,12 +32,29 @@ HINTS = {
 }
 
 
+class NoGpu(UserError):
+    """The kernel cannot run here. mend: what would change that, if anything is known; instead: what runs as it is."""
+
+    def __init__(self, message: str, mend: str | None = None, instead: str = ON_THE_CPU):
+        self.mend = mend
+        super().__init__(message, f"{mend}; {instead}" if mend else instead)
+
+
+@contextmanager
+def gpu_alone() -> Iterator[None]:
+    """Inside it the CPU is not offered instead: for what measures the kernel, which nothing else can."""
+    try:
+        yield
+    except NoGpu as error:
+        raise NoGpu(error.message, error.mend, "this measures the kernel: it needs a GPU") from None
+
+
 def find_device() -> torch.device:
-    """The GPU that torch sees, its context made current, as driver calls need. UserError where there is none."""
+    """The GPU that torch sees, its context made current, as driver calls need. NoGpu where there is none."""
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError(*why_not(torch.version.cuda, driver_cuda()))
+        raise NoGpu(*why_not(torch.version.cuda, driver_cuda()))
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -46,19 +63,19 @@ def find_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def why_not(built: str | None, driver: tuple[int, int] | None) -> tuple[str, str]:
-    """(what is wrong, what would work) where torch sees no GPU. built: torch's CUDA; driver: the CUDA it supports."""
+def why_not(built: str | None, driver: tuple[int, int] | None) -> tuple[str, str | None]:
+    """(what is wrong, what would mend it) where torch sees no GPU. built: torch's CUDA; driver: the newest it has."""
     if built is None:
-        return "this torch is built without CUDA", f"install a CUDA build of torch, or {ON_THE_CPU}"
+        return "this torch is built without CUDA", "install a CUDA build of torch"
     if driver is None:
-        return "there is no usable NVIDIA GPU here", ON_THE_CPU
+        return "there is no usable NVIDIA GPU here", None
     needs = tuple(int(part) for part in built.split(".")[:2])
     if driver[0] < needs[0]:
         return (
             f"the NVIDIA driver is too old: it supports CUDA {driver[0]}.{driver[1]}, this torch is built for {built}",
-            f"update the driver, or {ON_THE_CPU}",
+            "update the driver",
         )
-    return "there is no usable NVIDIA GPU here", f"CUDA_VISIBLE_DEVICES may hide it; {ON_THE_CPU}"
+    return "there is no usable NVIDIA GPU here", "CUDA_VISIBLE_DEVICES may hide it"
 
 
 def driver_cuda() -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpk_spec.errors import UserError
 from mpk_spec.planner.plan import Plan
 from mpk_spec.runtime.cuda_backend import CudaBackend
+from mpk_spec.runtime.cuda_device import NoGpu
 from mpk_spec.runtime.cuda_rank import CudaRank, compile_for
 from mpk_spec.runtime.ranks import RankLost, Ranks
 from mpk_spec.runtime.transport import VARIABLE, choose, wanted_transport
@@ -179,9 +180,10 @@ def split_over_ranks(plan: Plan, name: str) -> bool:
 
 
 def check_gpus(ranks: int) -> None:
+    """Raises NoGpu where there are fewer GPUs than ranks."""
     import torch
 
     count = torch.cuda.device_count()
     if count < ranks:
         there = "there is none" if count == 0 else f"this machine has {count}"
-        raise UserError(f"{ranks} ranks need {ranks} GPUs, {there}", "--backend cpu runs all ranks in one process")
+        raise NoGpu(f"{ranks} ranks need {ranks} GPUs, {there}", instead="--backend cpu runs all ranks in one process")

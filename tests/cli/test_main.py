@@ -151,6 +151,19 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.wait(timeout=20) == errors.EXIT_OK
 
 
+@pytest.mark.parametrize(
+    "command", [["tune"], ["tune", "--calibrate"], ["profile"], ["profile", "--tp", "2"]], ids=" ".join
+)
+def test_what_measures_the_kernel_offers_no_cpu(monkeypatch, capsys, command):
+    """These commands have no --backend."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    asked = [command[0], "qwen3", "--size", "tiny", "--weights", "random:0", *command[1:]]
+    assert main(asked) == errors.EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert "this measures the kernel: it needs a GPU" in said and "--backend" not in said
+
+
 def test_the_readme_has_the_table_of_exit_codes():
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {int(code): meaning for code, meaning in rows} == errors.EXIT_CODES

@@ -11,7 +11,7 @@ from mpk_spec.emit.source import emit
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
 from mpk_spec.runtime import cuda_device
-from mpk_spec.runtime.cuda_device import HINTS, admit, memory_runs_out, why_not
+from mpk_spec.runtime.cuda_device import HINTS, NoGpu, admit, gpu_alone, memory_runs_out, why_not
 from mpk_spec.runtime.cuda_launch import KernelModule
 from mpk_spec.schema import load_spec
 
@@ -114,20 +114,27 @@ def test_the_first_steps_descriptor_and_no_other_is_there(steps):
     ("built", "driver", "message", "hint"),
     [
         (None, None, "this torch is built without CUDA", "install a CUDA build of torch"),
-        ("13.0", None, "there is no usable NVIDIA GPU here", "--backend cpu"),
+        ("13.0", None, "there is no usable NVIDIA GPU here", None),
         (
             "13.0",
             (12, 4),
             "the NVIDIA driver is too old: it supports CUDA 12.4, this torch is built for 13.0",
-            "update",
+            "update the driver",
         ),
         ("13.0", (13, 0), "there is no usable NVIDIA GPU here", "CUDA_VISIBLE_DEVICES may hide it"),
     ],
 )
 def test_why_torch_sees_no_gpu(built, driver, message, hint):
     said, remedy = why_not(built, driver)
-    assert said == message
-    assert remedy.startswith(hint)
+    assert (said, remedy) == (message, hint)
+
+
+def test_the_cpu_is_offered_unless_the_kernel_alone_is_meant():
+    assert NoGpu("none").hint == "--backend cpu runs the same plan on the CPU"
+    assert NoGpu("none", "mend it").hint == "mend it; --backend cpu runs the same plan on the CPU"
+    with pytest.raises(NoGpu) as error, gpu_alone():
+        raise NoGpu("none", "mend it")
+    assert (error.value.message, error.value.hint) == ("none", "mend it; this measures the kernel: it needs a GPU")
 
 
 def test_a_gpu_that_another_process_holds_alone(monkeypatch):
