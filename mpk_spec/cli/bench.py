@@ -57,9 +57,8 @@ def command(
     On a GPU: milliseconds per token of the kernel, beside the ceiling of memory measured in the same run, the
     simulation, the rivals asked for, and a verdict on the numbers. On the CPU the backends take turns.
     """
-    from mpk_spec.cli import measure
     from mpk_spec.files import make_folder
-    from mpk_spec.perf import page
+    from mpk_spec.perf import page, turns
     from mpk_spec.perf.bench import Settings
 
     names = _backends(backends)
@@ -75,7 +74,7 @@ def command(
     else:
         result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats, tp)
         shown, name = (
-            measure.as_markdown(result),
+            turns.as_markdown(result),
             f"{result['model']['spec']}-{result['model']['size'] or 'checkpoint'}",
         )
     if output is not None:
@@ -130,9 +129,9 @@ def in_turns(
     new_tokens: int, repeats: int, tp: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Backends on the same weights, one answer each at a time."""
-    from mpk_spec.cli import measure
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
+    from mpk_spec.perf import turns
     from mpk_spec.runtime.select import choose_degree, open_backend
 
     with progress() as report:
@@ -144,7 +143,7 @@ def in_turns(
         opened = {
             name: open_backend(*where, name, context, report, target.build, count) for name, count in ranks.items()
         }
-        runs = measure.take_turns(opened, prompt_tokens, new_tokens, repeats, report)
+        runs = turns.take_turns(opened, prompt_tokens, new_tokens, repeats, report)
         for backend in opened.values():
             backend.close()
     return {
@@ -152,9 +151,9 @@ def in_turns(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
-        "machine": measure.machine(),
+        "machine": turns.machine(),
         "backends": {
-            name: {"description": opened[name].description, **measure.summary(measured)}
+            name: {"description": opened[name].description, **turns.summary(measured)}
             for name, measured in runs.items()
         },
     }

@@ -1,1 +1,1 @@
-"""Speed on a GPU: the ceiling of memory, our kernel by the GPU's clock, its rivals, and the page that says so."""
+"""Speed: the ceiling of memory, our kernel by the GPU's clock, its rivals, and pages that say so."""

@@ -97,8 +97,8 @@ def bytes_per_token(plan: Plan, context: int) -> dict[str, int]:
 
 
 def _ours(backend: CudaBackend, settings: Settings, progress: Progress) -> dict[str, Any]:
-    from mpk_spec.cli.measure import once
     from mpk_spec.perf.clock import time_decode
+    from mpk_spec.perf.turns import once
 
     progress("timing the kernel", 0, 0)
     prompt = min(PROMPT, backend.context - 2)
@@ -157,6 +157,6 @@ def _first_line(error: Exception) -> str:
 def _software() -> dict[str, Any]:
     import torch
 
-    from mpk_spec.cli.measure import machine
+    from mpk_spec.perf.turns import machine
 
     return {**machine(), "cuda": torch.version.cuda}

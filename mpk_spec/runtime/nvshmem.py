@@ -133,7 +133,7 @@ class Nvshmem:
 
 def find_library() -> Path:
     """The wheel's library. UserError where none is installed, or one for another CUDA than torch's."""
-    from mpk_spec.cli.gpu import find_nvshmem
+    from mpk_spec.doctor.gpu import find_nvshmem
 
     finding = find_nvshmem()
     if finding.status == "absent":

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mpk_spec import errors
-from mpk_spec.cli import findings
-from mpk_spec.cli.gpu import judge_nvshmem
 from mpk_spec.cli.main import main
+from mpk_spec.doctor import host
+from mpk_spec.doctor.gpu import judge_nvshmem
 
 NAMES = ["python", "torch", "transformers", "packages", "driver", "gpus", "nvrtc", "nvshmem", "cache", "disk"]
 
@@ -26,7 +26,7 @@ def test_doctor_as_json(capsys):
 
 
 def test_doctor_fails_where_chat_on_the_cpu_would(capsys, monkeypatch, own_cache):
-    monkeypatch.setattr(findings, "installed", lambda package: "4.57.1" if package == "transformers" else "1.0")
+    monkeypatch.setattr(host, "installed", lambda package: "4.57.1" if package == "transformers" else "1.0")
     own_cache.write_text("a file where the folder should be")
     assert main(["doctor"]) == errors.EXIT_BAD_INPUT
     shown = capsys.readouterr()
@@ -35,14 +35,14 @@ def test_doctor_fails_where_chat_on_the_cpu_would(capsys, monkeypatch, own_cache
 
 
 def test_a_package_that_cannot_be_imported_is_broken(monkeypatch):
-    monkeypatch.setattr(findings, "CPU_PACKAGES", ("json", "no_such_package"))
-    found = findings.find_packages()
+    monkeypatch.setattr(host, "CPU_PACKAGES", ("json", "no_such_package"))
+    found = host.find_packages()
     assert (found.status, found.says) == ("broken", "no_such_package: No module named 'no_such_package'")
 
 
 def test_little_disk_is_a_warning(monkeypatch):
-    monkeypatch.setattr(findings.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 3e8}))
-    found = findings.find_disk()
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 3e8}))
+    found = host.find_disk()
     assert (found.status, found.says) == ("warning", "0.3 GB free for the cache")
 
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from mpk_spec.cli.findings import Finding
+from mpk_spec.doctor.finding import Finding
 from mpk_spec.errors import UserError
 from mpk_spec.runtime import nvshmem
 from mpk_spec.runtime.nvshmem import Nvshmem
@@ -149,7 +149,7 @@ def test_headers_lie_beside_the_library(tmp_path):
     ],
 )
 def test_a_missing_package_and_a_mix_are_said(monkeypatch, finding, message, hint):
-    monkeypatch.setattr("mpk_spec.cli.gpu.find_nvshmem", lambda: finding)
+    monkeypatch.setattr("mpk_spec.doctor.gpu.find_nvshmem", lambda: finding)
     with pytest.raises(UserError) as error:
         nvshmem.find_library()
     assert (error.value.message, error.value.hint) == (message, hint)

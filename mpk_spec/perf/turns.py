@@ -1,4 +1,4 @@
-"""The clockwork of `mpk-spec bench`."""
+"""Whole answers of several backends, in turn, by the host's clock: `mpk-spec bench` without a GPU, and its page."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpk_spec.cli.progress import Progress
+    from collections.abc import Callable
+
     from mpk_spec.runtime.backend import Backend
+
+    Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,17 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from mpk_spec.doctor.finding import Finding, installed
 
 OLDEST_PYTHON = (3, 10)
 CPU_PACKAGES = ("tokenizers", "safetensors", "numpy", "pydantic", "jinja2", "yaml", "gguf", "filelock")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """`status`: ok; absent (only the GPU path wants it); warning (works, but look); broken (no chat on the CPU)."""
-
-    name: str
-    status: str
-    says: str
-    hint: str | None = None
-    data: dict = field(default_factory=dict)
-
-
 def all_findings() -> list[Finding]:
-    from mpk_spec.cli.gpu import find_driver, find_gpus, find_nvrtc, find_nvshmem
+    from mpk_spec.doctor.gpu import find_driver, find_gpus, find_nvrtc, find_nvshmem
 
     return [
         find_python(),
@@ -107,14 +96,6 @@ def find_disk() -> Finding:
         hint = "SmolLM2-135M needs 0.4 GB here; 'mpk-spec cache clear' frees what is stored"
         return Finding("disk", "warning", f"{free / 1e9:.1f} GB free for the cache", hint, data)
     return Finding("disk", "ok", f"{free / 1e9:.0f} GB free for the cache", data=data)
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed distribution, None where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _existing(folder: Path) -> Path:

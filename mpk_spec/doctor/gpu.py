@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from mpk_spec.cli.findings import Finding, installed
+from mpk_spec.doctor.finding import Finding, installed
 
 # CUdevice_attribute of cuda.h
 _SM_COUNT, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
@@ -74,7 +74,7 @@ def find_nvrtc() -> Finding:
 
 
 def find_nvshmem() -> Finding:
-    from mpk_spec.cli.findings import find_torch
+    from mpk_spec.doctor.host import find_torch
 
     versions = {cuda: installed(f"nvidia-nvshmem-cu{cuda}") for cuda in ("12", "13")}
     torch_cuda = find_torch().data.get("cuda")

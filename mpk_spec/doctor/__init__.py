@@ -1,0 +1,1 @@
+"""What this machine has and lacks: examinations that `mpk-spec doctor` prints and the runtime asks."""
