@@ -147,7 +147,7 @@ def measure(model: str, options) -> None:
 
 
 def trace(model: str, options) -> None:
-    from mpk_spec.planner.simulate import simulate
+    from mpk_spec.planner.simulate import predict
     from mpk_spec.profiler.clock import common_clock
     from mpk_spec.profiler.report import page, profile_of
     from mpk_spec.profiler.run import record
@@ -155,7 +155,7 @@ def trace(model: str, options) -> None:
 
     backend, _ = open_random(model, options, (PROFILE,))
     times = common_clock(*record(backend, options.prompt, 4))
-    print(page(profile_of(times, simulate(backend.plan, context=options.prompt))))
+    print(page(profile_of(times, predict(backend.plan, context=options.prompt))))
     backend.close()
 
 

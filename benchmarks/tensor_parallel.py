@@ -134,8 +134,7 @@ def show(model: str, rows: dict[int, tuple[Times, float]]) -> None:
 def trace(model: str, tp: int, options) -> None:
     """As `mpk-spec profile --tp`, on weights that every rank draws for itself; the trace where `--output` says."""
     from mpk_spec.cli.profile import judged
-    from mpk_spec.planner.cost import cost_model, read_calibration
-    from mpk_spec.planner.simulate import simulate
+    from mpk_spec.planner.simulate import predict
     from mpk_spec.profiler.chrome import check_layer, chrome_trace, write_trace
     from mpk_spec.profiler.clock import common_clock
     from mpk_spec.profiler.run import record
@@ -146,12 +145,12 @@ def trace(model: str, tp: int, options) -> None:
         check_layer(backend.plan, options.layer)
     ranks = [common_clock(raw) for raw in record(backend, options.position, 4)]
     backend.close()
-    plan = backend.plan
-    predicted = simulate(plan, context=options.position, cost=cost_model(plan.target, read_calibration(plan.target)))
-    ranks, clocks, _, shown = judged(ranks, predicted)
+    ranks, clocks, _, shown = judged(ranks, predict(backend.plan, context=options.position))
     print(shown)
     if options.output:
-        write_trace(Path(options.output), chrome_trace(plan, backend.emitted.step, ranks, clocks, options.layer))
+        write_trace(
+            Path(options.output), chrome_trace(backend.plan, backend.emitted.step, ranks, clocks, options.layer)
+        )
 
 
 if __name__ == "__main__":

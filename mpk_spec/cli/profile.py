@@ -91,8 +91,7 @@ def recorded(
     The other ranks' processes have ended by then. Raises UserError, before anything runs, if there is no `layer`.
     """
     from mpk_spec.cli.progress import progress
-    from mpk_spec.planner.cost import cost_model, read_calibration
-    from mpk_spec.planner.simulate import simulate
+    from mpk_spec.planner.simulate import predict
     from mpk_spec.profiler.clock import common_clock
     from mpk_spec.profiler.run import record
     from mpk_spec.runtime.cuda_device import gpu_alone
@@ -102,9 +101,7 @@ def recorded(
         report("recording", 0, 0)
         times = [common_clock(raw) for raw in record(backend, context, tokens)]
         backend.close()
-    plan = backend.plan
-    predicted = simulate(plan, context=context, cost=cost_model(plan.target, read_calibration(plan.target)))
-    return backend, times, predicted
+    return backend, times, predict(backend.plan, context=context)
 
 
 def _open(

@@ -76,6 +76,7 @@ def fit_constants(
 ) -> None:  # fmt: skip
     """`--calibrate`: a profile, the constants that fit it, and how well they predict it."""
     from mpk_spec.cli.profile import recorded
+    from mpk_spec.planner.simulate import predict
     from mpk_spec.profiler.calibrate import fit, save
     from mpk_spec.profiler.report import path, profile_of
 
@@ -83,7 +84,7 @@ def fit_constants(
     before = profile_of(times, predicted)
     fits = fit(before.steps)
     kept = save(backend.plan.target, fits, **({"stream_gbps": stream_gbps} if stream_gbps else {}))
-    after = profile_of(times, _predict(backend.plan, context))
+    after = profile_of(times, predict(backend.plan, context=context))
     if as_json:
         print(json.dumps({fit.name: fit.value for fit in fits}, indent=2))
         return
@@ -92,13 +93,6 @@ def fit_constants(
     print(f"a token takes {before.us / 1e3:.4f} ms, predicted {predicted.ms:.4f} ms before and {now:.4f} ms now")
     print(path(after), end="\n\n")
     print(kept)
-
-
-def _predict(plan, context: int):
-    from mpk_spec.planner.cost import cost_model, read_calibration
-    from mpk_spec.planner.simulate import simulate
-
-    return simulate(plan, context=context, cost=cost_model(plan.target, read_calibration(plan.target)))
 
 
 def page(fits: list[Fit], cost: CostModel) -> str:

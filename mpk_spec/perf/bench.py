@@ -108,12 +108,11 @@ def _ours(backend: CudaBackend, settings: Settings, progress: Progress) -> dict[
 
 
 def _predicted(plan: Plan, context: int) -> dict[str, Any]:
-    from mpk_spec.planner.cost import cost_model, read_calibration
-    from mpk_spec.planner.simulate import simulate
+    from mpk_spec.planner.cost import read_calibration
+    from mpk_spec.planner.simulate import predict
 
-    calibration = read_calibration(plan.target)
-    found = simulate(plan, "decode", context, cost_model(plan.target, calibration))
-    return {"ms": round(found.ms, 5), "calibrated": calibration is not None}
+    found = predict(plan, context=context)
+    return {"ms": round(found.ms, 5), "calibrated": read_calibration(plan.target) is not None}
 
 
 def _verdict(backend: CudaBackend, checkpoint: Checkpoint, positions: int, progress: Progress) -> dict[str, Any]:

@@ -152,7 +152,7 @@ OF_TARGET: dict[str, dict[str, float]] = {
         "attend_us": 0.0, "kv_block_us": 10.0, "row_op_us": 20.0, "spread": 0.0, "chance": 0.0,
     },
 }  # fmt: skip
-"""What differs from the constants above: of a measured GPU what `mpk-spec tune --calibrate` found."""
+"""What differs from the constants above. What was measured on this machine lies in `calibration_file`."""
 
 
 def calibration_file(target: str) -> Path:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from mpk_spec.errors import UserError, did_you_mean
 from mpk_spec.planner.compiled import Pool, ReadyStage, ReadyTask, compile_stage
-from mpk_spec.planner.cost import CostModel, cost_model
+from mpk_spec.planner.cost import CostModel, cost_model, read_calibration
 from mpk_spec.planner.plan import Plan, Stage, Step
 
 WARM_UP_STAGES = 6
@@ -192,6 +192,11 @@ def simulate(plan: Plan, step: str = "decode", context: int | None = None, cost:
     if not 1 <= context <= plan.context:
         raise UserError(f"a context of {context} positions", f"this plan's cache holds 1 to {plan.context}")
     return _Machine(plan, plan.steps[step], context, cost or cost_model(plan.target)).run()
+
+
+def predict(plan: Plan, step: str = "decode", context: int | None = None) -> Simulation:
+    """`simulate` with the constants that were measured on this machine, where there are some."""
+    return simulate(plan, step, context, cost_model(plan.target, read_calibration(plan.target)))
 
 
 class _Machine:
