@@ -119,7 +119,8 @@ def _verdict(backend: CudaBackend, checkpoint: Checkpoint, positions: int, progr
     from mpk_spec.testing.yardstick import Yardstick, sequences
 
     ids = sequences(backend.vocab_size, positions, SEEDS, min(backend.context, LEAST_CACHE))
-    return Yardstick(checkpoint, ids, progress).judge(backend, progress, alone=len(ids[0]) // 4).data()
+    verdict = Yardstick(checkpoint, ids, progress).judge(backend, progress, alone=len(ids[0]) // 4)
+    return {**verdict.data(), "sequence": len(ids[0])}
 
 
 def _rivals(checkpoint: Checkpoint, settings: Settings, progress: Progress) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def _said(verdict: dict[str, Any] | None) -> str:
     kl = next(row for row in verdict["rows"] if row["name"] == "KL mean")
     ours = "not finite" if kl["ours"] is None else f"{kl['ours']:.3g}"
     return (
-        f"Correctness: {'passed' if verdict['passed'] else 'FAILED'}. Over {verdict['positions']} positions the mean "
-        f"KL divergence from Hugging Face in float32 is {ours}, that of Hugging Face in bf16 {kl['rival']:.3g}."
+        f"Correctness: {'passed' if verdict['passed'] else 'FAILED'}. Over {verdict['positions']} positions, in "
+        f"sequences of {verdict['sequence']}, the mean KL divergence from Hugging Face in float32 is {ours}, that of "
+        f"Hugging Face in bf16 {kl['rival']:.3g}."
     )
