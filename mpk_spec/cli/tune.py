@@ -50,12 +50,13 @@ def command(
 ) -> None:
     """Search the schedule that is fastest on this machine's GPU. Needs a GPU.
 
-    Tries splits of attention and who merges them, grids of linears, the loader's limits. Every candidate's logits
-    are held against those of the plan without rules. Prints what was tried and, where the best is faster beyond the
-    noise, its rules. Measurements are kept: the same command goes on where it was stopped.
+    Tries the loader's limits, both ways that values cross between SMs, grids of linears, splits of attention and who
+    merges them. Every candidate's logits are held against those of the plan without rules. Prints what was tried and,
+    where the best is faster beyond the noise, its rules. Measurements are kept: the same command goes on where it was
+    stopped.
 
-    With --calibrate it fits the cost model's constants instead, into a file per GPU in the cache folder, which 'plan'
-    and 'profile' read.
+    With --calibrate it fits the cost model's constants instead, into a file per GPU in the cache folder, which 'plan',
+    'profile' and 'bench' read.
     """
     from mpk_spec.cli.search import Asked, search
 

@@ -174,7 +174,7 @@ def explain(plan: Plan) -> str:
     lines = [f"{plan.name} on {plan.target}, tp {plan.tp}, batch {plan.batch}", "", "choices"]
     lines += [f"  {note}" for note in plan.notes] or ["  none noted"]
     lines += ["", "schedule (pin it with --pin)"]
-    lines += [f"  {name}: {_flow(rule)}" for name, rule in plan.schedule.items()]
+    lines += [f"  {_scalar(name)}: {_flow(rule)}" for name, rule in {"*": _whole_kernel(plan), **plan.schedule}.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -192,6 +192,7 @@ def pin(plan: Plan) -> str:
 
 
 def _whole_kernel(plan: Plan) -> dict[str, Any]:
+    """What rules for `*` alone can say."""
     loader = {key: getattr(plan, f"{key}_bytes") for key in ("in_flight", "in_flight_looking", "prefetch")}
     return {**loader, "crossing": plan.crossing}
 

@@ -91,6 +91,8 @@ def test_explain_gives_notes_and_schedule():
     shown = explain(planned())
     assert "  fusion qkv: applied, rmsnorm + linear + linear + linear\n" in shown
     assert re.search(r"^  qkv: \{grid: \[\d+, 1, 1\], block: \[384, 1, 1\], ", shown, re.M)
+    loader = next(line for line in pin(planned()).splitlines() if '"*"' in line).strip()
+    assert f"  {loader}\n" in shown and "in_flight_looking" in loader
 
 
 def with_schedule(text, schedule):
