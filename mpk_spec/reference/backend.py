@@ -25,7 +25,9 @@ class ReferenceBackend:
         self.context = plan.context
         decode = plan.steps["decode"]
         tasks = sum(len(g.tasks) for s in decode.stages for g in decode.templates[s.template].groups)
-        self.description = f"cpu reference, {len(decode.stages)} stages, {tasks} tasks a token, context {self.context}"
+        ranks = f"{plan.tp} ranks in one process, " if plan.tp > 1 else ""
+        size = f"{len(decode.stages)} stages, {tasks} tasks a token, context {self.context}"
+        self.description = f"cpu reference, {ranks}{size}"
         nodes = (n for t in decode.templates for g in t.groups for n in g.nodes)
         self._logits = next(n.inputs[0] for n in nodes if n.op == "argmax_partial")
         self._cached: list[int] = []

@@ -110,10 +110,15 @@ ranks.call("hang", {others})
 
 
 def hanging(others: bool) -> tuple[subprocess.Popen, int]:
+    return started(HANGING.format(others=others))
+
+
+def started(program: str, **how) -> tuple[subprocess.Popen, int]:
+    """A process that is rank 0, and the process id of rank 1, which it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGING.format(others=others)], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", program], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        **how,
     )  # fmt: skip
     return process, int(process.stdout.readline())
 
@@ -131,6 +136,34 @@ def test_no_rank_outlives_rank_0(others):
     process, other = hanging(others)
     process.kill()
     process.communicate()
+    deadline = time.monotonic() + SOON_S
+    while not ended(other) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended(other)
+
+
+INTERRUPTED = """
+import sys
+import fake_rank
+from mpk_spec.cli.boundary import guarded
+from mpk_spec.runtime.ranks import Ranks
+
+def work():
+    ranks = Ranks(2)
+    ranks.open(fake_rank.Plain)
+    print(ranks.processes[0].pid, flush=True)
+    ranks.call("hang", False)
+
+sys.exit(guarded(work))
+"""
+
+
+def test_ctrl_c_reaches_all_ranks():
+    """A terminal sends it to every process of the group: rank 0 ends, and the others since it does."""
+    process, other = started(INTERRUPTED, start_new_session=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=SOON_S)
+    assert (process.returncode, said) == (130, "interrupted\n")
     deadline = time.monotonic() + SOON_S
     while not ended(other) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -115,3 +115,15 @@ def test_positions_are_cut_into_chunks_and_single_steps(span, chunk, alone, cut)
     from mpk_spec.runtime.backend import pieces
 
     assert pieces(*span, chunk, alone) == cut
+
+
+@pytest.mark.parametrize(
+    ("tp", "said"), [(1, "cpu reference, 4 stages"), (2, "cpu reference, 2 ranks in one process, ")]
+)
+def test_the_cpu_says_how_many_ranks_it_runs(tp, said):
+    from mpk_spec.runtime.random_model import random_checkpoint
+    from mpk_spec.schema import load_spec
+
+    spec = load_spec("qwen3")
+    opened = select.open_backend(spec, "tiny", random_checkpoint(spec, "tiny", 0), "cpu", 64, tp=tp)
+    assert opened.description.startswith(said)
