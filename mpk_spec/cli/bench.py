@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpk_spec.cli.options import ReadWith, Size, Weights
+from mpk_spec.cli.options import Model, ReadWith, Size, Weights
 from mpk_spec.errors import UserError, VerdictFailed, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ RIVALS = ("eager", "compile", "graph")
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A spec (name or file), a checkpoint, or a folder that build made.")
-    ],
+    model: Model,
     size: Size = None,
     weights: Weights = None,
     spec: ReadWith = None,

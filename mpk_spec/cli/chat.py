@@ -7,26 +7,18 @@ from typing import Annotated
 
 import typer
 
-from mpk_spec.cli.options import ReadWith, Size, Weights
+from mpk_spec.cli.options import Model, Ranks, ReadWith, Size, Weights
 from mpk_spec.errors import UserError
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A spec (name or file), a folder that build made, or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
-        ),
-    ],
+    model: Model,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Ask this once and end.")] = None,
     size: Size = None,
     weights: Weights = None,
     spec: ReadWith = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda, cpu or torch.")] = "auto",
-    tp: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="GPUs, one rank each; default: 1, or as torchrun says.")
-    ] = None,
+    tp: Ranks = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(

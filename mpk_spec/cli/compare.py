@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpk_spec.cli.options import ReadWith, Size, Weights
+from mpk_spec.cli.options import Model, ReadWith, Size, Weights
 from mpk_spec.errors import UserError, VerdictFailed
 
 if TYPE_CHECKING:
@@ -22,13 +22,7 @@ LONG = 8192  # tokens of all sequences, where one alone is long
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPEC",
-            help="A spec (name or file), a folder that build made, or a checkpoint (folder, .gguf, hub:OWNER/NAME).",
-        ),
-    ],
+    model: Model,
     size: Size = None,
     weights: Weights = None,
     spec: ReadWith = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpk_spec.cli.options import Size, Weights
+from mpk_spec.cli.options import Ranks, Size, Unbuilt, Weights
 from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,15 +22,10 @@ ROOM = 16  # positions past the context and the recorded tokens, for those befor
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
-    ],
+    model: Unbuilt,
     size: Size = None,
     weights: Weights = None,
-    tp: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="GPUs, one rank each; default: 1, or as torchrun says.")
-    ] = None,
+    tp: Ranks = None,
     context: Annotated[
         int, typer.Option("-c", "--context", min=16, metavar="N", help="Positions in the cache while it is measured.")
     ] = 128,

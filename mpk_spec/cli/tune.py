@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpk_spec.cli.options import Size, Weights
+from mpk_spec.cli.options import Size, Unbuilt, Weights
 from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="SPEC", help="A spec (name or file) or a checkpoint (folder, .gguf, hub:OWNER/NAME)."),
-    ],
+    model: Unbuilt,
     size: Size = None,
     weights: Weights = None,
     calibrate: Annotated[

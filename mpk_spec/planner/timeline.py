@@ -99,10 +99,10 @@ def _bars(simulation: Simulation, ran: Ran, begin: float, scale: float, colours:
 
 
 def chrome_trace(simulation: Simulation) -> str:
-    """The whole step in Chrome's trace format, for ui.perfetto.dev: a process per rank, a thread per SM.
+    """The whole step of one rank in Chrome's trace format, for ui.perfetto.dev: a thread per SM.
 
     Tasks are named `group[task]`, waits for events `wait group[task]`, for values that cross as data
-    `look group[task]`; `args` hold the stage, its layer and the waits.
+    `look group[task]`; `args` hold the stage, its layer and how long weights were waited for.
     """
     events: list[dict] = [
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": f"{simulation.plan.name} (simulated)"}}
@@ -116,7 +116,7 @@ def chrome_trace(simulation: Simulation) -> str:
         if ran.start > ran.free:
             what = "look" if ran.by == "data" else "wait"
             events.append(_slice(f"{what} {name}", what, ran.sm, ran.free, ran.start, {}))
-        arguments = {"stage": ran.stage - simulation.warm, "data_wait_us": round(ran.stalled, 3)}
+        arguments = {"stage": ran.stage - simulation.warm, "data_wait_us": max(0.0, round(ran.stalled, 3))}
         if stage.layer is not None:
             arguments["layer"] = stage.layer
         events.append(_slice(name, "task", ran.sm, ran.start, ran.stored, arguments))
