@@ -149,13 +149,14 @@ def measure(model: str, options) -> None:
 def trace(model: str, options) -> None:
     from mpk_spec.planner.simulate import predict
     from mpk_spec.profiler.clock import common_clock
-    from mpk_spec.profiler.report import page, profile_of
+    from mpk_spec.profiler.report import report
     from mpk_spec.profiler.run import record
     from mpk_spec.runtime.cuda_probe import PROFILE
 
     backend, _ = open_random(model, options, (PROFILE,))
     times = common_clock(*record(backend, options.prompt, 4))
-    print(page(profile_of(times, predict(backend.plan, context=options.prompt))))
+    *_, shown = report([times], predict(backend.plan, context=options.prompt))
+    print(shown)
     backend.close()
 
 

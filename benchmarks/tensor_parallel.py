@@ -133,10 +133,10 @@ def show(model: str, rows: dict[int, tuple[Times, float]]) -> None:
 
 def trace(model: str, tp: int, options) -> None:
     """As `mpk-spec profile --tp`, on weights that every rank draws for itself; the trace where `--output` says."""
-    from mpk_spec.cli.profile import judged
     from mpk_spec.planner.simulate import predict
     from mpk_spec.profiler.chrome import check_layer, chrome_trace, write_trace
     from mpk_spec.profiler.clock import common_clock
+    from mpk_spec.profiler.report import report
     from mpk_spec.profiler.run import record
     from mpk_spec.runtime.cuda_probe import PROFILE
 
@@ -145,7 +145,7 @@ def trace(model: str, tp: int, options) -> None:
         check_layer(backend.plan, options.layer)
     ranks = [common_clock(raw) for raw in record(backend, options.position, 4)]
     backend.close()
-    ranks, clocks, _, shown = judged(ranks, predict(backend.plan, context=options.position))
+    ranks, clocks, _, shown = report(ranks, predict(backend.plan, context=options.position))
     print(shown)
     if options.output:
         write_trace(

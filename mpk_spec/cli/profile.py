@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,6 +47,7 @@ def command(
     """
     from mpk_spec.files import check_place
     from mpk_spec.profiler.chrome import chrome_trace, write_trace
+    from mpk_spec.profiler.report import report
     from mpk_spec.runtime.select import choose_degree
 
     if layer is not None and output is None:
@@ -55,27 +55,11 @@ def command(
     if output is not None:
         check_place(output)
     backend, ranks, predicted = recorded(model, size, weights, context, tokens, choose_degree(tp), layer)
-    ranks, clocks, data, shown = judged(ranks, predicted)
+    ranks, clocks, data, shown = report(ranks, predicted)
     if output is not None:
         write_trace(output, chrome_trace(backend.plan, backend.emitted.step, ranks, clocks, layer))
         print(f"trace: {output}, for ui.perfetto.dev", file=sys.stderr)
     print(json.dumps(data, indent=2) if as_json else shown)
-
-
-def judged(ranks: list[Times], predicted: Simulation) -> tuple[list[Times], str, dict, str]:
-    """All ranks' times by one clock, what that rests on, and the profile as data and for people."""
-    from mpk_spec.profiler.ranks import align
-    from mpk_spec.profiler.report import page, page_of_ranks, profile_of
-    from mpk_spec.profiler.sums import predicted_sums, sums_of
-
-    if len(ranks) == 1:
-        profile = profile_of(ranks[0], predicted)
-        return ranks, "", profile.data(), page(profile)
-    ranks, clocks = align(ranks, predicted.step)
-    profiles = [profile_of(times, predicted) for times in ranks]
-    sums = sums_of(ranks, predicted, predicted_sums(predicted))
-    data = {**profiles[0].data(), "ranks": [p.data() for p in profiles], "clocks": asdict(clocks), "sums": sums.data()}
-    return ranks, clocks.says(), data, page_of_ranks(profiles, clocks, sums)
 
 
 def recorded(

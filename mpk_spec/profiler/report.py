@@ -135,6 +135,21 @@ def _critical(steps: list[Simulation], predicted: Simulation) -> list[Critical]:
     ]  # fmt: skip
 
 
+def report(ranks: list[Times], predicted: Simulation) -> tuple[list[Times], str, dict, str]:
+    """All ranks' times by one clock, what that rests on, and the profile as data and for people."""
+    from mpk_spec.profiler.ranks import align
+    from mpk_spec.profiler.sums import predicted_sums, sums_of
+
+    if len(ranks) == 1:
+        profile = profile_of(ranks[0], predicted)
+        return ranks, "", profile.data(), page(profile)
+    ranks, clocks = align(ranks, predicted.step)
+    profiles = [profile_of(times, predicted) for times in ranks]
+    sums = sums_of(ranks, predicted, predicted_sums(predicted))
+    data = {**profiles[0].data(), "ranks": [p.data() for p in profiles], "clocks": asdict(clocks), "sums": sums.data()}
+    return ranks, clocks.says(), data, page_of_ranks(profiles, clocks, sums)
+
+
 def page(profile: Profile) -> str:
     """The report for people."""
     return "\n\n".join([_head(profile), _phases(profile), path(profile)])

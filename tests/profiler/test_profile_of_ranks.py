@@ -10,7 +10,6 @@ import pytest
 from profiler.synthetic import times_of
 from tiny_specs import child, spec_of
 
-from mpk_spec.cli.profile import judged
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
 from mpk_spec.planner.cost import cost_model, look_us
@@ -18,6 +17,7 @@ from mpk_spec.planner.simulate import simulate
 from mpk_spec.profiler.chrome import AFTER_US, BEFORE_US, SIGNALS, WORK, chrome_trace, cut, process, write_trace
 from mpk_spec.profiler.clock import common_clock
 from mpk_spec.profiler.ranks import READING_US, align, exchanges
+from mpk_spec.profiler.report import report
 from mpk_spec.profiler.sums import predicted_sums, sums_of
 from mpk_spec.schema import load_spec
 
@@ -154,7 +154,7 @@ def test_the_simulation_says_what_the_sums_of_a_layer_cost(made, simulation):
 
 
 def test_the_report_and_the_trace_have_every_rank(simulation, alike, crossing):
-    ranks, clocks, data, shown = judged(alike, simulation)
+    ranks, clocks, data, shown = report(alike, simulation)
     assert "the sums of a layer together, 2.0 waits: " in shown and "added up by" in shown
     assert ("as data" in shown.split("added up by")[1]) == (crossing == "data")
     assert clocks in shown
