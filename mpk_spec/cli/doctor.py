@@ -16,7 +16,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what this machine has and lacks for mpk-spec. Fails only where chatting on the CPU would."""
-    from mpk_spec.doctor.host import all_findings
+    from mpk_spec.doctor import all_findings
 
     findings = all_findings()
     if as_json:

@@ -1,4 +1,4 @@
-"""The examinations of `mpk-spec doctor`, one function each. None needs a GPU; none raises for what it finds."""
+"""What `doctor` can say of everything but the GPU: Python, torch, packages, cache, disk."""
 
 from __future__ import annotations
 
@@ -13,23 +13,6 @@ from mpk_spec.doctor.finding import Finding, installed
 
 OLDEST_PYTHON = (3, 10)
 CPU_PACKAGES = ("tokenizers", "safetensors", "numpy", "pydantic", "jinja2", "yaml", "gguf", "filelock")
-
-
-def all_findings() -> list[Finding]:
-    from mpk_spec.doctor.gpu import find_driver, find_gpus, find_nvrtc, find_nvshmem
-
-    return [
-        find_python(),
-        find_torch(),
-        find_transformers(),
-        find_packages(),
-        find_driver(),
-        find_gpus(),
-        find_nvrtc(),
-        find_nvshmem(),
-        find_cache(),
-        find_disk(),
-    ]
 
 
 def find_python() -> Finding:
