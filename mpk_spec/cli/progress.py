@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[str, int, int], None]  # (stage, done, total); total 0 where it is not known
+from mpk_spec.progress import Progress
 
 
 @contextmanager

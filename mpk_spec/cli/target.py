@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mpk_spec.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from mpk_spec.cli.progress import Progress
+    from mpk_spec.progress import Progress
     from mpk_spec.runtime.built import Build
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint

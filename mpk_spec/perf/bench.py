@@ -12,10 +12,9 @@ from mpk_spec.runtime.cuda_device import free_gpu
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
+    from mpk_spec.progress import Progress
     from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.weights import Checkpoint
-
-    Progress = Callable[[str, int, int], None]
 
 LEAST_CACHE = 512  # positions; a conversation needs more than the shortest context that is timed
 PROMPT = 128  # tokens of the prompt whose first token is timed

@@ -8,11 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from mpk_spec.progress import Progress
     from mpk_spec.runtime.backend import Backend
-
-    Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError, did_you_mean
+from mpk_spec.progress import quiet
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
     from mpk_spec.planner.targets import Target
+    from mpk_spec.progress import Progress
     from mpk_spec.runtime.backend import Backend
     from mpk_spec.runtime.built import Build
     from mpk_spec.schema import Spec
     from mpk_spec.weights import Checkpoint
 
-    Progress = Callable[[str, int, int], None]
-
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 DEFAULT_CONTEXT = 4096  # positions; a conversation rarely needs more, and a KV cache costs memory for each
 SEEN_RUNNING = ("sm_90a",)  # architectures that "auto" gives the kernel to; the others only compile it so far
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def open_backend(
@@ -33,7 +28,7 @@ def open_backend(
     checkpoint: Checkpoint,
     backend: str = "auto",
     context: int | None = None,
-    progress: Progress = _quiet,
+    progress: Progress = quiet,
     build: Build | None = None,
     tp: int = 1,
 ) -> Backend:
@@ -74,7 +69,7 @@ def check_degree(build: Build, tp: int) -> None:
 
 
 def open_built(
-    build: Build, checkpoint: Checkpoint, backend: str, context: int | None, progress: Progress = _quiet
+    build: Build, checkpoint: Checkpoint, backend: str, context: int | None, progress: Progress = quiet
 ) -> Backend:
     """A build on its GPU (`auto`, `cuda`), its plan on the CPU (`cpu`), or Hugging Face beside it (`torch`)."""
     plan = build.plan

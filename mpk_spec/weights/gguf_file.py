@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader, ReaderTensor
 
-    from mpk_spec.weights.sources import Progress
+    from mpk_spec.progress import Progress
 
 CONVERTER = 2  # raise when the converted folders change: old ones are then made anew
 SHARD_BYTES = 4_000_000_000

