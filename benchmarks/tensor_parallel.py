@@ -44,8 +44,7 @@ def main() -> None:
 
 
 def open_random(model: str, tp: int, options, defines: tuple[str, ...] = ()):
-    from mpk_spec.runtime.cuda_backend import CudaBackend
-    from mpk_spec.runtime.parallel_backend import ParallelBackend
+    from mpk_spec.runtime.parallel_backend import open_kernel
     from mpk_spec.runtime.random_model import random_checkpoint
     from mpk_spec.runtime.select import plan_for_gpu
     from mpk_spec.schema import load_spec
@@ -60,7 +59,7 @@ def open_random(model: str, tp: int, options, defines: tuple[str, ...] = ()):
         if total == 0:
             say(started, what)
 
-    backend = (ParallelBackend if tp > 1 else CudaBackend)(plan, checkpoint, progress, defines=defines)
+    backend = open_kernel(plan, checkpoint, progress, defines=defines)
     if tp > 1:
         backend.ranks.call("configure", 3.0)
     report = backend.compiled.report

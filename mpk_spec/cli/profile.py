@@ -89,9 +89,8 @@ def _open(
     """Built to record times, for a context with room for what is recorded."""
     from mpk_spec.cli.target import open_target
     from mpk_spec.profiler.chrome import check_layer
-    from mpk_spec.runtime.cuda_backend import CudaBackend
     from mpk_spec.runtime.cuda_probe import PROFILE
-    from mpk_spec.runtime.parallel_backend import ParallelBackend
+    from mpk_spec.runtime.parallel_backend import open_kernel
     from mpk_spec.runtime.select import plan_for_gpu
 
     target = open_target(model, report, size=size, weights=weights)
@@ -101,4 +100,4 @@ def _open(
     plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room, tp)
     if layer is not None:
         check_layer(plan, layer)
-    return (ParallelBackend if tp > 1 else CudaBackend)(plan, target.checkpoint, report, defines=(PROFILE,))
+    return open_kernel(plan, target.checkpoint, report, defines=(PROFILE,))

@@ -88,7 +88,7 @@ def _gpu(properties) -> dict[str, Any]:
 
 def bytes_per_token(plan: Plan, context: int) -> dict[str, int]:
     """What a step must read: every weight once, and the keys and values of `context` positions."""
-    from mpk_spec.testing.checks import weight_bytes
+    from mpk_spec.planner.weights import weight_bytes
 
     kv = sum(s.layers * s.kv_heads * s.head_dim * 2 * 2 for s in plan.states.values()) * context
     weights = weight_bytes(plan)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpk_spec.errors import UserError, did_you_mean
-from mpk_spec.planner.plan import Group, Plan, Step, Task, Weight
+from mpk_spec.planner.plan import DTYPE_BYTES, Group, Plan, Step, Task, Weight
 from mpk_spec.planner.targets import Target, find_target
 from mpk_spec.planner.task_shape import Looks, looks, looks_of, loop_of
 
@@ -253,9 +253,6 @@ def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) 
         blocks += len(mine) * sequences
         bytes_ += positions * sequences * state.head_dim * 2 * DTYPE_BYTES[state.dtype]
     return blocks, float(bytes_)
-
-
-DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "fp8_e4m3": 1}
 
 
 def experts_of(plan: Plan, group: Group) -> int:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from math import prod
 
 from mpk_spec.planner.events import StageOrder
-from mpk_spec.planner.plan import Tensor
+from mpk_spec.planner.plan import DTYPE_BYTES, Tensor
 
-DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4}
 ALIGN = 256
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 PLAN_VERSION = 2
 StepKind = Literal["decode", "prefill", "mixed", "verify"]
 Placement = Literal["cuda", "nvshmem", "host"]
+DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "fp8_e4m3": 1, "int4": 0.5}  # of tensors and of stored weights
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from mpk_spec.planner.plan import Group, Plan, Step, Task
-from mpk_spec.planner.tile import ROW_TILE, STORAGE_BYTES
+from mpk_spec.planner.plan import DTYPE_BYTES, Group, Plan, Step, Task
+from mpk_spec.planner.tile import ROW_TILE
 
 TILES_PER_BLOCK = 8  # whose sums a linear's task keeps at once: see cuda_templates/tasks/linear.cuh
 TILES_IN_REGISTERS = 2  # where no task of a group has more, sums stay in registers from chunk to chunk of K
@@ -43,7 +43,7 @@ def _chunks_of_a_tile(plan: Plan, group: Group) -> int:
     """Into how many chunks K is cut."""
     name = next(n for node in group.nodes if node.op == "linear" for n in node.weights.values())
     weight = plan.weights[name]
-    row = weight.shape[-1] * STORAGE_BYTES[weight.storage.get("format", weight.dtype)]
+    row = weight.shape[-1] * DTYPE_BYTES[weight.storage.get("format", weight.dtype)]
     return max(1, ceil(ROW_TILE * row / plan.chunk_bytes))
 
 

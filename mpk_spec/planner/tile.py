@@ -13,7 +13,7 @@ from mpk_spec.ops.base import FeatureSpan
 from mpk_spec.ops.linear import K_BLOCK, ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
-from mpk_spec.planner.plan import Group, Node, Span, Task
+from mpk_spec.planner.plan import DTYPE_BYTES, Group, Node, Span, Task
 from mpk_spec.planner.schedule import (
     CHUNK_BYTES,
     SHARE,
@@ -25,7 +25,6 @@ from mpk_spec.planner.schedule import (
     row_units,
 )
 
-STORAGE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8_e4m3": 1, "int4": 0.5}
 ACTIVATION_SMEM = 48 * 1024  # activations of more tokens are streamed in K tiles
 FIXED_SMEM = 4 * 1024  # barriers, per-warp partial sums, the scheduler's mailbox
 
@@ -106,7 +105,7 @@ def smem_bytes(group: Fused, model: Model, tokens: int) -> int:
 def chunk_bytes(group: Fused, model: Model) -> int:
     """The largest bulk copy of a linear group, in whole units of 128 bytes."""
     weight = model.weights[group.body[0].weights["weight"]]
-    size = STORAGE_BYTES[weight.storage.get("format", weight.dtype)]
+    size = DTYPE_BYTES[weight.storage.get("format", weight.dtype)]
     return -(-int(ROW_TILE * chunk_columns(weight.shape[-1], size) * size) // 128) * 128
 
 
@@ -219,7 +218,7 @@ def _streams(group: Fused, model: Model, tokens: int, slots: int, task: Task, k:
     weight = model.weights[group.body[0].weights["weight"]]
     routed = model.types[group.body[0].output].routed
     copies = min(weight.shape[0], routed * tokens) if routed and slots == 1 else 1
-    size = STORAGE_BYTES[weight.storage.get("format", weight.dtype)]
+    size = DTYPE_BYTES[weight.storage.get("format", weight.dtype)]
     tiles = -(-rows // ROW_TILE) * copies
     return replace(
         task, load_bytes=int(rows * width * size) * copies, flops=2 * rows * width * tokens,

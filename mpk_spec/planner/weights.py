@@ -7,7 +7,7 @@ from math import prod
 from mpk_spec.ops import REGISTRY
 from mpk_spec.ops.base import Axis, TensorType
 from mpk_spec.planner.environment import Environment
-from mpk_spec.planner.plan import Weight
+from mpk_spec.planner.plan import DTYPE_BYTES, Plan, Weight
 from mpk_spec.schema import Spec
 
 
@@ -100,3 +100,22 @@ def count_parameters(weights: dict[str, Weight], layers: int) -> int:
     """Parameters of the whole model, tied ones once."""
     by_source = {w.source: w for w in weights.values()}
     return sum(prod(w.full_shape) * (layers if w.per_layer else 1) for w in by_source.values())
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Bytes of weights that one rank reads for one token: each once, of experts the chosen ones, of tables no row."""
+    step = plan.steps["decode"]
+    read: dict[tuple, int] = {}
+    for stage in step.stages:
+        nodes = [n for g in step.templates[stage.template].groups for n in g.nodes]
+        choices = {n.output: n.values["k"] for n in nodes if n.op == "top_k"}
+        for node in nodes:
+            if node.op == "embedding":
+                continue
+            for name in node.weights.values():
+                weight = plan.weights[name]
+                share = prod(weight.shape) * DTYPE_BYTES[weight.dtype]
+                if weight.stack is not None:
+                    share = share // weight.shape[0] * choices[node.inputs[1]]
+                read[weight.source, stage.layer if weight.per_layer else None] = share
+    return sum(read.values())

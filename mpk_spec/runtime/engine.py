@@ -47,13 +47,9 @@ class Engine:
     @staticmethod
     def _make(plan: Plan, checkpoint: Any, progress, build: Build | None) -> Backend:
         if plan.target != "cpu":
-            if plan.tp > 1:
-                from mpk_spec.runtime.parallel_backend import ParallelBackend
+            from mpk_spec.runtime.parallel_backend import open_kernel
 
-                return ParallelBackend(plan, checkpoint, progress, build=build)
-            from mpk_spec.runtime.cuda_backend import CudaBackend
-
-            return CudaBackend(plan, checkpoint, progress, build=build)
+            return open_kernel(plan, checkpoint, progress, build=build)
         from mpk_spec.reference.backend import ReferenceBackend
 
         return ReferenceBackend(plan, checkpoint, progress)

@@ -103,6 +103,11 @@ class ParallelBackend(CudaBackend):
         self.ranks.close()
 
 
+def open_kernel(plan: Plan, checkpoint: Any, progress=None, **how: Any) -> CudaBackend:
+    """The plan's kernel on its GPU, or on each of its `plan.tp`. how: see `CudaBackend`."""
+    return (ParallelBackend if plan.tp > 1 else CudaBackend)(plan, checkpoint, progress, **how)
+
+
 class ParallelLauncher:
     """`cuda_launch.Launcher` for all ranks at once."""
 

@@ -98,8 +98,7 @@ def bisect_gpu(
     """
     import torch
 
-    from mpk_spec.runtime.cuda_backend import CudaBackend
-    from mpk_spec.runtime.parallel_backend import ParallelBackend
+    from mpk_spec.runtime.parallel_backend import open_kernel
     from mpk_spec.runtime.select import plan_for_gpu
     from mpk_spec.weights import text_config
 
@@ -112,7 +111,7 @@ def bisect_gpu(
     if defect is not None and (defect.executor or defect.spec(spec) is not spec or defect.plan(plan) is not plan):
         raise UserError(f"'{defect.name}' is no defect of packed weights, the only ones planted here", "--backend cpu")
     weights = checkpoint if defect is None else defect.weights(checkpoint, plan)
-    backend = (ParallelBackend if tp > 1 else CudaBackend)(plan, weights, progress, defines=(STOP_AFTER,))
+    backend = open_kernel(plan, weights, progress, defines=(STOP_AFTER,))
     planted = f", planted: {defect.says}" if defect else ""
     title = f"{spec.name} {size or 'checkpoint'}, weights {checkpoint.source}, {backend.description}{planted}"
     try:

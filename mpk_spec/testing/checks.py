@@ -1,6 +1,6 @@
 """The kinds of checks that a spec can write under `checks:`, and those that every spec gets.
 
-**One new kind = one parameter model + one function.** A function gets the spec's `Bench` and its parameters and says
+**One new kind = one parameter model + one function.** A function gets the spec's `Fixtures` and its parameters and says
 what was expected and what came out.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 from pydantic import Field
@@ -16,7 +15,7 @@ from pydantic import Field
 from mpk_spec.errors import MpkSpecError, Problem, SpecError, did_you_mean
 from mpk_spec.ops.base import without_rounding
 from mpk_spec.schema.models import Section
-from mpk_spec.testing.bench import Bench, WeightsMissing
+from mpk_spec.testing.fixtures import Fixtures, WeightsMissing
 
 EXACT = 1e-4  # largest logit error, relative to the largest logit, between two float32 runs of one model
 EXACT_POSITIONS = 256
@@ -42,7 +41,7 @@ class Kind:
 
     name: str
     parameters: type[Section]
-    run: Callable[[Bench, Any], Outcome]
+    run: Callable[[Fixtures, Any], Outcome]
 
 
 KINDS: dict[str, Kind] = {}
@@ -51,7 +50,7 @@ KINDS: dict[str, Kind] = {}
 def kind(parameters: type[Section]) -> Callable:
     """Registers a function under its own name."""
 
-    def register(function: Callable[[Bench, Any], Outcome]) -> Callable:
+    def register(function: Callable[[Fixtures, Any], Outcome]) -> Callable:
         KINDS[function.__name__] = Kind(function.__name__, parameters, function)
         return function
 
@@ -93,43 +92,25 @@ class Applied(Section):
 
 
 @kind(Equal)
-def parameters(bench: Bench, given: Equal) -> Outcome:
+def parameters(fixtures: Fixtures, given: Equal) -> Outcome:
     from mpk_spec.planner.weights import count_parameters
 
-    plan = bench.plan(given.size)
+    plan = fixtures.plan(given.size)
     found = count_parameters(plan.weights, max(s.layers for s in plan.states.values()))
     return judged(given.equal, found, found == given.equal)
 
 
 @kind(PerRank)
-def bytes_per_token(bench: Bench, given: PerRank) -> Outcome:
-    plan = bench.plan(given.size, tp=given.tp)
-    found = weight_bytes(plan)
+def bytes_per_token(fixtures: Fixtures, given: PerRank) -> Outcome:
+    from mpk_spec.planner.weights import weight_bytes
+
+    found = weight_bytes(fixtures.plan(given.size, tp=given.tp))
     return judged(given.equal, found, found == given.equal)
 
 
-def weight_bytes(plan) -> int:
-    """Bytes of weights that one rank reads for one token: each once, of experts the chosen ones, of tables no row."""
-    step = plan.steps["decode"]
-    read: dict[tuple, int] = {}
-    for stage in step.stages:
-        nodes = [n for g in step.templates[stage.template].groups for n in g.nodes]
-        choices = {n.output: n.values["k"] for n in nodes if n.op == "top_k"}
-        for node in nodes:
-            if node.op == "embedding":
-                continue
-            for name in node.weights.values():
-                weight = plan.weights[name]
-                share = prod(weight.shape) * {"bf16": 2, "f16": 2, "f32": 4}[weight.dtype]
-                if weight.stack is not None:
-                    share = share // weight.shape[0] * choices[node.inputs[1]]
-                read[weight.source, stage.layer if weight.per_layer else None] = share
-    return sum(read.values())
-
-
 @kind(PerDegree)
-def all_reduces(bench: Bench, given: PerDegree) -> Outcome:
-    found = {tp: bench.plan(given.size, tp=tp).all_reduces for tp in given.tp}
+def all_reduces(fixtures: Fixtures, given: PerDegree) -> Outcome:
+    found = {tp: fixtures.plan(given.size, tp=tp).all_reduces for tp in given.tp}
     return judged(_degrees(given.tp), _degrees(found), found == given.tp)
 
 
@@ -138,10 +119,10 @@ def _degrees(counts: dict[int, int]) -> str:
 
 
 @kind(Applied)
-def fusions_applied(bench: Bench, given: Applied) -> Outcome:
-    wanted = list(bench.spec.fusions) if given.equal == "all" else given.equal
-    applied = fusions_of(bench.plan(given.size, given.target, given.tp), bench.spec)
-    missing = [name for name in bench.spec.fusions if name in wanted and name not in applied]
+def fusions_applied(fixtures: Fixtures, given: Applied) -> Outcome:
+    wanted = list(fixtures.spec.fusions) if given.equal == "all" else given.equal
+    applied = fusions_of(fixtures.plan(given.size, given.target, given.tp), fixtures.spec)
+    missing = [name for name in fixtures.spec.fusions if name in wanted and name not in applied]
     surplus = [name for name in applied if name not in wanted]
     reason = "; ".join(
         f"{what}: {', '.join(names)}" for what, names in (("not applied", missing), ("applied", surplus)) if names
@@ -197,32 +178,33 @@ class Planted(Section):
 
 
 @kind(Numeric)
-def kl_ratio(bench: Bench, given: Numeric) -> Outcome:
-    ratio = ratio_of(bench, given, bench.spec)
+def kl_ratio(fixtures: Fixtures, given: Numeric) -> Outcome:
+    ratio = ratio_of(fixtures, given, fixtures.spec)
     return judged(f"at most {given.at_most:.2f}", f"{ratio:.3f}", ratio <= given.at_most)
 
 
-def ratio_of(bench: Bench, given: Numeric, spec) -> float:
+def ratio_of(fixtures: Fixtures, given: Numeric, spec) -> float:
     """KL mean of a plan of `spec` (perhaps a changed one) over that of Hugging Face in bf16."""
     from mpk_spec.testing.defects import Defect
     from mpk_spec.testing.ours import open_ours
 
-    yardstick = bench.yardstick(given.size, given.weights, given.positions)
-    checkpoint = bench.checkpoint(given.size, given.weights)
-    changed = None if spec is bench.spec else Defect("dropped", "", spec=lambda _: spec)
+    yardstick = fixtures.yardstick(given.size, given.weights, given.positions)
+    checkpoint = fixtures.checkpoint(given.size, given.weights)
+    changed = None if spec is fixtures.spec else Defect("dropped", "", spec=lambda _: spec)
     length = max(map(len, yardstick.ids))
     with yardstick.threads():
-        ours = open_ours(bench.spec, given.size, checkpoint, "cpu", length, given.tp, changed)
+        ours = open_ours(fixtures.spec, given.size, checkpoint, "cpu", length, given.tp, changed)
         return yardstick.judge(ours).kl_ratio
 
 
 @kind(Planted)
-def planted(bench: Bench, given: Planted) -> Outcome:
+def planted(fixtures: Fixtures, given: Planted) -> Outcome:
     from mpk_spec.testing.defects import drop_operators
 
-    limits = numeric_check(bench.spec, given.must_fail).model_copy(update={"size": given.size})
+    limits = numeric_check(fixtures.spec, given.must_fail).model_copy(update={"size": given.size})
     ratios = {
-        name: ratio_of(bench, limits, drop_operators(bench.spec, addresses(bench.spec, name))) for name in given.drop
+        name: ratio_of(fixtures, limits, drop_operators(fixtures.spec, addresses(fixtures.spec, name)))
+        for name in given.drop
     }
     unnoticed = [name for name, ratio in ratios.items() if ratio <= limits.at_most]
     shown = ", ".join(f"{ratio:.4g} without {name}" for name, ratio in ratios.items())
@@ -251,8 +233,8 @@ def numeric_check(spec, name: str) -> Numeric | None:
 # ---- what every spec must do
 
 
-def plans(bench: Bench, size: str) -> Outcome:
-    plan = bench.plan(size)
+def plans(fixtures: Fixtures, size: str) -> Outcome:
+    plan = fixtures.plan(size)
     tasks = sum(len(g.tasks) for s in plan.steps["decode"].stages for g in _groups(plan, s))
     return Outcome("a proved plan", f"proved, {tasks} tasks a token", "pass")
 
@@ -261,18 +243,18 @@ def _groups(plan, stage):
     return plan.steps["decode"].templates[stage.template].groups
 
 
-def equals_huggingface(bench: Bench, size: str, tp: int) -> Outcome:
+def equals_huggingface(fixtures: Fixtures, size: str, tp: int) -> Outcome:
     """The plan's arithmetic without its roundings is the model's, up to the order of float32 sums."""
     import torch
 
     from mpk_spec.testing.defects import Defect
     from mpk_spec.testing.ours import open_ours
 
-    yardstick = bench.yardstick(size, "random:0", EXACT_POSITIONS)
+    yardstick = fixtures.yardstick(size, "random:0", EXACT_POSITIONS)
     ids, truth = yardstick.ids[0], yardstick.truth[0]
     exact = Defect("unrounded", "the spec's own roundings left out", spec=unrounded)
     with without_rounding(), yardstick.threads():
-        ours = open_ours(bench.spec, size, bench.checkpoint(size, "random:0"), "cpu", len(ids), tp, exact)
+        ours = open_ours(fixtures.spec, size, fixtures.checkpoint(size, "random:0"), "cpu", len(ids), tp, exact)
         error = (ours.logits(ids) - truth).abs().max().item() / truth.abs().max().item()
     found = f"{error:.1e}" if torch.tensor(error).isfinite() else "not a number"
     return judged(f"relative error of logits at most {EXACT:.0e}", found, error <= EXACT)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpk_spec.errors import Position
-from mpk_spec.testing.bench import Bench
 from mpk_spec.testing.checks import Outcome, guarded
+from mpk_spec.testing.fixtures import Fixtures
 
 if TYPE_CHECKING:
     from mpk_spec.schema import Spec
@@ -36,19 +36,19 @@ def collect(spec: Spec, size: str | None = None, update: bool = False) -> list[I
     """
     from mpk_spec.testing import checks
 
-    bench = Bench(spec)
+    fixtures = Fixtures(spec)
     items = []
     for name in spec.sizes:
         place = spec.position("sizes", name, on="key")
-        items.append((name, Item(spec.name, f"plans[{name}]", place, _bound(checks.plans, bench, name))))
-        items.append((name, Item(spec.name, f"golden[{name}]", place, _bound(_golden, bench, name, update))))
+        items.append((name, Item(spec.name, f"plans[{name}]", place, _bound(checks.plans, fixtures, name))))
+        items.append((name, Item(spec.name, f"golden[{name}]", place, _bound(_golden, fixtures, name, update))))
     for tp in (1, 2) if REFERENCE_SIZE in spec.sizes else ():
         place = spec.position("sizes", REFERENCE_SIZE, on="key")
-        run = _bound(checks.equals_huggingface, bench, REFERENCE_SIZE, tp)
+        run = _bound(checks.equals_huggingface, fixtures, REFERENCE_SIZE, tp)
         items.append((REFERENCE_SIZE, Item(spec.name, f"huggingface[{REFERENCE_SIZE}, tp {tp}]", place, run)))
     for name, (kind, given) in checks.read_checks(spec).items():
         place = spec.position("checks", name, on="key")
-        items.append((given.size, Item(spec.name, name, place, _bound(kind.run, bench, given))))
+        items.append((given.size, Item(spec.name, name, place, _bound(kind.run, fixtures, given))))
     return [item for about, item in items if size in (None, about)]
 
 
@@ -56,13 +56,13 @@ def _bound(function: Callable, *arguments: object) -> Callable[[], Outcome]:
     return lambda: function(*arguments)
 
 
-def _golden(bench: Bench, size: str, update: bool) -> Outcome:
+def _golden(fixtures: Fixtures, size: str, update: bool) -> Outcome:
     from mpk_spec.testing.golden import difference, golden_path, golden_text, write_golden
 
-    path = golden_path(bench.spec, size)
+    path = golden_path(fixtures.spec, size)
     if not path.parent.is_dir() and not update:
         return Outcome("", "", "skip", f"{path.parent} does not exist; 'mpk-spec test --update' writes it")
-    text = golden_text(bench.plan(size))
+    text = golden_text(fixtures.plan(size))
     differs = difference(path, text)
     if differs and update:
         write_golden(path, text)

@@ -42,14 +42,13 @@ def skip_without_gpu(transport: str) -> None:
 
 def open_tiny(tp: int, defines: tuple[str, ...] = ()):
     """The tiny model on `tp` GPUs; a kernel that stands still is given up soon."""
-    from mpk_spec.runtime.cuda_backend import CudaBackend
-    from mpk_spec.runtime.parallel_backend import ParallelBackend
+    from mpk_spec.runtime.parallel_backend import open_kernel
     from mpk_spec.runtime.select import plan_for_gpu
     from mpk_spec.schema import load_spec
 
     checkpoint = tiny_checkpoint()
     plan = plan_for_gpu(load_spec(SPEC), SIZE, checkpoint, CONTEXT, tp)
-    backend = (ParallelBackend if tp > 1 else CudaBackend)(plan, checkpoint, defines=defines)
+    backend = open_kernel(plan, checkpoint, defines=defines)
     if tp > 1:
         backend.ranks.call("configure", 3.0)
     else:

@@ -9,18 +9,19 @@ from tiny import spec_of
 
 from mpk_spec.errors import SpecError
 from mpk_spec.paths import specs_dir
+from mpk_spec.planner.weights import weight_bytes
 from mpk_spec.schema import load_spec
 from mpk_spec.testing import checks
-from mpk_spec.testing.bench import Bench
 from mpk_spec.testing.checks import KINDS, Outcome, guarded, read_parameters
+from mpk_spec.testing.fixtures import Fixtures
 
-BENCHES: dict[str, Bench] = {}
+MADE: dict[str, Fixtures] = {}
 
 
 def outcome(kind: str, spec: str = "qwen3", **parameters) -> Outcome:
-    bench = BENCHES.setdefault(spec, Bench(spec_of(spec)))
+    fixtures = MADE.setdefault(spec, Fixtures(spec_of(spec)))
     found = KINDS[kind]
-    return guarded(lambda: found.run(bench, found.parameters.model_validate(parameters)))
+    return guarded(lambda: found.run(fixtures, found.parameters.model_validate(parameters)))
 
 
 @pytest.mark.parametrize(
@@ -37,17 +38,17 @@ def test_counts(kind, right, wrong):
 
 def test_bytes_of_a_rank_and_of_chosen_experts():
     """Two ranks halve what is split, and not the norms; of 16 experts a token reads 3."""
-    whole = checks.weight_bytes(Bench(spec_of("qwen3")).plan("tiny"))
-    half = checks.weight_bytes(Bench(spec_of("qwen3")).plan("tiny", tp=2))
+    whole = weight_bytes(Fixtures(spec_of("qwen3")).plan("tiny"))
+    half = weight_bytes(Fixtures(spec_of("qwen3")).plan("tiny", tp=2))
     assert whole / 2 < half < whole
-    plan = Bench(spec_of("qwen3_moe")).plan("tiny")
+    plan = Fixtures(spec_of("qwen3_moe")).plan("tiny")
     one_expert = 3 * 128 * 96 * 2
     dense = sum(
         2 * w.full_shape[0] * (w.full_shape[1] if len(w.full_shape) > 1 else 1) * (3 if w.per_layer else 1)
         for w in plan.weights.values()
         if not w.stack and w.kind != "embedding"
     )
-    assert checks.weight_bytes(plan) == dense + 3 * 3 * one_expert
+    assert weight_bytes(plan) == dense + 3 * 3 * one_expert
 
 
 def test_all_reduces():
@@ -85,15 +86,15 @@ def test_planted_must_be_noticed_each():
 
 
 def test_a_planted_failure_that_goes_unnoticed(monkeypatch):
-    monkeypatch.setattr(checks, "ratio_of", lambda bench, given, spec: 1.0)
+    monkeypatch.setattr(checks, "ratio_of", lambda fixtures, given, spec: 1.0)
     missed = outcome("planted", size="tiny", drop=["attention.qn"], must_fail="kl_ratio")
     assert (missed.verdict, missed.reason) == ("fail", "unnoticed: attention.qn")
 
 
 def test_tiny_equals_hugging_face_with_any_number_of_ranks():
-    bench = Bench(spec_of("qwen3"))
+    fixtures = Fixtures(spec_of("qwen3"))
     for tp in (1, 2):
-        found = checks.equals_huggingface(bench, "tiny", tp)
+        found = checks.equals_huggingface(fixtures, "tiny", tp)
         assert found.verdict == "pass" and float(found.got) < 1e-5
 
 

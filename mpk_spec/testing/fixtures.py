@@ -20,7 +20,7 @@ class WeightsMissing(UserError):
     """A check needs a real checkpoint and none is on this machine: it is skipped."""
 
 
-class Bench:
+class Fixtures:
     """Plans, checkpoints and yardsticks of one spec; whoever asks second gets what the first got."""
 
     def __init__(self, spec: Spec):
