@@ -68,7 +68,7 @@ def command(
         settings = Settings(context, max_new_tokens, repeats, tuple(dict.fromkeys(rivals or [])), positions)
         result = on_gpu(model, size, weights, spec, settings, tp)
         shown, name = page.as_markdown(result), f"{result['model']['spec']}-{result['model']['size']}"
-        name += f"-{result['target']}-context{context}"
+        name += f"-{result['target']}{ranks_of(result)}-context{context}"
     else:
         result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats, tp)
         shown, name = (
@@ -106,16 +106,15 @@ def on_gpu(
     """See `mpk_spec.perf.bench.bench`; the cache is as long as the model allows where that is less than usual."""
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
-    from mpk_spec.perf.bench import LEAST_CACHE, bench
-    from mpk_spec.runtime.select import choose_context, choose_degree, open_backend
+    from mpk_spec.perf.bench import bench
+    from mpk_spec.runtime.select import choose_degree, open_backend
 
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
         degree = choose_degree(tp, target.build)
-        most = choose_context(None, target.checkpoint.config)
 
-        def opened(cache: int):
-            context = None if target.build else max(cache, min(LEAST_CACHE, most))
+        def opened(room: int):
+            context = None if target.build else room
             where = (target.spec, target.size, target.checkpoint)
             return open_backend(*where, "cuda", context, report, target.build, degree).backend
 
@@ -155,6 +154,11 @@ def in_turns(
             for name, measured in runs.items()
         },
     }
+
+
+def ranks_of(result: dict[str, Any]) -> str:
+    """What a result on several GPUs has in its file's name, so that it is not taken for one on a single GPU."""
+    return f"-tp{result['tp']}" if result["tp"] > 1 else ""
 
 
 def write(folder: Path, name: str, page: str, data: str) -> None:

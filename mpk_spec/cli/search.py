@@ -69,18 +69,12 @@ def search(asked: Asked) -> None:
 
 
 def _search_of(asked: Asked, target: Target, gpu: str, report) -> Search:
-    from mpk_spec.perf.bench import LEAST_CACHE
-    from mpk_spec.perf.bench import Settings as Bench
-    from mpk_spec.runtime.select import choose_context
+    from mpk_spec.perf.bench import Settings
     from mpk_spec.tuner.gpu import GpuMeasurer
     from mpk_spec.tuner.journal import journal_of
     from mpk_spec.tuner.search import Search
 
-    config = target.checkpoint.config
-    cache = choose_context(
-        max(Bench(asked.context, asked.tokens).cache, min(LEAST_CACHE, choose_context(None, config))), config
-    )
-    planned = planner(target, cache)
+    planned = planner(target, Settings(asked.context, asked.tokens).room(target.checkpoint.config))
     baseline = planned({})
     measurer = GpuMeasurer(baseline, _opener(target, report), _yardstick(target, report), asked.context, asked.tokens)
     journal = journal_of(baseline, gpu, str(target.checkpoint.source), asked.context, asked.tokens)

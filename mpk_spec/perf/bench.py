@@ -36,14 +36,23 @@ class Settings:
         """Positions that the cache must hold."""
         return start_of(self.context, self.tokens) + self.tokens
 
+    def room(self, config: dict[str, Any]) -> int:
+        """Positions that a plan for a model of `config` gets: `LEAST_CACHE`, if it was made for so many, or more.
+
+        Raises UserError where the model was made for fewer than the cache must hold.
+        """
+        from mpk_spec.runtime.select import choose_context
+
+        return choose_context(max(self.cache, min(LEAST_CACHE, choose_context(None, config))), config)
+
 
 def bench(
     opened: Callable[[int], CudaBackend], checkpoint: Checkpoint, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     """Everything that the page shows, as JSON data.
 
-    opened: gives the backend, with a cache for so many positions, after the ceiling is measured. Raises UserError where
-    this machine cannot be measured.
+    opened: gives the backend, with a cache for so many positions (a build has its own), after the ceiling is measured.
+    Raises UserError where this machine cannot be measured.
     """
     from mpk_spec.perf.ceiling import measure_ceiling
     from mpk_spec.runtime.select import target_here
@@ -52,7 +61,7 @@ def bench(
     progress("measuring the ceiling of memory", 0, 0)
     ceiling = measure_ceiling(target)
     free_gpu()
-    backend = opened(settings.cache)
+    backend = opened(settings.room(checkpoint.config))
     plan, description = backend.plan, backend.description
     if plan.context < settings.cache:
         raise UserError(
@@ -62,7 +71,8 @@ def bench(
         )
     result = {
         "model": {"spec": plan.spec, "size": plan.size, "weights": str(checkpoint.source)},
-        "plan": plan.key, "context": settings.context, "cache": plan.context, "target": target.name, "gpu": _gpu(gpu),
+        "plan": plan.key, "tp": plan.tp, "context": settings.context, "cache": plan.context,
+        "target": target.name, "gpu": _gpu(gpu),
         "ceiling": ceiling.data(), "bytes_per_token": bytes_per_token(plan, settings.context),
         "ours": {"description": description, **_ours(backend, settings, progress)},
         "simulation": _predicted(plan, settings.context),
@@ -87,7 +97,7 @@ def _gpu(properties) -> dict[str, Any]:
 
 
 def bytes_per_token(plan: Plan, context: int) -> dict[str, int]:
-    """What a step must read: every weight once, and the keys and values of `context` positions."""
+    """What a rank must read in a step: every weight once, and the keys and values of `context` positions."""
     from mpk_spec.planner.weights import weight_bytes
 
     kv = sum(s.layers * s.kv_heads * s.head_dim * 2 * 2 for s in plan.states.values()) * context

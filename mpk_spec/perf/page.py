@@ -23,8 +23,9 @@ def floor_ms(result: dict[str, Any]) -> float:
 
 def as_markdown(result: dict[str, Any]) -> str:
     model, gpu = result["model"], result["gpu"]
+    gpus = gpu["name"] if result["tp"] == 1 else f"{result['tp']} x {gpu['name']}"
     lines = [
-        f"# {model['spec']} {model['size']} on {gpu['name']}, batch 1, context {result['context']}",
+        f"# {model['spec']} {model['size']} on {gpus}, batch 1, context {result['context']}",
         "",
         "| | ms/token | of the ceiling | ours is faster by |",
         "|---|---:|---:|---:|",
@@ -54,8 +55,9 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     size, ceiling, ours, software = (result[k] for k in ("bytes_per_token", "ceiling", "ours", "software"))
+    on_each = " on each GPU" if result["tp"] > 1 else ""
     notes = [
-        f"A token reads {size['total'] / 1e9:.3f} GB: {size['weights'] / 1e9:.3f} GB of weights and "
+        f"A token reads{on_each} {size['total'] / 1e9:.3f} GB: {size['weights'] / 1e9:.3f} GB of weights and "
         f"{size['kv'] / 1e9:.3f} GB of keys and values. The ceiling is {ceiling['gbps']:.0f} GB/s, the best of a sweep "
         f"in this run (chunks of {ceiling['chunk_kib']} KiB, {ceiling['in_flight_kib']} KiB in flight for each SM), "
         f"{100 * ceiling['gbps'] / ceiling['theoretical_gbps']:.1f} % of the data sheet's "

@@ -107,6 +107,15 @@ def machine(made, monkeypatch):
 ASK = ["bench", "qwen3", "--size", "tiny", "--weights", "random:0", "--backend", "cuda", "--repeats", "1"]
 
 
+def test_several_gpus_are_said_and_have_a_file_of_their_own(machine, monkeypatch, tmp_path, capsys):
+    made = plan(load_spec("qwen3"), size="tiny", target="h100", context=512, tp=2)
+    monkeypatch.setattr(machine.backend, "plan", made)
+    assert main([*ASK, "--no-verdict", "--tp", "2", "-o", str(tmp_path)]) == errors.EXIT_OK
+    shown = (tmp_path / "qwen3-tiny-h100-tp2-context128.md").read_text()
+    assert shown.startswith("# qwen3 tiny on 2 x NVIDIA H100 80GB HBM3, batch 1, context 128\n")
+    assert "A token reads on each GPU 0.001 GB" in shown
+
+
 def test_the_command_measures_all_in_one_run(machine, tmp_path, capsys):
     ask = [*ASK, "--no-verdict", "--rival", "eager", "--rival", "compile", "-o", str(tmp_path)]
     assert main(ask) == errors.EXIT_OK
