@@ -134,7 +134,8 @@ def page(run: Search, best: Trial, gain: Gain | None, asked: Asked) -> str:
         return text + f"the plan without rules is the best of {len(rows)}: there is nothing to write"
     said = f"best: {shown(best.rules)}: {_gained(gain, asked.context)}"
     if not gain.is_real:
-        return text + f"{said}: within the noise, so it is not recommended"
+        left = f" and {asked.output} is not written" if asked.output else ""
+        return text + f"{said}: within the noise, so it is not recommended{left}"
     where = f"the rules are in {asked.output}" if asked.output else f"schedule:\n{rule(best.plan, best.rules)}".rstrip()
     return f"{text}{said}\n\n{where}"
 

@@ -53,7 +53,8 @@ def command(
     stopped.
 
     With --calibrate it fits the cost model's constants instead, into a file per GPU in the cache folder, which 'plan',
-    'profile' and 'bench' read.
+    'profile' and 'bench' read. What it fits is a profile, whose clocks are part of the times: of a small model it makes
+    predictions that are too slow for the kernel without them.
     """
     from mpk_spec.cli.search import Asked, search
 

@@ -83,7 +83,11 @@ def test_what_is_within_the_noise_is_not_recommended(machine, monkeypatch, capsy
     path = tmp_path / "tuned.yaml"
     assert main([*ASK, "-o", str(path)]) == errors.EXIT_OK
     shown = capsys.readouterr().out
-    assert "within the noise, so it is not recommended" in shown and "schedule:" not in shown and not path.exists()
+    assert (
+        f"within the noise, so it is not recommended and {path} is not written" in shown
+        and "schedule:" not in shown
+        and not path.exists()
+    )
 
 
 def test_where_nothing_is_better(machine, capsys):
