@@ -109,7 +109,9 @@ def run_all(jobs: list[Job], folder: Path, target: str, options) -> list[Job]:
     started, failed, left = time.monotonic(), [], []
     for job in jobs:
         if job.result(folder, target).is_file() and not options.again:
-            print(f"{job.name}: measured before", flush=True)
+            wrong = is_wrong(job.result(folder, target))
+            print(f"{job.name}: measured before{', and its numbers are wrong' if wrong else ''}", flush=True)
+            failed += [job] if wrong else []
             continue
         remaining = options.each
         if options.limit is not None:
@@ -122,6 +124,11 @@ def run_all(jobs: list[Job], folder: Path, target: str, options) -> list[Job]:
     if left:
         print(f"not begun, the time is up: {', '.join(left)}; run this again")
     return failed
+
+
+def is_wrong(result: Path) -> bool:
+    """Whether the verdict of a benchmark was a failure: its speed says nothing, then and later."""
+    return not (json.loads(result.read_text()).get("verdict") or {"passed": True})["passed"]
 
 
 def run(job: Job, folder: Path, tokens: int, limit: float) -> bool:

@@ -43,7 +43,8 @@ def command(
     """Record what every task of a few tokens waited for and did, beside what the simulation predicts.
 
     Runs the kernel's profiling build, which reads the clocks at every task and is 2 to 17 % slower, most of all where
-    tasks are short: small models. Needs a GPU. Of several ranks also what their sums cost beyond what the weights hide; the trace has every rank's SMs.
+    tasks are short: small models. Needs a GPU. Of several ranks also what their sums cost beyond what the weights
+    hide; the trace has every rank's SMs.
     """
     from mpk_spec.files import check_place
     from mpk_spec.profiler.chrome import chrome_trace, write_trace

@@ -6,7 +6,7 @@ import pytest
 
 CANDIDATES = [
     ({}, "the plan to beat"),
-    ({"*": {"in_flight": 32768, "prefetch": 0}}, "same bits"),
+    ({"*": {"in_flight": 32768, "in_flight_looking": 8192, "prefetch": 0}}, "same bits"),
     ({"qkv": {"grid": [7, 1, 1], "partition": "balanced"}, "head": {"grid": [13, 1, 1]}}, "same bits"),
     ({"attend": {"kv_splits": 2}}, "as near the truth as compare asks"),
 ]

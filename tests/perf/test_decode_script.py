@@ -74,6 +74,15 @@ def test_all_is_measured_once(decode, monkeypatch, runs, capsys):
     assert runs.started[2:] == ["qwen3:8b:128"]
 
 
+def test_a_kernel_that_is_wrong_stays_a_failure(decode, monkeypatch, runs, capsys):
+    """`bench` writes its result and ends with 4; run again, there is nothing left to measure."""
+    assert main(decode, monkeypatch, runs) == 0
+    path = decode.JOBS[0].result(runs.tmp / "h100", "h100")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": {"passed": False}}))
+    assert main(decode, monkeypatch, runs) == 1
+    assert "smollm2:135m:128: measured before, and its numbers are wrong" in capsys.readouterr().out
+
+
 def test_the_time_limit_leaves_the_rest_for_later(decode, monkeypatch, runs, capsys):
     clock = iter(range(0, 100000, 100))
     monkeypatch.setattr(decode, "time", SimpleNamespace(monotonic=lambda: next(clock)))
