@@ -77,7 +77,7 @@ def _write(path: Path, text: str) -> None:
 
 def remaining(path: Path, checkpoint: Checkpoint) -> list[str]:
     """What keeps the draft from reading its checkpoint; one line that says so where nothing does."""
-    from mpk_spec.planner import plan
+    from mpk_spec.planner import plan_for
     from mpk_spec.reference.state import unread_tensors
     from mpk_spec.schema import load_spec
 
@@ -86,7 +86,7 @@ def remaining(path: Path, checkpoint: Checkpoint) -> list[str]:
     except SpecError as error:
         return ["it does not load yet:", *str(error).splitlines()]
     try:
-        made = plan(spec, config=checkpoint.config, architecture=checkpoint.architecture, target="cpu", verified=False)
+        made = plan_for(checkpoint, spec, target="cpu", verified=False)
         unread = unread_tensors(made, checkpoint)
     except MpkSpecError as error:
         return ["it loads, but this checkpoint cannot be planned yet:", *str(error).splitlines()]

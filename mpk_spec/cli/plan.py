@@ -144,12 +144,11 @@ def _make(name: str, asked: Asked) -> Plan:
 def _of_checkpoint(name: str, asked: Asked, common: dict) -> Plan:
     from mpk_spec.cli.progress import progress
     from mpk_spec.cli.target import open_target
-    from mpk_spec.planner import plan
+    from mpk_spec.planner import plan_for
 
     with progress() as report:
         found = open_target(name, report, size=asked.size)
-    checkpoint = found.checkpoint
-    return plan(found.spec, size=found.size, config=checkpoint.config, architecture=checkpoint.architecture, **common)
+    return plan_for(found.checkpoint, found.spec, found.size, **common)
 
 
 def _other(name: str, asked: Asked) -> tuple[Plan, Proof]:

@@ -10,6 +10,7 @@ from mpk_spec.planner.plan import Plan  # now: a later import of the module woul
 
 if TYPE_CHECKING:
     from mpk_spec.schema import Spec
+    from mpk_spec.weights import Checkpoint
 
 DEGREES = tuple(range(1, 9))
 MAX_BATCH = 16
@@ -76,6 +77,11 @@ def plan(
         made = build(spec, architecture, config, replace(request, told=True))
         verify(made)
     return made
+
+
+def plan_for(checkpoint: Checkpoint, spec: Spec, size: str | None = None, **how: Any) -> Plan:
+    """`plan` for what a checkpoint's config says."""
+    return plan(spec, size=size, config=checkpoint.config, architecture=checkpoint.architecture, **how)
 
 
 def size_config(spec: Spec, size: str) -> dict[str, Any]:

@@ -133,22 +133,14 @@ def target_here() -> tuple[Target, Any]:
 
 def plan_for_gpu(spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1) -> Plan:
     """The plan for this machine's GPUs. Raises UserError where there are too few, or none that plans are made for."""
-    from mpk_spec.planner import plan
+    from mpk_spec.planner import plan_for
 
     if tp > 1:
         from mpk_spec.runtime.parallel_backend import check_gpus
 
         check_gpus(tp)
     target, _ = target_here()
-    return plan(
-        spec,
-        size=size,
-        config=checkpoint.config,
-        architecture=checkpoint.architecture,
-        target=target.name,
-        tp=tp,
-        context=context,
-    )
+    return plan_for(checkpoint, spec, size, target=target.name, tp=tp, context=context)
 
 
 def _open_cuda(spec, size, checkpoint, context, progress, tp) -> Backend:
@@ -158,18 +150,10 @@ def _open_cuda(spec, size, checkpoint, context, progress, tp) -> Backend:
 
 
 def _open_cpu(spec, size, checkpoint, context, progress, tp) -> Backend:
-    from mpk_spec.planner import plan
+    from mpk_spec.planner import plan_for
     from mpk_spec.runtime.engine import Engine
 
-    made = plan(
-        spec,
-        size=size,
-        config=checkpoint.config,
-        architecture=checkpoint.architecture,
-        target="cpu",
-        tp=tp,
-        context=context,
-    )
+    made = plan_for(checkpoint, spec, size, target="cpu", tp=tp, context=context)
     return Engine(made, checkpoint, progress=progress)
 
 

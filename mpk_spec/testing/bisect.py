@@ -127,14 +127,13 @@ def bisect(
 
 def _plan(spec: Spec, size: str | None, checkpoint: Checkpoint, tokens: int, tp: int, defect: Defect | None) -> Plan:
     """A plan of one chunk without fusions; rules of the schedule may name fusions and go too."""
-    from mpk_spec.planner import plan
+    from mpk_spec.planner import plan_for
 
     changed = replace(spec if defect is None else defect.spec(spec), fusions={}, schedule=[])
-    made = plan(
+    made = plan_for(
+        checkpoint,
         changed,
-        size=size,
-        config=checkpoint.config,
-        architecture=checkpoint.architecture,
+        size,
         target="cpu",
         tp=tp,
         context=tokens,

@@ -22,14 +22,13 @@ def plan_ours(
     spec: Spec, size: str | None, checkpoint: Checkpoint, context: int, tp: int = 1, defect: Defect | None = None
 ) -> Plan:
     """The plan that is judged, for the CPU; proved, unless a defect is planted in it."""
-    from mpk_spec.planner import plan
+    from mpk_spec.planner import plan_for
 
     changed = spec if defect is None else defect.spec(spec)
-    made = plan(
+    made = plan_for(
+        checkpoint,
         changed,
-        size=size,
-        config=checkpoint.config,
-        architecture=checkpoint.architecture,
+        size,
         target="cpu",
         tp=tp,
         context=context,
