@@ -134,6 +134,8 @@ def in_turns(
     with progress() as report:
         target = open_target(model, report, size=size, weights=weights, spec=spec)
         degree = choose_degree(tp, target.build)
+        if degree > 1 and names == ["torch"] and target.build is None:
+            raise UserError("the backend 'torch' runs on one rank", "--backend cpu --backend torch: ours runs on more")
         context = None if target.build else prompt_tokens + new_tokens
         where = (target.spec, target.size, target.checkpoint)
         ranks = {name: 1 if name == "torch" and target.build is None else degree for name in names}

@@ -10,6 +10,12 @@ from mpk_spec import errors
 from mpk_spec.cli.main import main
 
 
+def test_a_degree_that_nobody_would_run_on_is_refused(capsys):
+    asked = ["bench", "qwen3", "--size", "tiny", "--weights", "random:0", "--backend", "torch", "--tp", "2"]
+    assert main(asked) == errors.EXIT_BAD_INPUT
+    assert "the backend 'torch' runs on one rank" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("mpk_spec.cli.target.open_target", lambda *arguments, **options: pytest.fail("it ran"))
     (tmp_path / "file").touch()
