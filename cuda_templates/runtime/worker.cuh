@@ -47,7 +47,7 @@ struct Shared : probe::Recorder {
   Step step[2];
   News news[step_slots];  // by step, from the task that samples to the warp that signals, which is a few tasks behind
   u32 stop;  // the loader may leave
-  u32 looking;  // the workers look for values, which weights would hold up: see run_loader
+  u32 looking;  // the workers look for values, which weights would hold up: see too_many_in_flight
   u32 abort;
   u32 host_stop;
   Watched watched;

@@ -8,7 +8,7 @@
 //
 // Shared memory (the scratch): queries, new K and V bf16, weights, the warps' sums. Registers: at most 168. What does not
 // depend on this step (K and V of the first block, gains, rotations) is asked for before the event, and each block is brought to
-// L2 while the one before it is loaded: earlier, and it takes memory from what is needed first.
+// L2 while the one before it is loaded; further ahead is slower, see benchmarks/decode.md.
 #pragma once
 #include "tasks/heads.cuh"
 

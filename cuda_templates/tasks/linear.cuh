@@ -4,10 +4,10 @@
 //
 // A weight tile is 8 rows, stored as chunks of `tile_k` columns, each chunk as [tile_k / 32][4][8][8]: core matrices that
 // ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Several tokens are the 16
-// rows of mma.m16n8k16 and weight rows its 8 columns; of one token it is the other way round, see `one_token`. Order of
-// summation of a result, the same bits either way: two chains,
-// of the first and of the second 16 columns of the blocks b, b + 8, ... of every chunk, chunks in order; their sum; then
-// the 8 warps in pairs, pairs of pairs and so on. It does not depend on the number of tokens.
+// rows of mma.m16n8k16 and weight rows its 8 columns; of one token it is the other way round, see `run_one`. Order of
+// summation of a result, the same bits either way: two chains, of the first and of the second 16 columns of the blocks
+// b, b + 8, ... of every chunk, chunks in order; their sum; then the 8 warps in pairs, pairs of pairs and so on. It does
+// not depend on the number of tokens.
 //
 // One token has a path of its own with little code, which keeps the sums of a block's tiles in shared memory: at so few
 // instructions per byte, what counts is how many there are, and that a layer's tasks fit the instruction cache.
