@@ -59,7 +59,7 @@ struct Shared : probe::Recorder {
 };
 
 constexpr u32 activation_bytes = 33792;  // a chunk of 1024 columns for 16 tokens, or 16,000 columns of one token
-constexpr u32 partial_bytes = 16384;  // 8 warps x 8 tiles x 8 tokens (or 4 tiles x 16) x 8 rows x 4 bytes
+constexpr u32 partial_bytes = 12544;  // 8 warps x 8 tiles x 6 tokens (or 3 tiles x 16) x 8 rows x 4 bytes
 constexpr u32 scratch_bytes = activation_bytes + partial_bytes;
 
 // The plan's ring, or what the rest leaves of it.

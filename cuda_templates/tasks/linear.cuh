@@ -1,6 +1,6 @@
 // Matrix product with a packed weight: [tokens, K] x [rows, K]^T for 1-16 tokens, on the tensor cores.
 //
-// Shared memory: the ring (weights), activations 33 KB, partial sums 16 KB. Registers: at most 168.
+// Shared memory: the ring (weights), activations 33 KB, partial sums 12 KB. Registers: at most 168.
 //
 // A weight tile is 8 rows, stored as chunks of `tile_k` columns, each chunk as [tile_k / 32][4][8][8]: core matrices that
 // ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Several tokens are the 16
@@ -380,7 +380,7 @@ struct Linear {
 
   static __device__ __forceinline__ void finish_many(
       const Worker& w, const Block& block, const float (&sums)[tiles_per_block][2][4]) {
-    const int per_round = w.tokens <= 8 ? tiles_per_block : tiles_per_block / 2;  // as there is room for
+    const int per_round = min_of<int>(tiles_per_block, partial_bytes / (worker_warps * tile_rows * 4 * w.tokens));
 #pragma unroll 1
     for (int first = 0; first < block.tiles; first += per_round) {
       const Block part{block.first + first, min_of(per_round, block.tiles - first)};

@@ -255,7 +255,7 @@ def test_loader(key, asked, bytes_, constants, chunks):
 def test_the_loader_fits_small_rings():
     """What is usual and does not fit is cut, so that a pinned plan is always accepted again."""
     made = planned(spec_of("qwen3"), target="rtx4090", context=256, size="0.6b", verified=False)
-    assert (made.ring_bytes, made.in_flight_bytes, made.prefetch_bytes) == (32768, 32768, 131072)
+    assert (made.ring_bytes, made.in_flight_bytes, made.prefetch_bytes) == (49152, 49152, 131072)
 
 
 @pytest.mark.parametrize(
