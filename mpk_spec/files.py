@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mpk_spec.errors import UserError
 
 def write_aside(path: Path, data: str | bytes) -> None:
     """Writes beside `path`, then renames. Raises UserError where that cannot be."""
-    aside = path.parent / f".{path.name}.{os.getpid()}"
+    aside = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}"
     try:
         if path.is_dir():
             raise _error(errno.EISDIR)

@@ -25,6 +25,7 @@ __device__ void set_up(const Params& params, Shared& shared) {
     }
     ptx::fence_barrier_init();
     shared.stop = shared.abort = shared.host_stop = shared.looking = 0;
+    shared.described = params.first_step;
     for (News& news : shared.news) news = {};
     shared.watched = {};
   }

@@ -1,27 +1,30 @@
-// The loader: streams this SM's weights, chunk after chunk, layer after layer, step after step, and never waits for an event.
+// The loader: streams what this SM's tasks read, weights and cached keys and values, chunk after chunk, layer after layer, step
+// after step, and never waits for an event.
 //
-// Every step streams the same chunks, so it need not know what the next step is about: it runs ahead of the step
-// descriptor by at most the ring, and when the kernel ends it only lets the copies in flight land.
+// Every step streams the same weights, so it runs ahead of the step descriptor, by at most the ring; only how much of the cache
+// there is to stream it learns from there. When the kernel ends it only lets the copies in flight land.
 #pragma once
 #include "runtime/worker.cuh"
 
 namespace mpk {
 
-// The next chunk to copy. Order: block of tiles, chunk of K, tile of the block; so that activations are read once per block.
+// The next chunk to copy. Order of weights: block of tiles, chunk of K, tile of the block; so that activations are read once per
+// block. Order of the cache: pass of query rows, block of positions, keys before values.
 struct ChunkCursor {
   const Shared* shared;
-  const u8* weights;
-  u32 stage = 0, load = 0, load_end = 0;
-  i32 block = 0, block_end = 0, hi = 0, tile = 0;
-  u32 chunk = 0;
+  u32 step, stage, load = 0, load_end = 0;
+  bool waits = false;  // for the descriptor of its step, to know what there is of the cache
+  u32 of_cache = 0;  // 0: a weight; else one more than the index into plan::cache_pages
+  i32 block = 0, block_end = 0, hi = 0, tile = 0;  // of the cache: first block of a pass, passes left, last block, this block
+  u32 chunk = 0;  // of the cache: 0 keys, 1 values
+  u32 head = 0;
   WeightTiles shape{};
   const u8* base = nullptr;
   const u8* from = nullptr;
   u32 bytes = 0;
 
-  __device__ ChunkCursor(const Shared& s, const u8* w) : shared(&s), weights(w) {
-    stage = plan::num_stages - 1;  // as if a step had just ended
-    load = load_end = 0;
+  // Before the first chunk of the launch.
+  __device__ explicit ChunkCursor(const Shared& s) : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1) {
     next_load();
     point();
   }
@@ -29,38 +32,79 @@ struct ChunkCursor {
   __device__ void next_load() {
     while (load == load_end) {
       stage = stage + 1 == plan::num_stages ? 0 : stage + 1;
+      step += stage == 0;
       const u32 kind = plan::stage_template[stage];
       load = shared->program.load_begin[kind];
       load_end = shared->program.load_begin[kind + 1];
     }
     const Load& it = shared->program.load[load++];
-    shape = plan::weight_tiles[it.shape];
-    base = weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
+    chunk = 0;
+    if (it.what >= plan::num_weights) {
+      of_cache = it.what - plan::num_weights + 1;
+      waits = true;
+      head = it.lo;
+      block = tile = it.hi;
+      return;
+    }
+    of_cache = 0;
+    shape = plan::weight_tiles[it.what];
+    base = shared->params.weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
     block = it.lo;
     hi = it.hi;
     block_end = min_of(block + tiles_per_block, hi);
     tile = block;
-    chunk = 0;
+  }
+
+  // Whether what it waits for is there.
+  __device__ __forceinline__ bool described() const {
+    return static_cast<i32>(ptx::load_shared_flag(&shared->described) - (step + 1)) >= 0;
+  }
+  // Of a cursor that waits, when its step is described. Afterwards it may wait again.
+  __device__ void learn() {
+    ptx::fence_copies();
+    const CachePages& pages = plan::cache_pages[of_cache - 1];
+    const Step& now = shared->step[step % 2];
+    waits = false;
+    hi = ceil_div(now.position, pages.block);
+    block_end = ceil_div(now.tokens * pages.group, CachePages::rows);
+    if (tile >= hi || block_end == 0) next_load();
+    point();
   }
 
   __device__ void point() {
+    if (waits) return;
+    if (of_cache) {
+      const CachePages& pages = plan::cache_pages[of_cache - 1];
+      const bool wrong = probe::planted(shared->params, probe::wrong_page);  // every second page is the one before it
+      from = cache_page(*shared, pages, plan::stage_layer[stage], head, wrong ? tile & ~1 : tile) + chunk * pages.half_bytes();
+      bytes = min_of(pages.block, shared->step[step % 2].position - tile * pages.block) * pages.row_bytes;
+      return;
+    }
     const u32 at = chunk * shape.chunk_bytes;
     from = base + static_cast<u64>(tile) * shape.tile_bytes + at;
     bytes = min_of(shape.chunk_bytes, shape.tile_bytes - at);
   }
 
   __device__ void advance() {
-    if (++tile == block_end) {
-      tile = block;
-      if (++chunk == shape.chunks_per_tile) {
-        chunk = 0;
-        block = block_end;
-        tile = block;
-        block_end = min_of(block + tiles_per_block, hi);
-        if (block >= hi) next_load();
-      }
-    }
+    of_cache ? advance_in_cache() : advance_in_weights();
     point();
+  }
+  __device__ void advance_in_weights() {
+    if (++tile < block_end) return;
+    tile = block;
+    if (++chunk < shape.chunks_per_tile) return;
+    chunk = 0;
+    block = tile = block_end;
+    block_end = min_of(block + tiles_per_block, hi);
+    if (block >= hi) next_load();
+  }
+  __device__ void advance_in_cache() {
+    if (++chunk < 2) return;
+    chunk = 0;
+    tile += plan::cache_pages[of_cache - 1].splits;
+    if (tile < hi) return;
+    tile = block;
+    if (--block_end == 0) next_load();
   }
 };
 
@@ -82,6 +126,11 @@ struct Scout {
   __device__ __forceinline__ void look(const ChunkCursor& cursor, bool all_landed, u32 lane) {
     if (ahead == plan::prefetch_chunks || !all_landed || ptx::clock() - since < plan::prefetch_clocks) return;
     if (ahead == 0) at = cursor;
+    if (at.waits) {
+      if (!at.described()) return;
+      at.learn();
+    }
+    if (at.waits) return;
     if (lane == 0) ptx::prefetch_l2(at.from, at.bytes);
     at.advance();
     ++ahead;
@@ -104,11 +153,15 @@ __device__ __forceinline__ bool too_many_in_flight(Shared& shared, u32 issued) {
 __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 lane) {
   const plan::Program& program = shared.program;
   if (program.load_begin[plan::num_templates] == 0) return;  // this SM has no weights
-  ChunkCursor cursor(shared, params.weights);
+  ChunkCursor cursor(shared);
   Scout scout(cursor);
   u32 slot = 0, parity = 0, issued = 0;
   bool going = true;
   while (going) {
+    while (going && cursor.waits) {
+      going = !__any_sync(all_lanes, leaving(shared));
+      if (__all_sync(all_lanes, cursor.described())) cursor.learn();
+    }
     while (going && !ptx::barrier_try(&shared.empty[slot], parity ^ 1)) {
       going = !leaving(shared);
       const u32 newest = issued - 1;  // the ring is full, so something was issued

@@ -21,8 +21,10 @@ struct Entry {
   i32 share_lo, share_hi;
 };
 
+// What a task takes through the ring: the weight tiles [lo, hi) of plan::weight_tiles[what]; or, for `what` beyond these, of
+// plan::cache_pages the keys and values that split `hi` of KV head `lo` reads.
 struct Load {
-  u32 shape;  // index into plan::weight_tiles
+  u32 what;
   i32 lo, hi;
 };
 
@@ -44,6 +46,23 @@ constexpr int block_rows = tile_rows * tiles_per_block;
 struct WeightTiles {
   u64 offset, layer_stride;
   u32 tile_bytes, chunk_bytes, chunks_per_tile;
+};
+
+// Keys and values of one state: where they lie, and how an attention reads them: split s the blocks b of positions with
+// b % splits == s, all of them once for every `rows` of its tokens x group query rows. A page is one block of one KV head,
+// [K rows | V rows]; a chunk of the ring is either half, as far as it is filled. Of a value's row its 16 bytes number n lie in
+// place value_place(position, n), so that eight positions' are in different banks.
+struct CachePages {
+  u64 offset;
+  u32 kv_heads, block, row_bytes, splits, group;
+
+  static constexpr int rows = 8;  // columns of one multiplication
+
+  __host__ __device__ constexpr u32 half_bytes() const { return block * row_bytes; }
+  __host__ __device__ constexpr u32 value_place(u32 position, u32 n) const {
+    const u32 places = min_of<u32>(8, row_bytes / 16);
+    return n ^ (position / (8 / places) % places);
+  }
 };
 
 template <int templates, int entries, int loads, int waits, int signals>

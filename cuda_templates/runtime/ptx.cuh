@@ -122,6 +122,15 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
 __device__ __forceinline__ void red_release_system(u32* p, u32 by) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(p), "r"(by) : "memory");
 }
+__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+// What was stored before, as far as this thread may know of it, is seen by the copies that it starts.
+__device__ __forceinline__ void fence_copies() {
+#if MPK_BULK_COPY
+  asm volatile("fence.acq_rel.gpu; fence.proxy.async.global;" ::: "memory");
+#else
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 __device__ __forceinline__ void red_system(u32* p, u32 by) {  // a release after fence_system
   asm volatile("red.relaxed.sys.global.add.u32 [%0], %1;" ::"l"(p), "r"(by) : "memory");
@@ -275,6 +284,12 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// The same, transposed: of each matrix a thread has values of one column and two rows.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
 // Sixteen bytes, if `wanted`; else `r` stays as it is.
 __device__ __forceinline__ void load_shared_16(u32 (&r)[4], u32 address, bool wanted) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
@@ -287,6 +302,12 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
                "{%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d[16][8] += a[16][8] * b[8][8]
+__device__ __forceinline__ void mma_8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 
 // --- barriers among some of the block's threads, clocks ------------------------------------------------------------------

@@ -105,6 +105,8 @@ struct Scheduler {
     if (lane < step_words) to[lane] = word;
     __syncwarp();
     tokens = shared.step[step % 2].tokens;
+    ptx::fence_block();
+    if (lane == 0) ptx::store_shared_flag(&shared.described, step + 1);
     give();
     return tokens;
   }

@@ -47,6 +47,7 @@ struct Shared : probe::Recorder {
   Step step[2];
   News news[step_slots];  // by step, from the task that samples to the warp that signals, which is a few tasks behind
   u32 stop;  // the loader may leave
+  u32 described;  // steps whose descriptor is in `step`, or was
   u32 looking;  // the workers look for values, which weights would hold up: see too_many_in_flight
   u32 abort;
   u32 host_stop;
@@ -81,6 +82,13 @@ __device__ __forceinline__ float sum_in_pairs(const float (&x)[worker_warps]) {
 // Waits for a phase of an mbarrier. After an abort it returns at once.
 __device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32 parity) {
   ptx::barrier_wait(bar, parity, &shared.abort);
+}
+
+// The page of a block of positions of one KV head, in the layer.
+__device__ __forceinline__ u8* cache_page(const Shared& shared, const CachePages& of, u32 layer, u32 head, u32 index) {
+  const Params& p = shared.params;
+  const u64 page = static_cast<u64>(layer) * p.num_pages + (index < pages_kept ? shared.pages[index] : p.pages[index]);
+  return p.cache + of.offset + (page * of.kv_heads + head) * 2 * of.half_bytes();
 }
 
 extern __shared__ __align__(128) u8 shared_memory[];
@@ -133,9 +141,6 @@ struct Worker : Progress {
     return (++looks % 64 != 0 || !aborted()) && !probe::looks_away(params, group);
   }
   __device__ __forceinline__ bool aborted() const { return ptx::load_shared_flag(&shared.abort) != 0; }
-
-  // The physical page of a block of positions.
-  __device__ __forceinline__ i32 page(u32 index) const { return index < pages_kept ? shared.pages[index] : params.pages[index]; }
 
   __device__ __forceinline__ u8* activations() const { return scratch; }
   __device__ __forceinline__ float* partials() const { return reinterpret_cast<float*>(scratch + activation_bytes); }
@@ -207,6 +212,8 @@ struct Worker : Progress {
     slot = over ? slot + count - ring_slots : slot + count;
     slot_parity ^= over;
   }
+  // The chunk that wait_chunk said is there.
+  __device__ __forceinline__ const u8* chunk() const { return ring + slot * plan::slot_bytes; }
   __device__ __forceinline__ void free_chunk() {
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(&shared.empty[slot]);

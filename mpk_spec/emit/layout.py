@@ -66,13 +66,31 @@ class RopeTable:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Where a state's pages lie, and how its attention reads them: `CachePages` of the kernel. `row_bytes`: of one
+    position's key of one KV head; `group`: query heads of each KV head."""
+
+    state: str
+    offset: int
+    kv_heads: int
+    block: int
+    row_bytes: int
+    splits: int
+    group: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.block * self.row_bytes
+
+
+@dataclass(frozen=True)
 class Layout:
     packed: dict[str, Packed]
     flat: dict[str, Flat]
     ropes: dict[str, RopeTable]
     weight_bytes: int
     rope_pairs: int
-    cache_offsets: dict[str, int]
+    caches: dict[str, Cache]
     cache_bytes: int
     layers: int
 
@@ -94,13 +112,22 @@ def lay_out(plan: Plan) -> Layout:
     ropes, pairs = _ropes(plan)
     caches, cache_bytes = {}, 0
     for state in plan.states.values():
-        caches[state.name] = cache_bytes
+        caches[state.name] = _cache(plan, state, cache_bytes)
         cache_bytes += state.layers * pages(state) * state.kv_heads * page_bytes(state)
     return Layout(packed, flat, ropes, cursor.at, pairs, caches, cache_bytes, layers)
 
 
 def pages(state) -> int:
     return -(-state.context // state.page) * state.batch
+
+
+def _cache(plan: Plan, state, offset: int) -> Cache:
+    nodes = (n for t in plan.steps["decode"].templates for g in t.groups for n in g.nodes if n.op == "attention")
+    heads = next((n.values["heads"] for n in nodes if n.values["state"] == state.name), state.kv_heads)
+    splits = max(1, state.extent // state.kv_heads)
+    return Cache(
+        state.name, offset, state.kv_heads, state.kv_block, state.head_dim * 2, splits, heads // state.kv_heads
+    )
 
 
 def page_bytes(state) -> int:

@@ -27,7 +27,7 @@ ENTRY = np.dtype(
         ("share_hi", "<i4"),
     ]
 )
-LOAD = np.dtype([("shape", "<u4"), ("lo", "<i4"), ("hi", "<i4")])
+LOAD = np.dtype([("what", "<u4"), ("lo", "<i4"), ("hi", "<i4")])
 ROW_TASKS = frozenset({"rmsnorm", "add", "gated_act", "embedding", "rope"})  # row operators on their own
 MOST_STAGES = 255  # a wait counts stages in a byte
 WAIT = np.dtype([("event", "<u2"), ("back", "u1"), ("data", "u1"), ("count", "<u4")])
@@ -59,7 +59,7 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
     """`runs[template][group]`: the case of the generated switch."""
     events = tuple(sorted({name for t in step.templates for name in t.events}))
     number = {name: n for n, name in enumerate(events)}
-    shapes = {name: n for n, name in enumerate(layout.packed)}
+    shapes = {name: n for n, name in enumerate([*layout.packed, *layout.caches])}
     if len(step.stages) > MOST_STAGES:
         raise UserError(f"the CUDA kernel runs at most {MOST_STAGES} stages, this plan has {len(step.stages)}")
     drafts = [_SmDraft(step, runs, number, layout, shapes, sm) for sm in range(plan.num_sms)]
@@ -115,9 +115,7 @@ class _SmDraft:
             self.further = further_back(step, t)
             for group, task in template.queues[sm]:
                 self._entry(template.groups[group], template.groups[group].tasks[task], runs[t][group], group)
-            for group, task in template.loads[sm]:
-                name = template.groups[group].name
-                self.loads.append((shapes[name], *tiles(template.groups[group].tasks[task], layout.packed[name])))
+                self.loads += self._loads(template.groups[group], template.groups[group].tasks[task], shapes)
             self.queue_begin.append(len(self.entries))
             self.load_begin.append(len(self.loads))
 
@@ -130,6 +128,13 @@ class _SmDraft:
         )  # fmt: skip
         self.waits += waits
         self.signals += [self.number[s] for s in task.signals]
+
+    def _loads(self, group: Group, task: Task, shapes: dict[str, int]) -> list[tuple]:
+        """What the task takes through the ring: weights, or what an attention reads of the cache."""
+        if task.load_chunks:
+            return [(shapes[group.name], *bounds(group, task, self.layout))]
+        reads = [n.values["state"] for n in group.nodes if n.op == "attention"]
+        return [(shapes[state], *bounds(group, task, self.layout)) for state in reads]
 
     def fill(self, record) -> None:
         record["queue_begin"], record["load_begin"] = self.queue_begin, self.load_begin

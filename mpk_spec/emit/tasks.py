@@ -258,7 +258,7 @@ class _Writer:
         if other := next((n for n in (q, k, v) if self.plan.tensors[n].dtype != "bf16"), None):
             raise Refused(self.group, f"attention reads bf16, '{other}' is {self.plan.tensors[other].dtype}")
         shape = f"{node.values['heads']}, {state.kv_heads}, {state.head_dim}, {self.group.kv_splits}, {state.kv_block}"
-        cache = self.layout.cache_offsets[state.name]
+        cache = self.layout.caches[state.name].offset
         return (
             f"Attention<\n    AttentionShape<{shape}>,\n    {self.tensor(q)}, {self.tensor(k)}, {self.tensor(v)},\n"
             f"    {self.head_norms(q_norm, k_norm)},\n    {rope or 'NoRope'}, {cache}ull,\n    "

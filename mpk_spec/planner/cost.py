@@ -87,13 +87,7 @@ class CostModel:
     attend_us: float = 0.48
     """Of an attention's task, whatever it reads: the sums of its warps together; fitted."""
     kv_block_us: float = 0.46
-    """One block of one KV head, for all its query heads, the next one's loads included; fitted."""
-    kv_gbps: float = 73.0
-    """Rate at which one SM's workers load blocks while others wait: 32 KB in that time; measured (H200). All readers
-    together get no more than `stream_gbps`."""
-    kv_share: float = 0.75
-    """Part of their even share of memory's rate that an attention's tasks get who read all at once, as weights come in
-    beside them; fitted."""
+    """One block of one KV head, for all its query heads, beside its coming through the ring; fitted."""
     row_op_us: float = 0.5
     """Arithmetic of a task that streams nothing (a norm, a reduction, an argmax slice); assumed."""
     spread: float = 0.025
@@ -181,13 +175,18 @@ def read_calibration(target: str) -> dict[str, Any] | None:
 class TaskCost:
     """What one task needs, beside its place in the schedule. Microseconds on one SM, bytes from memory."""
 
-    weight_bytes: float  # they flow through the ring
+    weight_bytes: float
     kv_bytes: float
     look_us: float  # of a task that looks at values: from the last one stored to all seen and prepared
     activation_us: float  # of others, after their events
     compute_us: float
     finish_us: float  # reduce, store
     signal_us: float
+
+    @property
+    def streamed(self) -> float:
+        """What flows through the ring."""
+        return self.weight_bytes + self.kv_bytes
 
 
 def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel, context: int) -> TaskCost:
@@ -200,8 +199,7 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     compute += weights / (cost.consume_gbps * 1e3)
     compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6)
     if blocks:  # a split of an attention without any does nothing
-        rate = min(cost.kv_gbps, cost.kv_share * cost.stream_gbps / len(group.tasks)) * 1e3
-        compute += cost.attend_us + max(blocks * cost.kv_block_us, kv_bytes / rate)
+        compute += cost.attend_us + blocks * cost.kv_block_us
     elif not attention and not task.load_chunks:
         compute += cost.row_op_us
     looked = looks(step, task)

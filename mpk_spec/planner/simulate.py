@@ -269,9 +269,9 @@ class _Machine:
                 for entry in ready.order:
                     if isinstance(entry, Pool):
                         for sm in entry.sms:
-                            loads[sm] += sum(t.cost.weight_bytes for t in entry.tasks) / len(entry.sms)
+                            loads[sm] += sum(t.cost.streamed for t in entry.tasks) / len(entry.sms)
                     else:
-                        loads[entry[0]] += entry[1].cost.weight_bytes
+                        loads[entry[0]] += entry[1].cost.streamed
             total = [a + b for a, b in zip(total, per_stage[id(ready)], strict=True)]
         return total
 
@@ -392,7 +392,7 @@ class _Machine:
                 ready += cost.activation_us
         self.loaded_for[sm] = (number, task.group)
         consumed = ready + cost.compute_us
-        if cost.weight_bytes:
+        if cost.streamed:
             consumed = self._stream(number, sm, task, ready, consumed, claimed)
         stored = consumed + cost.finish_us
         done = stored + cost.signal_us
@@ -409,7 +409,7 @@ class _Machine:
 
     def _stream(self, number: int, sm: int, task: ReadyTask, ready: float, computed: float, claimed: float | None):
         """Advances the SM's stream over the task's bytes; returns when the workers have consumed them."""
-        size, ring = task.cost.weight_bytes, self.plan.ring_bytes
+        size, ring = task.cost.streamed, self.plan.ring_bytes
         chance = _chance(number, task)
         per_byte = (1 + self.cost.chance * chance) / self.rates[sm]
         lo = self.position[sm]

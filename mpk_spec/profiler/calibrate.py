@@ -158,7 +158,7 @@ def _linears(path: list[_Timed]) -> dict[tuple, list[Sample]]:
 def _attentions(path: list[_Timed], before: float, after: float) -> list[Fit | None]:
     """What a block of the cache takes is left as it is where no task has many: all else would count as theirs."""
     own = [t for t in path if t.blocks]
-    us = [t.ran.stored - after - (t.ran.ready if t.looks else t.ran.start + before) for t in own]
+    us = [t.ran.stored - after - t.ran.stalled - (t.ran.ready if t.looks else t.ran.start + before) for t in own]
     if max((t.blocks or 0 for t in own), default=0) < MANY_BLOCKS:
         rest = [one - t.blocks * t.step.cost.kv_block_us for t, one in zip(own, us, strict=True)]
         return [_mean("attend_us", ((one, t.step.us) for t, one in zip(own, rest, strict=True)))]

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ def build_once(key: str, build: Callable[[Path], None], progress: Callable[[str,
 def write_atomically(path: Path, text: str) -> None:
     with surroundings(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         try:
             aside.write_text(text, encoding="utf-8")
             aside.replace(path)

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan d533e8a4ee63bebf: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 236abbcc47e5c536: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -6,15 +6,16 @@
 namespace plan {
 
 constexpr mpk::u32 shared_limit = 232448;
-constexpr mpk::u32 ring_slots = 64;
-constexpr mpk::u32 slot_bytes = 2048;
-constexpr mpk::u32 copies_in_flight = 24;
-constexpr mpk::u32 copies_while_looking = 24;
+constexpr mpk::u32 ring_slots = 54;
+constexpr mpk::u32 slot_bytes = 4096;
+constexpr mpk::u32 copies_in_flight = 12;
+constexpr mpk::u32 copies_while_looking = 12;
 constexpr mpk::u32 prefetch_chunks = 0;
-constexpr mpk::u32 prefetch_clocks = 128;
+constexpr mpk::u32 prefetch_clocks = 256;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;
+constexpr mpk::u32 num_weights = 5;
 constexpr mpk::u32 num_events = 7;
 constexpr mpk::u32 event_stride = 32;
 constexpr mpk::u32 sampling_sm = 33;
@@ -38,6 +39,9 @@ __constant__ const mpk::WeightTiles weight_tiles[5] = {
     {184320ull, 49152ull, 1536, 1536, 1},  // gate_up
     {331776ull, 24576ull, 2048, 2048, 1},  // down_add
     {405504ull, 0ull, 1536, 1536, 1},  // head
+};
+__constant__ const mpk::CachePages cache_pages[1] = {
+    {0ull, 1, 64, 64, 2, 4},  // kv
 };
 
 }  // namespace plan

@@ -14,6 +14,7 @@ constexpr mpk::u32 prefetch_clocks = 256;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;
+constexpr mpk::u32 num_weights = 5;
 constexpr mpk::u32 num_events = 8;
 constexpr mpk::u32 event_stride = 32;
 constexpr mpk::u32 sampling_sm = 65;
@@ -35,6 +36,9 @@ __constant__ const mpk::WeightTiles weight_tiles[5] = {
     {368640ull, 98304ull, 1536, 1536, 1},  // gate_up
     {663552ull, 49152ull, 4096, 4096, 1},  // down_add
     {811008ull, 0ull, 1536, 1536, 1},  // head
+};
+__constant__ const mpk::CachePages cache_pages[1] = {
+    {0ull, 2, 64, 64, 2, 4},  // kv
 };
 
 }  // namespace plan
