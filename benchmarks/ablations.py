@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 
-import kernel
+import random_kernel
 
 from mpk_spec.errors import UserError
 
 IDS, ALONE = 96, 16
+NEW, REPEATS, CONTEXT = 64, 5, 512  # of what is timed
 FAR = 0.1  # of the largest logit: further than roundings go
 IN_ONE = ("attention.cache", "attention.a")  # the kernel appends to the cache where it attends
 
@@ -67,11 +67,12 @@ def fusions(model: str) -> list[Variant]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="SPEC:SIZE")
-    parser.add_argument("--target", default="h100")
+    parser.add_argument("--target", help="default: this machine's GPU; to compile without one, h100")
     parser.add_argument("--prompt", type=int, default=128, help="positions in the cache, on average")
     parser.add_argument("--fusions", action="store_true", help="each fusion against none, instead of the levers")
     parser.add_argument("--compile", action="store_true", help="only compile")
     options = parser.parse_args()
+    options.target = options.target or random_kernel.target_here(needed=not options.compile)
     rows, wrong = [], 0
     for model in options.models:
         first = None
@@ -105,19 +106,20 @@ def compared(variant: Variant, logits, planned) -> tuple[str, bool]:
 
 def measured(model: str, variant: Variant, options):
     """(ms per token, logits of some ids, the last of them token by token); None where it is only compiled."""
-    asked = SimpleNamespace(
-        rule=list(variant.rules), without=list(variant.without), target=options.target, context=512,
-        prompt=options.prompt, new=64, repeats=5, seed=0, gbps=None,
-    )  # fmt: skip
+    context = max(CONTEXT, options.prompt + NEW)
+    plan = random_kernel.planned(
+        model, target=options.target, context=context, rules=variant.rules, without=variant.without
+    )
     if options.compile:
-        return kernel.compiled(model, asked)
+        random_kernel.say(f"{model}, {variant.name}: {random_kernel.described(random_kernel.compiled(plan))}")
+        return None
     from mpk_spec.perf.clock import time_decode
     from mpk_spec.testing.yardstick import sequences
 
-    backend, _ = kernel.open_random(model, asked)
+    backend, _ = random_kernel.open_random(plan)
     (ids,) = sequences(backend.vocab_size, IDS, 1, IDS)
     logits = backend.logits(ids, alone=ALONE)
-    times = time_decode(backend, asked.prompt, asked.new, asked.repeats)
+    times = time_decode(backend, options.prompt, NEW, REPEATS)
     backend.close()
     return times.kernel_ms, logits
 

@@ -162,7 +162,7 @@ class Checked:
 
 
 def plan_small(options):
-    from kernel import unfused
+    from random_kernel import unfused
 
     from mpk_spec.planner import plan
     from mpk_spec.schema import load_spec

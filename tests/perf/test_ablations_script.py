@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mpk_spec.emit.source import emit
-from mpk_spec.errors import UserError
+from mpk_spec.runtime.cuda_device import NoGpu
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -18,13 +19,13 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def ablations(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "random_kernel", raising=False)
     found = importlib.util.spec_from_file_location("ablations_script", FOLDER / "ablations.py")
     module = importlib.util.module_from_spec(found)
     monkeypatch.setitem(sys.modules, "ablations_script", module)
     found.loader.exec_module(module)
     yield module
-    sys.modules.pop("kernel", None)
+    sys.modules.pop("random_kernel", None)
 
 
 def run(ablations, monkeypatch, *words: str) -> int:
@@ -35,25 +36,23 @@ def run(ablations, monkeypatch, *words: str) -> int:
 @pytest.fixture
 def measured(ablations, monkeypatch):
     """Backends of plans that the kernel takes, whose logits say which fusions are gone."""
-    from types import SimpleNamespace
-
     from mpk_spec.perf import clock
 
-    def open_random(model, asked):
-        plan = emit(ablations.kernel.planned(model, asked)).plan
+    def open_random(plan):
+        emit(plan)
         groups = [g for t in plan.steps["decode"].templates for g in t.groups]
         found = 1 + 0.001 * sum(g.task != "linear" for g in groups)
         logits = torch.tensor([[1.0, found]])
         backend = SimpleNamespace(vocab_size=515, logits=lambda ids, alone: logits, close=lambda: None, groups=groups)
         return backend, None
 
-    monkeypatch.setattr(ablations.kernel, "open_random", open_random)
+    monkeypatch.setattr(ablations.random_kernel, "open_random", open_random)
     monkeypatch.setattr(clock, "time_decode", lambda backend, *_: SimpleNamespace(kernel_ms=0.01 * len(backend.groups)))
     return ablations
 
 
 def test_each_fusion_is_left_out_once(measured, monkeypatch, capsys):
-    assert run(measured, monkeypatch, "qwen3:tiny", "--fusions") == 0
+    assert run(measured, monkeypatch, "qwen3:tiny", "--fusions", "--target", "h100") == 0
     table = capsys.readouterr().out.partition("\n\n")[2].splitlines()[2:]
     rows = {cells[2].strip(): cells[3:6] for cells in (line.split("|") for line in table)}
     assert list(rows) == [
@@ -78,10 +77,27 @@ def test_other_bits_are_wrong_with_all_fusions_and_far_ones_without(ablations):
     assert ablations.compared(unfused, planned * float("nan"), planned)[1]
 
 
-def test_a_fusion_that_there_is_not_is_refused(ablations):
-    from mpk_spec.schema import load_spec
+def test_all_variants_are_compiled_without_a_gpu(ablations, monkeypatch, capsys):
+    seen = []
+    report = SimpleNamespace(registers=168, spill_bytes=0, seconds=5.5)
 
-    with pytest.raises(UserError) as error:
-        ablations.kernel.unfused(load_spec("qwen3"), ["o_ad"])
-    assert error.value.message == "there is no fusion 'o_ad'"
-    assert "o_add" in error.value.hint
+    def compiled(plan):
+        seen.append((plan.target, plan.crossing, plan.in_flight_bytes, plan.prefetch_bytes))
+        return SimpleNamespace(report=report, cached=False)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(ablations.random_kernel, "compiled", compiled)
+    assert run(ablations, monkeypatch, "qwen3:tiny", "--compile") == 0
+    assert seen == [
+        ("h100", "data", 49152, 131072), ("h100", "event", 49152, 131072), ("h100", "data", 49152, 0),
+        ("h100", "data", 32768, 131072), ("h100", "data", 49152, 131072), ("h100", "data", 3 * 4096, 131072),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "qwen3:tiny, 32 KiB of copies in flight for each SM: 168 registers" in said
+    assert "| model |" not in said
+
+
+def test_what_is_measured_needs_a_gpu(ablations, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NoGpu):
+        run(ablations, monkeypatch, "qwen3:tiny")
