@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mpk_spec.planner.targets import find_target
+
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Group, Plan
     from mpk_spec.schema import Spec
@@ -32,8 +34,8 @@ class Knob:
 
 
 def knobs(plan: Plan) -> list[Knob]:
-    """All of a plan for the GPU: limits of the loader, how values cross, grids of linears (most bytes first), splits
-    and who merges them.
+    """All of a plan for the GPU: limits of the loader and its ring, how values cross, grids of linears (most bytes
+    first), splits and who merges them.
 
     These come last: to judge them takes the truth, which is the longest wait of a search.
     """
@@ -41,6 +43,7 @@ def knobs(plan: Plan) -> list[Knob]:
     attention = [g for g in groups if g.task == "attention"]
     linears = sorted((g for g in groups if g.task == "linear"), key=lambda g: -sum(t.load_bytes for t in g.tasks))
     found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in WHOLE_KERNEL.items()]
+    found.append(Knob("*", "stages", tuple({"stages": n} for n in _stages(plan))))
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
     for key, values in (("kv_splits", KV_SPLITS), ("kv_merge", KV_MERGE)):
         found += [Knob(g.name, key, tuple({key: n} for n in values)) for g in attention]
@@ -51,6 +54,13 @@ def _groups(plan: Plan) -> list[Group]:
     """Of the decode step, each name once."""
     templates = plan.steps["decode"].templates
     return list({g.name: g for t in reversed(templates) for g in reversed(t.groups)}.values())[::-1]
+
+
+def _stages(plan: Plan) -> list[Any]:
+    """Chunks of the ring: as many as there is room for, and three quarters and half of those."""
+    widest = max(g.smem_bytes for s in plan.steps.values() for t in s.templates for g in t.groups)
+    most = (find_target(plan.target).smem_bytes - widest) // plan.chunk_bytes
+    return ["auto", *dict.fromkeys(max(1, most * part // 4) for part in (3, 2))]
 
 
 def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:

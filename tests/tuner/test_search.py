@@ -10,7 +10,7 @@ from fake_measurer import FakeMeasurer, group, milliseconds, planned, search
 from mpk_spec.errors import UserError
 from mpk_spec.tuner.journal import Measurement, NotJudged, journal_of
 from mpk_spec.tuner.search import Gain
-from mpk_spec.tuner.space import knobs, shown
+from mpk_spec.tuner.space import knobs, shown, with_choice
 
 BEST = {"attend": {"kv_splits": 3}, "*": {"prefetch": 262144}}
 
@@ -30,6 +30,7 @@ def test_the_knobs_of_a_plan():
         "in_flight_looking",
         "prefetch",
         "crossing",
+        "stages",
     }
     assert found["attend", "kv_merge"] == tuple({"kv_merge": how} for how in ("auto", "fused", "apart"))
     assert found["*", "crossing"] == ({"crossing": "event"}, {"crossing": "data"})
@@ -42,6 +43,23 @@ def test_the_knobs_of_a_plan():
             assert (
                 group(made, name).grid == tuple(choice["grid"]) and group(made, name).partition == choice["partition"]
             )
+
+
+def test_rings_of_all_chunks_there_is_room_for_and_of_fewer():
+    """Also where the spec's own rules ask for fewer: what is tried wins over those."""
+    most = planned({}).ring_bytes // planned({}).chunk_bytes
+    for own in ({}, {"*": {"stages": 9}}):
+        (knob,) = (k for k in knobs(planned(own)) if k.name == "stages")
+        rings = [planned(with_choice(own, knob, choice)).ring_bytes for choice in knob.choices]
+        assert knob.group == "*"
+        assert [ring // planned({}).chunk_bytes for ring in rings] == [most, most * 3 // 4, most // 2]
+
+
+def test_a_smaller_ring_is_found(path):
+    measurer = FakeMeasurer(ms=lambda p: milliseconds(p) + p.ring_bytes / 2**20)
+    best = search(measurer, path)[0].run()
+    half = planned({}).ring_bytes // planned({}).chunk_bytes // 2
+    assert best.rules == {**BEST, "*": {"prefetch": 262144, "stages": half}}
 
 
 def test_it_finds_the_best_of_each_knob(path):
