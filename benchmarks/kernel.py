@@ -51,25 +51,19 @@ def measured_ceiling(target: str) -> float:
     return ceiling.gbps
 
 
-def ruled(spec, rules: list[str]):
-    """The spec with rules for `*`, as in crossing=event or in_flight=32768."""
+def ruled(spec, rules: list[str], without: list[str]):
+    """The spec with rules for `*`, as in crossing=event or in_flight=32768, and with fusions left out, as in o_add, or
+    but for some of their operators, as in attend=attention.cache,attention.a."""
+    from mpk_spec.errors import UserError, did_you_mean
     from mpk_spec.tuner.space import with_rules
 
     words = dict(rule.split("=", 1) for rule in rules)
-    return with_rules(spec, {"*": {k: int(v) if v.isdecimal() else v for k, v in words.items()}}) if words else spec
-
-
-def unfused(spec, without: list[str]):
-    """The spec with fusions left out, as in o_add, or with less of them, as in attend=attention.cache,attention.a."""
-    from dataclasses import replace
-
-    from mpk_spec.errors import UserError, did_you_mean
-
-    kept = dict(word.partition("=")[::2] for word in without)
-    for name in kept.keys() - spec.fusions.keys():
-        raise UserError(f"there is no fusion '{name}'", did_you_mean(name, spec.fusions, "fusions"))
-    left = {n: f.model_copy(update={"of": kept[n].split(",")}) if kept.get(n) else f for n, f in spec.fusions.items()}
-    return replace(spec, fusions={n: f for n, f in left.items() if kept.get(n) != ""})
+    settings = {"*": {k: int(v) if v.isdecimal() else v for k, v in words.items()}} if words else {}
+    for name, kept in (word.partition("=")[::2] for word in without):
+        if name not in spec.fusions:
+            raise UserError(f"there is no fusion '{name}'", did_you_mean(name, spec.fusions, "fusions"))
+        settings[name] = {"fuse": kept.split(",") if kept else False}
+    return with_rules(spec, settings)
 
 
 def planned(model: str, options):
@@ -78,7 +72,7 @@ def planned(model: str, options):
 
     name, _, size = model.partition(":")
     context = max(options.context, options.prompt + options.new)
-    spec = unfused(ruled(load_spec(name), options.rule), options.without)
+    spec = ruled(load_spec(name), options.rule, options.without)
     return plan(spec, size=size, target=options.target, context=context)
 
 

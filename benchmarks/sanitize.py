@@ -162,12 +162,12 @@ class Checked:
 
 
 def plan_small(options):
-    from kernel import unfused
+    from kernel import ruled
 
     from mpk_spec.planner import plan
     from mpk_spec.schema import load_spec
 
-    spec = unfused(load_spec(options.spec), options.without)
+    spec = ruled(load_spec(options.spec), [], options.without)
     return plan(spec, size="tiny", target=f"{options.target}:{options.sms}", context=CONTEXT)
 
 
