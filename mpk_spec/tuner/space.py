@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.planner.targets import find_target
+from mpk_spec.planner.unfuse import inseparable
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Group, Plan
@@ -33,11 +34,11 @@ class Knob:
     choices: tuple[dict[str, Any], ...]
 
 
-def knobs(plan: Plan) -> list[Knob]:
-    """All of a plan for the GPU: limits of the loader and its ring, how values cross, grids of linears (most bytes
-    first), splits and who merges them.
+def knobs(plan: Plan, spec: Spec) -> list[Knob]:
+    """All of a plan of `spec` for the GPU: limits of the loader and its ring, how values cross, grids of linears (most
+    bytes first), fusions, splits and who merges them.
 
-    These come last: to judge them takes the truth, which is the longest wait of a search.
+    The last three come last: to judge them takes the truth, which is the longest wait of a search.
     """
     groups = _groups(plan)
     attention = [g for g in groups if g.task == "attention"]
@@ -45,6 +46,7 @@ def knobs(plan: Plan) -> list[Knob]:
     found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in WHOLE_KERNEL.items()]
     found.append(Knob("*", "stages", tuple({"stages": n} for n in _stages(plan))))
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
+    found += [Knob(name, "fuse", ({"fuse": True}, {"fuse": inseparable(spec, name) or False})) for name in spec.fusions]
     for key, values in (("kv_splits", KV_SPLITS), ("kv_merge", KV_MERGE)):
         found += [Knob(g.name, key, tuple({key: n} for n in values)) for g in attention]
     return found
@@ -78,8 +80,9 @@ def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:
 
 
 def with_choice(rules: Rules, knob: Knob, choice: dict[str, Any]) -> Rules:
-    """`rules` with one knob set otherwise."""
-    return {**rules, knob.group: {**rules.get(knob.group, {}), **choice}}
+    """`rules` with one knob set otherwise. A fusion that is left out has no other settings."""
+    own = {} if choice.get("fuse") is False else rules.get(knob.group, {})
+    return {**rules, knob.group: {**own, **choice}}
 
 
 def with_rules(spec: Spec, rules: Rules) -> Spec:
@@ -90,11 +93,19 @@ def with_rules(spec: Spec, rules: Rules) -> Spec:
 
 
 def shown(rules: Rules) -> str:
-    """In a line: `attend kv_splits 4, qkv grid 128`."""
+    """In a line: `attend kv_splits 4, qkv grid 128, o_add fuse false`."""
     words = []
     for group, settings in rules.items():
         owner = "" if group == "*" else f"{group} "
         for key, value in settings.items():
             if key != "partition":
-                words.append(f"{owner}{key} {value[0] if isinstance(value, list) else value}")
+                words.append(f"{owner}{key} {_shown(key, value)}")
     return ", ".join(words) or "as planned"
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "grid":
+        return str(value[0])
+    if isinstance(value, list):
+        return " + ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
