@@ -318,6 +318,27 @@ def test_limits_of_the_loader_follow_from_the_layers_size(size, both):
     assert (made.in_flight_bytes, made.in_flight_looking_bytes) == tuple(n * 1024 for n in both)
 
 
+ALONE = {"*": {"fuse": False}, "attend": {"fuse": CACHE}}  # each operator a task of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "target", "tp", "rules", "kib"),
+    [
+        ("llama3", "1b", "h200", 1, {}, 48),  # 64 was measured slower
+        ("qwen3", "8b", "h200", 1, {}, 64),  # faster
+        ("qwen3", "8b", "h200", 2, {}, 48),  # slower
+        ("qwen3", "8b", "h200", 1, ALONE, 48),  # 12 hops in a layer instead of 5
+        ("qwen3", "32b", "h200", 1, ALONE, 64),  # which its bytes outweigh
+        ("qwen3", "8b", "h100", 1, {}, 48),  # enough for all of its rate
+        ("qwen3", "32b", "h100", 1, {}, 48),
+    ],
+)
+def test_bytes_in_flight_are_what_a_layers_stream_and_hops_cost_least_with(name, size, target, tp, rules, kib):
+    spec = child(name, {}, sizes={size: spec_of(name).sizes[size].config}, schedule=[{"set": rules}])
+    made = planned(spec, target=target, context=512, size=size, tp=tp, steps=("decode",), verified=False)
+    assert made.in_flight_bytes == kib * 1024
+
+
 def test_fewer_copies_while_workers_look():
     spec = ruled("qwen3", "*", in_flight=8192, in_flight_looking=12288)
     with pytest.raises(
