@@ -17,12 +17,11 @@ from dataclasses import dataclass
 
 import random_kernel
 
-from mpk_spec.errors import UserError
+from mpk_spec.errors import MpkSpecError, SpecError
 
 IDS, ALONE = 96, 16
 NEW, REPEATS, CONTEXT = 64, 5, 512  # of what is timed
 FAR = 0.1  # of the largest logit: further than roundings go
-IN_ONE = ("attention.cache", "attention.a")  # the kernel appends to the cache where it attends
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,16 @@ def fusions(model: str) -> list[Variant]:
 
     A step that does not begin with its layers, as without `embed`, has all its values cross by event.
     """
+    from mpk_spec.planner.unfuse import inseparable
     from mpk_spec.schema import load_spec
 
-    named = load_spec(model.partition(":")[0]).fusions
+    spec = load_spec(model.partition(":")[0])
+    named = spec.fusions
     found, least = [PLANNED, Variant("as planned, but values by event", BY_EVENT)], []
-    for name, fusion in named.items():
+    for name in named:
         left = (name, *(n for n, f in named.items() if f.into == name))
         found.append(Variant(f"without {' and '.join(left)}", without=left))
-        kept = [o for o in fusion.of if o in IN_ONE]
+        kept = inseparable(spec, name)
         least.append(f"{name}={','.join(kept)}" if kept else name)
         if kept:
             found.append(Variant(f"without {name}, but for {' and '.join(kept)}", without=(least[-1],)))
@@ -79,10 +80,11 @@ def main() -> int:
         for variant in fusions(model) if options.fusions else LEVERS:
             try:
                 found = measured(model, variant, options)
-            except UserError as error:
+            except MpkSpecError as error:
                 if variant is PLANNED:
                     raise
-                rows.append(f"| {model} | {variant.name} | refused | | {error.message} |")
+                why = error.problems[0].message if isinstance(error, SpecError) else str(error).splitlines()[0]
+                rows.append(f"| {model} | {variant.name} | refused | | {why} |")
             else:
                 if found is None:
                     continue

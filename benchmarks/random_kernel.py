@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpk_spec.errors import UserError, did_you_mean
@@ -74,19 +73,19 @@ def ruled(spec: Spec, rules: Sequence[str]) -> Spec:
 
 def unfused(spec: Spec, without: Sequence[str]) -> Spec:
     """The spec with fusions left out, as in o_add, or with less of them, as in attend=attention.cache,attention.a."""
-    kept = {}
+    from mpk_spec.tuner.space import with_rules
+
+    settings = {}
     for word in without:
         name, _, operators = word.partition("=")
-        kept[name] = operators.split(",") if operators else []
         if name not in spec.fusions:
             raise UserError(f"there is no fusion '{name}'", did_you_mean(name, spec.fusions, "fusions"))
-        known = spec.fusions[name].of
-        for operator in kept[name]:
-            if operator not in known:
-                hint = did_you_mean(operator, known, "operators")
-                raise UserError(f"the fusion '{name}' has no operator '{operator}'", hint)
-    left = {n: f.model_copy(update={"of": kept[n]}) if n in kept else f for n, f in spec.fusions.items()}
-    return replace(spec, fusions={n: f for n, f in left.items() if f.of})
+        kept, known = operators.split(",") if operators else [], spec.fusions[name].of
+        if strange := next((o for o in kept if o not in known), None):
+            hint = did_you_mean(strange, known, "operators")
+            raise UserError(f"the fusion '{name}' has no operator '{strange}'", hint)
+        settings[name] = {"fuse": kept or False}
+    return with_rules(spec, settings) if settings else spec
 
 
 def planned(

@@ -78,7 +78,7 @@ def _search_of(asked: Asked, target: Target, gpu: str, report) -> Search:
     baseline = planned({})
     measurer = GpuMeasurer(baseline, _opener(target, report), _yardstick(target, report), asked.context, asked.tokens)
     journal = journal_of(baseline, gpu, str(target.checkpoint.source), asked.context, asked.tokens)
-    return Search(planned, measurer, journal, _say, asked.limit)
+    return Search(target.spec, planned, measurer, journal, _say, asked.limit)
 
 
 def planner(target: Target, cache: int) -> Callable[[Rules], Plan]:

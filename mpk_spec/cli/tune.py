@@ -47,10 +47,10 @@ def command(
 ) -> None:
     """Search the schedule that is fastest on this machine's GPU. Needs a GPU.
 
-    Tries the loader's limits, both ways that values cross between SMs, grids of linears, splits of attention and who
-    merges them. Every candidate's logits are held against those of the plan without rules. Prints what was tried and,
-    where the best is faster beyond the noise, its rules. Measurements are kept: the same command goes on where it was
-    stopped.
+    Tries the loader's limits, rings of fewer chunks, both ways that values cross between SMs, grids of linears, each
+    fusion left out, splits of attention and who merges them. Every candidate's logits are held against those of the
+    plan without rules. Prints what was tried and, where the best is faster beyond the noise, its rules. Measurements
+    are kept: the same command goes on where it was stopped.
 
     With --calibrate it fits the cost model's constants instead, into a file per GPU in the cache folder, which 'plan',
     'profile' and 'bench' read. What it fits is a profile, whose clocks are part of the times: of a small model it makes

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpk_spec.errors import SpecError
+from mpk_spec.errors import Problem, SpecError
 from mpk_spec.planner.assign import assign
 from mpk_spec.planner.bind import bind
 from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.crossing import Crossing, cross_as_data, in_turns
 from mpk_spec.planner.events import StageOrder, connect, enter
-from mpk_spec.planner.fuse import FusedSection, fuse
+from mpk_spec.planner.fuse import Fused, FusedSection, fuse
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
@@ -22,6 +22,7 @@ from mpk_spec.planner.shots import choose_shots, inboxes, lone_sums
 from mpk_spec.planner.sums import sums_into_readers
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, chunk_columns, outputs, renamed, smem_bytes, tile
+from mpk_spec.planner.unfuse import Cut, cut_fusions, left_of, notes
 from mpk_spec.planner.whole_kernel import resolve_whole_kernel
 from mpk_spec.schema import Spec
 
@@ -64,7 +65,11 @@ class _Drafted:
 def build(spec: Spec, architecture: str, config: dict[str, Any], request: Request) -> Plan:
     """Raises SpecError with positions for everything that cannot be planned."""
     model = bind(spec, config, tp=request.tp, batch=request.batch, context=request.context)
-    sections, problems = fuse(spec, model), []
+    problems: list[Problem] = []
+    cuts = cut_fusions(spec, model, [_scheduler(kind, spec, model, request, 1, problems) for kind in request.steps])
+    if problems:
+        raise SpecError(problems)
+    sections = fuse(left_of(spec, cuts), model, {name: cut.at for name, cut in cuts.items()})
     sections = sums_into_readers(_summed(sections, spec, model, request, problems), model)
     ring, chunk = _ring(request, sections, model)
     lowered: dict[str, _Lowering] = {}
@@ -74,7 +79,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         schedulers.append(scheduler)
         lowered[kind] = _lowering(sections, scheduler)
     slots = _slots(lowered, ring)
-    whole = resolve_whole_kernel(schedulers, chunk, slots)
+    whole = resolve_whole_kernel(schedulers, [_layer_groups(lowered[k]) for k in request.steps], chunk, slots)
     splits = _kv_splits(spec, lowered, problems)
     _check_sums(spec, lowered[request.steps[0]], problems)
     if problems:
@@ -92,8 +97,8 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         tp=request.tp, batch=request.batch, context=request.context, num_sms=request.target.num_sms,
         config=model.config, architecture=architecture, steps=crossing.steps, tensors=tensors,
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
-        notes=(*(n for s in sections for n in s.notes), _crossing_note(crossing)),
-        schedule=_resolved(first), ring_bytes=slots * chunk,
+        notes=(*notes(spec, cuts), *(n for s in sections for n in s.notes), _crossing_note(crossing)),
+        schedule=_resolved(first, cuts), ring_bytes=slots * chunk,
         chunk_bytes=chunk, in_flight_bytes=whole.in_flight,
         in_flight_looking_bytes=whole.in_flight_looking, prefetch_bytes=whole.prefetch,
         crossing="data" if crossing.turns else "event",
@@ -145,6 +150,11 @@ def _lowering(sections: list[FusedSection], scheduler: Scheduler) -> _Lowering:
     known = {i.group.name for s in done for i in [*s.items, *s.first]}
     scheduler.problems += scheduler.strangers(known)
     return _Lowering(model, done)
+
+
+def _layer_groups(lowering: _Lowering) -> list[Fused]:
+    """Of one layer, in program order."""
+    return [i.group for s in lowering.sections if s.fused.section.layers for i in s.items]
 
 
 def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple[int, int]:
@@ -430,5 +440,6 @@ def _tied_away(spec: Spec, model: Model) -> list[str]:
     return [spec.weights[n].from_ for n, w in model.weights.items() if w.source != spec.weights[n].from_]
 
 
-def _resolved(sections: list[_Section]) -> dict[str, dict[str, Any]]:
-    return {i.group.name: i.settings.as_rule(i.group.kind) for s in sections for i in s.items}
+def _resolved(sections: list[_Section], cuts: dict[str, Cut]) -> dict[str, dict[str, Any]]:
+    found = {i.group.name: i.settings.as_rule(i.group.kind) for s in sections for i in s.items}
+    return found | {name: found.get(name, {}) | {"fuse": cut.fuse} for name, cut in cuts.items()}

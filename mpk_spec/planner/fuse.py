@@ -7,7 +7,7 @@ starts a group of its own, named after it. So does a `sample` that no longer com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -79,14 +79,17 @@ class FusedSection:
     """The carried value, where a group reads and writes it: layers then read one buffer and write another in turn."""
 
 
-def fuse(spec: Spec, model: Model) -> list[FusedSection]:
-    """Applies the spec's fusions. Raises SpecError for each that is illegal."""
+def fuse(spec: Spec, model: Model, cut: Mapping[str, tuple] | None = None) -> list[FusedSection]:
+    """Applies the spec's fusions. Raises SpecError for each that is illegal.
+
+    cut: where rules say that there should be less of a fusion, by name: they are to blame then.
+    """
     problems: list[Problem] = []
-    readers = _readers(model)
-    done = [_fuse_section(spec, model, section, readers, problems) for section in model.sections]
+    readers, cut = _readers(model), cut or {}
+    done = [_fuse_section(spec, model, section, readers, problems, cut) for section in model.sections]
     if problems:
         raise SpecError(problems)
-    done = _fuse_into(spec, done, problems)
+    done = _fuse_into(spec, done, problems, cut)
     if problems:
         raise SpecError(problems)
     return [_apart(s, model) for s in done]
@@ -121,7 +124,9 @@ def _readers(model: Model) -> dict[str, set[str]]:
     return readers
 
 
-def _fuse_section(spec: Spec, model: Model, section: Section, readers, problems: list[Problem]) -> FusedSection:
+def _fuse_section(
+    spec: Spec, model: Model, section: Section, readers, problems: list[Problem], cut: Mapping[str, tuple]
+) -> FusedSection:
     by_name = {op.name: op for op in section.ops}
     taken: set[str] = set()
     groups: list[Fused] = []
@@ -137,11 +142,10 @@ def _fuse_section(spec: Spec, model: Model, section: Section, readers, problems:
         for part_name, ops in parts:
             wrong = _illegal(model, ops, readers)
             if wrong:
-                problems.append(
-                    spec.problem(("fusions", name, "of"), f"fusion '{name}' is illegal: {wrong[0]}", wrong[1])
-                )
+                at = cut.get(name, ("fusions", name, "of"))
+                problems.append(spec.problem(at, f"fusion '{name}' is illegal: {wrong[0]}", wrong[1]))
                 break
-            packing = _packing(spec, model, name, decl, ops, problems) if part_name == name else ("concat", 1)
+            packing = _packing(spec, model, name, decl, ops, problems, cut) if part_name == name else ("concat", 1)
             groups.append(Fused(part_name, tuple(ops), *packing, published=_published(ops, readers, model)))
             notes.append(f"fusion {part_name}: applied, {' + '.join(o.op.op for o in ops)}")
         taken |= {o.name for o in [*members, *between]}
@@ -150,9 +154,8 @@ def _fuse_section(spec: Spec, model: Model, section: Section, readers, problems:
     if circle:
         name = next(n for n in circle if n in spec.fusions)
         loop = " -> ".join([*circle, circle[0]])
-        problems.append(
-            spec.problem(("fusions", name, "of"), f"fusion '{name}' is illegal: groups wait for one another: {loop}")
-        )
+        at = cut.get(name, ("fusions", name, "of"))
+        problems.append(spec.problem(at, f"fusion '{name}' is illegal: groups wait for one another: {loop}"))
     return FusedSection(section, tuple(ordered), notes=notes)
 
 
@@ -178,7 +181,9 @@ def _cut_at_collectives(name: str, ops: list[BoundOp]) -> list[tuple[str, list[B
     return parts
 
 
-def _packing(spec: Spec, model: Model, name: str, decl, ops: Sequence[BoundOp], problems: list[Problem]):
+def _packing(
+    spec: Spec, model: Model, name: str, decl, ops: Sequence[BoundOp], problems: list[Problem], cut: Mapping[str, tuple]
+):
     """(layout, groups of rows); notes what the group's weights do not allow."""
     if decl.pack is None:
         return "concat", 1
@@ -194,7 +199,11 @@ def _packing(spec: Spec, model: Model, name: str, decl, ops: Sequence[BoundOp], 
             return "concat", 1
     uneven = [n for n, size in rows.items() if not _is_count(groups) or size % groups]
     gated = any(o.op.op == "gated_act" for o in ops)
-    if not linears:
+    if name in cut and (not linears or (decl.pack.layout == "interleave" and not gated)):
+        lacks = "linears, whose weights could be packed" if not linears else "gated_act, whose weights are interleaved"
+        said = f"what this leaves of fusion '{name}' has no {lacks}"
+        problems.append(spec.problem(cut[name], said, "keep it, or write 'fuse: false'"))
+    elif not linears:
         problems.append(
             spec.problem(path[:3], f"fusion '{name}' has no linears whose weights could be packed", on="key")
         )
@@ -310,7 +319,9 @@ def _circle(needed: dict[str, set[str]], placed: set[str]) -> list[str]:
     return trail[trail.index(trail[-1]) : -1]
 
 
-def _fuse_into(spec: Spec, sections: list[FusedSection], problems: list[Problem]) -> list[FusedSection]:
+def _fuse_into(
+    spec: Spec, sections: list[FusedSection], problems: list[Problem], cut: Mapping[str, tuple]
+) -> list[FusedSection]:
     """`{of: [x], into: qkv}`: the operators of an earlier section become prologue of the first layer's `qkv`."""
     for name, decl in spec.fusions.items():
         if not decl.into:
@@ -335,10 +346,11 @@ def _fuse_into(spec: Spec, sections: list[FusedSection], problems: list[Problem]
         if not allowed or target.section.layers is None or moved[-1].output not in host.inputs:
             problems.append(
                 spec.problem(
-                    ("fusions", name, "into"),
+                    cut.get(decl.into, ("fusions", name, "into")),
                     f"'{moved[-1].name}' cannot be computed inside '{decl.into}'",
                     "it must be the first group of the layers that reads it"
-                    + ("" if host.body else ", and have a linear"),
+                    + ("" if host.body else ", and have a linear")
+                    + (f"; or write '{name}: {{fuse: false}}' too" if decl.into in cut else ""),
                 )
             )
             continue

@@ -251,7 +251,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     """Choices and their reasons, for `plan --explain`."""
     schedule: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The resolved schedule of every group, for `plan --pin`."""
+    """The resolved schedule of every group, for `plan --pin`; and `fuse` of each fusion that a rule cuts."""
     ring_bytes: int = 0
     chunk_bytes: int = 0
     in_flight_bytes: int = 48 * 1024

@@ -46,6 +46,7 @@ def _header(plan: Plan, simulation: Simulation, empty: Simulation | None) -> str
     lines = [
         f"{plan.spec} {plan.size} on {target.title} ({plan.target}): tp {plan.tp}, batch {plan.batch}, "
         f"context {plan.context}",
+        *_cut_fusions(plan),
         f"{step.kind} step{many}: {len(step.stages)} stages, {tasks} tasks, {events} events on {plan.num_sms} SMs, "
         f"ring {size(plan.ring_bytes)} in chunks of {size(plan.chunk_bytes)}",
         f"reads {gb(simulation.weight_bytes)} of weights and {gb(simulation.kv_bytes)} of KV per step"
@@ -55,6 +56,13 @@ def _header(plan: Plan, simulation: Simulation, empty: Simulation | None) -> str
     if empty is not None:
         lines.append(_predicted(empty))
     return "\n".join(lines)
+
+
+def _cut_fusions(plan: Plan) -> list[str]:
+    """Which fusions rules leave out; nothing where they do not."""
+    cut = {name: rule["fuse"] for name, rule in plan.schedule.items() if "fuse" in rule}
+    said = [f"{name} but for {' and '.join(left)}" if left else name for name, left in cut.items()]
+    return [f"without fusions: {', '.join(said)}"] if said else []
 
 
 def _predicted(simulation: Simulation) -> str:
@@ -212,6 +220,7 @@ def _rules(plan: Plan, step: Step) -> dict[str, dict[str, Any]]:
             rule = {key: getattr(group, key) for key in keys if hasattr(group, key)}
             rule |= {key: plan.schedule[group.name][key] for key in keys if key not in rule}
             found.setdefault(group.name, {k: list(v) if isinstance(v, tuple) else v for k, v in rule.items()})
+    found |= {name: rule for name, rule in plan.schedule.items() if rule.keys() == {"fuse"}}
     return {name: found[name] for name in [*(n for n in plan.schedule if n in found), *found]}
 
 
@@ -223,6 +232,8 @@ def _flow(data: dict[str, Any]) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     plain = isinstance(value, int) or str(value).replace(".", "a").replace("_", "a").isidentifier()
     return str(value) if plain else f'"{value}"'
 

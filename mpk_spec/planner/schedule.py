@@ -90,19 +90,20 @@ class Scheduler:
         return {k: (_three(v) if k in ("grid", "block") else v, at) for k, (v, at) in found.items() if v != "auto"}
 
     def strangers(self, known: set[str]) -> list[Problem]:
-        """Rules that apply here and set groups that this plan does not have."""
-        hint = f"groups here: {', '.join(sorted(known))}"
-        return [
-            self.spec.problem(
-                next(iter(settings.values()))[1][:-1],
-                f"this rule matches nothing: there is no group '{group}' in this plan",
-                hint,
-                on="key",
-            )
-            for rule in self.asked
-            for group, settings in rule.items()
-            if settings and group not in known | {"*"}
-        ]
+        """Rules that apply here and set groups that this plan does not have. A fusion that a later rule leaves out is
+        none; that `fuse` finds its fusion is checked before."""
+        found = []
+        for rule in self.asked:
+            for group, settings in rule.items():
+                places = [at for key, (_, at) in settings.items() if key != "fuse"]
+                fuse, said = self.pins(group).get("fuse", (True, ()))
+                if not places or group in known | {"*"} or (fuse is False and said[1] > places[0][1]):
+                    continue
+                message = f"this rule matches nothing: there is no group '{group}' in this plan"
+                hint = "a rule leaves this fusion out; " if fuse is False else ""
+                hint += f"groups here: {', '.join(sorted(known))}"
+                found.append(self.spec.problem(places[0][:-1], message, hint, on="key"))
+        return found
 
     def resolve(self, group: Fused) -> Settings:
         pins = self.pins(group.name)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpk_spec.planner.cost import layer_bytes
+from mpk_spec.planner.cost import cost_model, layer_bytes
 from mpk_spec.schema.models import WHOLE_KERNEL
 
 if TYPE_CHECKING:
+    from mpk_spec.planner.fuse import Fused
     from mpk_spec.planner.schedule import Scheduler
 
-IN_FLIGHT_BYTES = 48 * 1024  # measured: 97 % of an H200's rate of memory; more delays what is wanted first
-IN_FLIGHT_BYTES_WIDE = 64 * 1024  # all of its rate, for layers that stream so long that it pays
-WIDE_LAYER_BYTES = (
-    2 * 1024 * 1024
-)  # of a layer, that each SM streams: between Llama-3.2-1B (0.9, slower) and Qwen3-8B (2.8)
+IN_FLIGHT_BYTES = (48 * 1024, 64 * 1024)  # what is chosen from: the best of what was measured
 IN_FLIGHT_LOOKING_BYTES = 32 * 1024  # 16 or 48 cost Qwen3-8B 1 % on an H200
 PREFETCH_BYTES = (
     128 * 1024
@@ -37,12 +34,14 @@ class WholeKernel:
     crossing: str
 
 
-def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int) -> WholeKernel:
-    """What holds for a plan with a ring of `slots` chunks, in all its steps.
+def resolve_whole_kernel(
+    schedulers: Iterable[Scheduler], layers: Iterable[Sequence[Fused]], chunk: int, slots: int
+) -> WholeKernel:
+    """What holds for a plan with a ring of `slots` chunks, in all its steps. layers: of each step a layer's groups.
 
     What cannot be goes to the schedulers' problems.
     """
-    found = [(scheduler, _of(scheduler, chunk, slots)) for scheduler in schedulers]
+    found = [(s, _of(s, hops(layer), chunk, slots)) for s, layer in zip(schedulers, layers, strict=True)]
     (first, settings), *others = found
     for other, wanted in others:
         for key in WHOLE_KERNEL:
@@ -56,11 +55,20 @@ def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int
     return settings
 
 
-def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
+def hops(layer: Sequence[Fused]) -> int:
+    """How often values cross between SMs in a layer, one after the other: its groups, those side by side once."""
+    depth: dict[str, int] = {}
+    for group in layer:
+        depth |= dict.fromkeys(group.inner, 1 + max((depth.get(value, 0) for value in group.inputs), default=0))
+    return max(depth.values(), default=0)
+
+
+def _of(scheduler: Scheduler, hops: int, chunk: int, slots: int) -> WholeKernel:
     target, ring = scheduler.target, slots * chunk
     share = max(chunk, target.l2_bytes // target.num_sms)
     layer = layer_bytes(scheduler.model.weights) / target.num_sms
-    usual = IN_FLIGHT_BYTES_WIDE if layer >= WIDE_LAYER_BYTES else IN_FLIGHT_BYTES
+    cost = cost_model(target)
+    usual = min(IN_FLIGHT_BYTES, key=lambda in_flight: cost.layer_us(layer, hops, in_flight))
     in_flight = _whole_chunks(scheduler, "in_flight", usual, chunk, (chunk, ring), f"the ring's {ring}")
     # A layer that fits the ring is there long before its values are.
     looking = min(in_flight, IN_FLIGHT_LOOKING_BYTES) if layer > ring else in_flight

@@ -90,8 +90,12 @@ def driver_cuda() -> tuple[int, int] | None:
     return number.value // 1000, number.value % 1000 // 10
 
 
+class OutOfMemory(UserError):
+    """The GPU's memory does not hold what is to lie there."""
+
+
 def admit(emitted, device, has_weights: bool = False) -> None:
-    """Raises UserError, saying what context would fit, unless weights, cache and activations fit into free memory.
+    """Raises OutOfMemory, saying what context would fit, unless weights, cache and activations fit into free memory.
 
     has_weights: they are there already.
     """
@@ -111,7 +115,7 @@ def admit(emitted, device, has_weights: bool = False) -> None:
     )
     fits = int((free - fixed) / (layout.cache_bytes / plan.context)) // 64 * 64
     smaller = "end what else uses the GPU" if others else "a smaller model would fit"
-    raise UserError(message, f"a context of {fits} fits: -c {fits}" if fits > 0 else smaller)
+    raise OutOfMemory(message, f"a context of {fits} fits: -c {fits}" if fits > 0 else smaller)
 
 
 def free_gpu() -> None:
@@ -127,14 +131,14 @@ def free_gpu() -> None:
 
 @contextmanager
 def memory_runs_out() -> Iterator[None]:
-    """Inside it a lack of GPU memory, as when another process took some meanwhile, is a UserError."""
+    """Inside it a lack of GPU memory, as when another process took some meanwhile, is an OutOfMemory."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).strip().splitlines()[0].partition(". GPU")[0]
-        raise UserError(f"the GPU's memory ran out: {reason}", HINTS["OUT_OF_MEMORY"]) from None
+        raise OutOfMemory(f"the GPU's memory ran out: {reason}", HINTS["OUT_OF_MEMORY"]) from None
 
 
 SPARE_BYTES = 512 << 20

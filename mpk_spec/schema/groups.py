@@ -75,19 +75,41 @@ _DERIVED = {"merge": "attention", "reduce": "linear", "all_reduce": None, "parti
 def _check_schedule(draft: Draft) -> Iterator[Problem]:
     fused = {member: name for name, fusion in draft.file.fusions.items() for member in fusion.of}
     samples = {name for name, op in draft.layers.items() if getattr(op, "op", None) == "sample"}  # groups of their own
-    known = (operators(draft) - (set(fused) - samples)) | draft.written("fusions")
+    cut = {
+        g for rule in draft.file.schedule for g, s in rule.set.items() if s.fuse is False or isinstance(s.fuse, list)
+    }
+    inside = {member for member, name in fused.items() if not cut & {name, "*"}} - samples
+    known = (operators(draft) - inside) | draft.written("fusions")
     for index, rule in enumerate(draft.file.schedule):
         for group, settings in rule.set.items():
-            yield from _check_whole_kernel(draft, ("schedule", index, "set", group), settings)
+            path = ("schedule", index, "set", group)
+            yield from _check_whole_kernel(draft, path, settings)
             base, _, derived = group.rpartition(".")
             if group in known | {"*"} or (derived in _DERIVED and base in known | set(fused)):
-                continue
-            path = ("schedule", index, "set", group)
-            if group in fused:
+                yield from _check_fuse(draft, path, settings)
+            elif group in fused:
                 hint = f"write '{fused[group]}'"
                 yield draft.problem(path, f"'{group}' is computed in fusion '{fused[group]}'", hint, on="key")
             else:
                 yield draft.problem(path, *_unknown(draft, group, known, "operator or fusion"), on="key")
+
+
+def _check_fuse(draft: Draft, path: tuple, settings: Settings) -> Iterator[Problem]:
+    """`fuse` is of fusions; a list names operators of one."""
+    group, fuse, fusions = path[-1], settings.fuse, draft.file.fusions
+    if fuse is None or (group == "*" and not isinstance(fuse, list)):
+        return
+    if group == "*":
+        yield draft.problem((*path, "fuse"), "operators are listed for one fusion, not for '*'", "name the fusion")
+    elif group not in draft.written("fusions"):
+        home = next((name for name, fusion in fusions.items() if group in fusion.of), None)
+        hint = f"it is in '{home}'" if home else did_you_mean(group, fusions, "fusions")
+        yield draft.problem((*path, "fuse"), f"'{group}' is no fusion", hint, on="key")
+    elif group in fusions:
+        for index, member in enumerate(fuse if isinstance(fuse, list) else ()):
+            if member not in fusions[group].of:
+                hint = did_you_mean(member, fusions[group].of, "operators of it")
+                yield draft.problem((*path, "fuse", index), f"'{member}' is not in fusion '{group}'", hint)
 
 
 def _check_whole_kernel(draft: Draft, path: tuple, settings: Settings) -> Iterator[Problem]:

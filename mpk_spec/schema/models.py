@@ -61,6 +61,18 @@ BytesOrAuto = _either(
     "'auto', 0 or a positive integer",
     {"anyOf": [_AUTO, {"type": "integer", "minimum": 0}]},
 )
+
+
+def _is_fuse(value: Any) -> bool:
+    named = isinstance(value, list) and value and all(isinstance(x, str) for x in value)
+    return isinstance(value, bool) or value == "auto" or bool(named)
+
+
+Fuse = _either(
+    _is_fuse,
+    "true, false, 'auto' or a list of operators",
+    {"anyOf": [{"type": "boolean"}, _AUTO, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
+)
 _SCALAR = {"type": ["string", "integer"]}
 OneOrMore = _either(
     lambda v: all(isinstance(x, (str, int)) and not isinstance(x, bool) for x in (v if isinstance(v, list) else [v])),
@@ -227,6 +239,11 @@ class Settings(Section):
     )
     partition: Literal["even", "balanced", "auto"] | None = Field(
         default=None, description="even: tasks of one size; balanced: sizes that keep all SMs busy"
+    )
+    fuse: Fuse | None = Field(
+        default=None,
+        description="of a fusion; true (auto): its operators are one task; false: it is left out; a list: of its "
+        "operators only these are one task",
     )
     all_reduce: Literal["one_shot", "two_shot", "auto"] | None = Field(
         default=None,

@@ -38,8 +38,8 @@ def compile_plan(plan: Plan) -> None:
 class GpuMeasurer:
     """opened: the backend of a plan; given the one whose packed weights it can share, None at first.
 
-    yardstick: the truth about these sequences, whose last positions are judged. Made once, if splits are tried at all:
-    their sums come in another order, so their logits cannot have the same bits.
+    yardstick: the truth about these sequences, whose last positions are judged. Made once, if other `roundings` are
+    tried at all: such logits cannot have the same bits.
     """
 
     baseline: Plan
@@ -67,9 +67,9 @@ class GpuMeasurer:
 
         self._open_first()
         is_first = plan.key == self.baseline.key
-        if sum_orders(plan) != sum_orders(self.baseline):
+        if roundings(plan) != roundings(self.baseline):
             self._open_truth()
-        backend = self.first if is_first else self.opened(plan, self.first)
+        backend = self.first if is_first else self._open(plan)
         try:
             times = time_decode(backend, self.context, self.tokens, REPEATS)
             right, output = (True, "the plan to beat") if is_first else self._judge(backend)
@@ -77,6 +77,15 @@ class GpuMeasurer:
             if not is_first:
                 backend.close()
         return Measurement(times.kernel_ms, times.kernel_ms_min, times.kernel_ms_max, right, output)
+
+    def _open(self, plan: Plan) -> CudaBackend:
+        """NotJudged where its weights lie otherwise than those of the plan without rules, and both have no room."""
+        from mpk_spec.runtime.cuda_device import OutOfMemory
+
+        try:
+            return self.opened(plan, self.first)
+        except OutOfMemory as error:
+            raise NotJudged(f"no room beside the plan without rules: {error.message}", error.hint) from None
 
     def in_turn(self, plans: tuple[Plan, Plan], pairs: int) -> list[tuple[float, float]]:
         from mpk_spec.perf.clock import pace, start_of
@@ -118,7 +127,7 @@ class GpuMeasurer:
         found = self._logits(backend)
         if all(torch.equal(a, b) for a, b in zip(found, self.expected, strict=True)):
             return True, "same bits"
-        if sum_orders(backend.plan) == sum_orders(self.baseline):
+        if roundings(backend.plan) == roundings(self.baseline):
             worst = max((a - b).abs().max().item() for a, b in zip(found, self.expected, strict=True))
             return False, f"logits differ from the plan's without rules by up to {worst:.3g}, and should not"
         return self._against_truth(found)
@@ -131,7 +140,7 @@ class GpuMeasurer:
             except UserError as error:
                 self.truth = error
         if isinstance(self.truth, UserError):
-            raise NotJudged(f"other splits cannot be judged: {self.truth.message}", self.truth.hint)
+            raise NotJudged(f"other splits and fusions cannot be judged: {self.truth.message}", self.truth.hint)
         right, output = self._against_truth(self.expected)
         if not right:
             raise VerdictFailed(f"nothing can be tuned: the plan without rules is {output}")
@@ -144,6 +153,11 @@ class GpuMeasurer:
             return True, "as near the truth as compare asks"
         wrong = [f"{row.name} {row.ours:.3g}, at most {row.limit:.3g}" for row in verdict.rows if not row.passed]
         return False, f"too far from the truth: {'; '.join(wrong) or 'logits are no numbers'}"
+
+
+def roundings(plan: Plan) -> tuple[dict, dict]:
+    """What decides a plan's bits: the order of its sums, and the fusions whose values are rounded on their way."""
+    return sum_orders(plan), {name: rule["fuse"] for name, rule in plan.schedule.items() if "fuse" in rule}
 
 
 def sum_orders(plan: Plan) -> dict[str, tuple[int, str | None]]:

@@ -28,7 +28,7 @@ class Measurement:
 
 
 class NotJudged(UserError):
-    """Nothing is known against this plan, but its logits cannot be judged here."""
+    """Nothing is known against this plan, but it cannot be judged here."""
 
 
 class Journal:

@@ -15,6 +15,7 @@ from mpk_spec.tuner.space import Rules, knobs, shown, with_choice
 
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Plan
+    from mpk_spec.schema import Spec
     from mpk_spec.tuner.space import Knob
 
 STEP = 0.002  # a value must be this much faster to be taken: less is within the noise of a measurement
@@ -69,11 +70,12 @@ class Gain:
 
 @dataclass
 class Search:
-    """planned: the plan under some rules; raises SpecError or UserError for what cannot be.
+    """planned: the plan of `spec` under some rules; raises SpecError or UserError for what cannot be.
 
     limit: seconds from `started` on the clock after which no further candidate is begun.
     """
 
+    spec: Spec
     planned: Callable[[Rules], Plan]
     measurer: Measurer
     journal: Journal
@@ -94,15 +96,15 @@ class Search:
         best = baseline = self._try({}, self.planned({}), "without rules")
         if baseline.ms == float("inf"):
             raise UserError(f"the plan without rules does not run as it should: {baseline.measured.output}")
-        todo = knobs(baseline.plan)
         unchanged = 0
-        for number in range(ROUNDS * len(todo)):
-            knob = todo[number % len(todo)]
-            found = min([best, *self._choices(best, knob)], key=lambda t: t.ms)
-            better = found.ms < best.ms * (1 - STEP)
-            best, unchanged = (found, 1) if better else (best, unchanged + 1)
-            if unchanged == len(todo) or self.out_of_time:
-                break
+        for _ in range(ROUNDS):
+            todo = knobs(best.plan, self.spec)  # fusions that are left out leave other grids
+            for knob in todo:
+                found = min([best, *self._choices(best, knob)], key=lambda t: t.ms)
+                better = found.ms < best.ms * (1 - STEP)
+                best, unchanged = (found, 1) if better else (best, unchanged + 1)
+                if unchanged >= len(todo) or self.out_of_time:
+                    return best
         return best
 
     def _choices(self, best: Trial, knob: Knob) -> list[Trial]:

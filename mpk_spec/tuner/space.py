@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mpk_spec.planner.targets import find_target
+from mpk_spec.planner.unfuse import inseparable
+
 if TYPE_CHECKING:
     from mpk_spec.planner.plan import Group, Plan
     from mpk_spec.schema import Spec
@@ -31,17 +34,19 @@ class Knob:
     choices: tuple[dict[str, Any], ...]
 
 
-def knobs(plan: Plan) -> list[Knob]:
-    """All of a plan for the GPU: limits of the loader, how values cross, grids of linears (most bytes first), splits
-    and who merges them.
+def knobs(plan: Plan, spec: Spec) -> list[Knob]:
+    """All of a plan of `spec` for the GPU: limits of the loader and its ring, how values cross, grids of linears (most
+    bytes first), fusions, splits and who merges them.
 
-    These come last: to judge them takes the truth, which is the longest wait of a search.
+    The last three come last: to judge them takes the truth, which is the longest wait of a search.
     """
     groups = _groups(plan)
     attention = [g for g in groups if g.task == "attention"]
     linears = sorted((g for g in groups if g.task == "linear"), key=lambda g: -sum(t.load_bytes for t in g.tasks))
     found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in WHOLE_KERNEL.items()]
+    found.append(Knob("*", "stages", tuple({"stages": n} for n in _stages(plan))))
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
+    found += [Knob(name, "fuse", ({"fuse": True}, {"fuse": inseparable(spec, name) or False})) for name in spec.fusions]
     for key, values in (("kv_splits", KV_SPLITS), ("kv_merge", KV_MERGE)):
         found += [Knob(g.name, key, tuple({key: n} for n in values)) for g in attention]
     return found
@@ -51,6 +56,13 @@ def _groups(plan: Plan) -> list[Group]:
     """Of the decode step, each name once."""
     templates = plan.steps["decode"].templates
     return list({g.name: g for t in reversed(templates) for g in reversed(t.groups)}.values())[::-1]
+
+
+def _stages(plan: Plan) -> list[Any]:
+    """Chunks of the ring: as many as there is room for, and three quarters and half of those."""
+    widest = max(g.smem_bytes for s in plan.steps.values() for t in s.templates for g in t.groups)
+    most = (find_target(plan.target).smem_bytes - widest) // plan.chunk_bytes
+    return ["auto", *dict.fromkeys(max(1, most * part // 4) for part in (3, 2))]
 
 
 def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:
@@ -68,8 +80,9 @@ def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:
 
 
 def with_choice(rules: Rules, knob: Knob, choice: dict[str, Any]) -> Rules:
-    """`rules` with one knob set otherwise."""
-    return {**rules, knob.group: {**rules.get(knob.group, {}), **choice}}
+    """`rules` with one knob set otherwise. A fusion that is left out has no other settings."""
+    own = {} if choice.get("fuse") is False else rules.get(knob.group, {})
+    return {**rules, knob.group: {**own, **choice}}
 
 
 def with_rules(spec: Spec, rules: Rules) -> Spec:
@@ -80,11 +93,19 @@ def with_rules(spec: Spec, rules: Rules) -> Spec:
 
 
 def shown(rules: Rules) -> str:
-    """In a line: `attend kv_splits 4, qkv grid 128`."""
+    """In a line: `attend kv_splits 4, qkv grid 128, o_add fuse false`."""
     words = []
     for group, settings in rules.items():
         owner = "" if group == "*" else f"{group} "
         for key, value in settings.items():
             if key != "partition":
-                words.append(f"{owner}{key} {value[0] if isinstance(value, list) else value}")
+                words.append(f"{owner}{key} {_shown(key, value)}")
     return ", ".join(words) or "as planned"
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "grid":
+        return str(value[0])
+    if isinstance(value, list):
+        return " + ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,6 +9,8 @@ CANDIDATES = [
     ({"*": {"in_flight": 32768, "in_flight_looking": 8192, "prefetch": 0}}, "same bits"),
     ({"qkv": {"grid": [7, 1, 1], "partition": "balanced"}, "head": {"grid": [13, 1, 1]}}, "same bits"),
     ({"attend": {"kv_splits": 2}}, "as near the truth as compare asks"),
+    ({"o_add": {"fuse": False}, "attention.o": {"grid": [6, 1, 1]}}, "as near the truth as compare asks"),
+    ({"gate_up": {"fuse": False}, "*": {"stages": 8}}, "as near the truth as compare asks"),
 ]
 
 
@@ -48,5 +50,5 @@ def test_candidates_are_measured_and_judged(gpu):
     found = [measurer.measure(made) for made in plans]
     assert [m.right for m in found] == [True] * len(plans), found
     assert [m.output for m in found[:3]] == [output for _, output in CANDIDATES[:3]]
-    assert found[3].output in ("same bits", CANDIDATES[3][1]) and all(m.ms > 0 for m in found)
+    assert {m.output for m in found[3:]} <= {"same bits", CANDIDATES[3][1]} and all(m.ms > 0 for m in found)
     assert all(before > 0 and after > 0 for before, after in measurer.in_turn((plans[0], plans[1]), 2))

@@ -42,6 +42,26 @@ def test_every_constant_is_documented():
         assert after.strip().startswith('"""') or field.name in undocumented, field.name
 
 
+@pytest.mark.parametrize(
+    ("target", "kib", "share"), [("h200", 32, 0.839), ("h200", 48, 0.974), ("h100", 48, 0.995), ("h100", 32, 0.96)]
+)
+def test_bytes_in_flight_reach_a_share_of_the_rate(target, kib, share):
+    """Of what 64 KiB reach. 3807, 4420 and 4537 GB/s were measured on an H200."""
+    cost = cost_model(target)
+    assert cost.stream_share(kib * 1024) / cost.stream_share(65536) == pytest.approx(share, abs=0.006)
+    assert 0.985 < cost.stream_share(65536) < 1
+
+
+def test_more_hops_and_fewer_bytes_want_less_in_flight():
+    cost = cost_model("h200")
+
+    def gained(sm_bytes, hops):
+        return cost.layer_us(sm_bytes, hops, 49152) - cost.layer_us(sm_bytes, hops, 65536)
+
+    assert gained(3e6, 5) > 0 > gained(1e6, 5) > gained(1e6, 6)
+    assert gained(3e6, 0) == pytest.approx(3 * gained(1e6, 0))
+
+
 def test_overrides_replace_constants():
     assert cost_model("h100", {"hop_us": 5.0}).hop_us == 5.0
 

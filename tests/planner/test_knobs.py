@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,53 @@ def test_all_fusions_left_out():
         made = right(spec, tp=2)
         single = [g for g in groups(made).values() if len([n for n in g.nodes if n.op != "attention_merge"]) != 1]
         assert not single
+
+
+CACHE = ["attention.cache", "attention.a"]
+
+
+def bare(made: Plan) -> str:
+    """All of it but what it says of its rules."""
+    return replace(made, notes=(), schedule={}).to_json()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("fusion", MEMBERS)
+def test_a_rule_leaves_a_fusion_out(fusion, tp):
+    """As if the spec did not name it, or not all of it."""
+    left = {"of": CACHE} if fusion == "attend" else None
+    gone = {fusion: left} | ({"embed": None} if fusion == "qkv" else {})
+    rule = {"set": {fusion: {"fuse": CACHE if fusion == "attend" else False}}}
+    made = planned(child("qwen3", schedule=[rule]), tp=tp, **GPU)
+    assert bare(made) == bare(planned(child("qwen3", fusions=gone), tp=tp, **GPU))
+    assert {n: r["fuse"] for n, r in made.schedule.items() if "fuse" in r} == {
+        name: CACHE if left else False for name in gone
+    }
+    said = [n for n in made.notes if "rule says" in n or "left out" in n]
+    assert len(said) == len(gone) and all(n.partition(":")[0].removeprefix("fusion ") in gone for n in said)
+    again = planned(child("qwen3", schedule=yaml.safe_load(pin(made))["schedule"]), tp=tp, **GPU)
+    assert again.to_json() == made.to_json()
+
+
+def test_rules_that_leave_out_are_like_others():
+    def left(*rules, **request):
+        made = planned(child("qwen3", schedule=list(rules)), **{**GPU, **request})
+        return {n for n, rule in made.schedule.items() if "fuse" in rule}
+
+    out = {"set": {"o_add": {"fuse": False}}}
+    assert left(out) == left({"set": {"o_add": {"grid": [12]}}}, out) == {"o_add"}  # later ones win
+    assert left(out, {"set": {"*": {"fuse": "auto"}}}) == left(out, {"set": {"o_add": {"fuse": True}}}) == set()
+    assert left({"when": {"target": "h200"}, **out}) == set()
+    assert left({"when": {"target": "h200"}, **out}, target="h200") == {"o_add"}
+    assert left({"set": {"*": {"fuse": False}, "attend": {"fuse": CACHE}}}) == MEMBERS.keys()
+    assert left({"set": {"attend": {"fuse": sorted(MEMBERS["attend"])}}}) == set()  # all of it
+    assert left({"set": {"attend": {"fuse": False}}}, target="cpu") == {"attend"}  # where each operator has its task
+
+
+def test_operators_of_a_fusion_left_out_take_rules():
+    rule = {"set": {"o_add": {"fuse": False}, "attention.o": {"grid": [6]}, "attention.out": {"grid": [2]}}}
+    made = groups(right(child("qwen3", schedule=[rule])))
+    assert (made["attention.o"].grid, made["attention.out"].grid) == ((6, 1, 1), (2, 1, 1))
 
 
 def test_embedding_goes_into_the_first_layer():
@@ -268,6 +316,28 @@ def test_limits_of_the_loader_follow_from_the_layers_size(size, both):
         spec_of("smollm2" if size == "135m" else "qwen3"), target="h200", context=512, size=size, verified=False
     )
     assert (made.in_flight_bytes, made.in_flight_looking_bytes) == tuple(n * 1024 for n in both)
+
+
+ALONE = {"*": {"fuse": False}, "attend": {"fuse": CACHE}}  # each operator a task of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "target", "tp", "rules", "kib"),
+    [
+        ("llama3", "1b", "h200", 1, {}, 48),  # 64 was measured slower
+        ("qwen3", "8b", "h200", 1, {}, 64),  # faster
+        ("qwen3", "8b", "h200", 2, {}, 48),  # slower
+        ("qwen3", "8b", "h200", 1, ALONE, 48),  # 12 hops in a layer instead of 5
+        ("qwen3", "32b", "h200", 1, ALONE, 64),  # which its bytes outweigh
+        ("llama3", "1b", "h100", 1, {}, 48),  # as they were measured
+        ("qwen3", "8b", "h100", 1, {}, 64),
+        ("qwen3", "32b", "h100", 1, {}, 64),
+    ],
+)
+def test_bytes_in_flight_are_what_a_layers_stream_and_hops_cost_least_with(name, size, target, tp, rules, kib):
+    spec = child(name, {}, sizes={size: spec_of(name).sizes[size].config}, schedule=[{"set": rules}])
+    made = planned(spec, target=target, context=512, size=size, tp=tp, steps=("decode",), verified=False)
+    assert made.in_flight_bytes == kib * 1024
 
 
 def test_fewer_copies_while_workers_look():

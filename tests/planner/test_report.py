@@ -13,6 +13,7 @@ from mpk_spec.planner.report import explain, gb, operators, pin, size, summary, 
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.planner.verify import verify
 from mpk_spec.schema import load_spec
+from mpk_spec.tuner.space import with_rules
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,19 @@ def test_the_header_says_what_was_asked_and_what_it_costs(tiny):
     assert lines[1] == "decode step: 4 stages, 65 tasks, 17 events on 4 SMs, ring 176 KiB in chunks of 16 KiB"
     assert lines[2] == f"reads {gb(simulation.weight_bytes)} of weights and {gb(simulation.kv_bytes)} of KV per step"
     assert lines[3].startswith(f"predicted {simulation.ms:.3f} ms per step with 64 positions in the cache, ")
+
+
+def test_fusions_that_rules_leave_out_are_said():
+    rules = {"o_add": {"fuse": False}, "attend": {"fuse": ["attention.cache", "attention.a"]}}
+    made = make_plan(with_rules(load_spec("qwen3"), rules), size="tiny", target="h100", context=64, verified=False)
+    line = summary(made, simulate(made)).splitlines()[1]
+    assert line == "without fusions: attend but for attention.cache and attention.a, o_add"
+    explained = explain(made).splitlines()
+    assert "  fusion o_add: left out, as a rule says" in explained
+    assert "  fusion attend: of it only attention.cache + attention.a, as a rule says" in explained
+    assert "  o_add: {fuse: false}" in explained
+    assert any(s.startswith("  attend: ") and s.endswith("fuse: [attention.cache, attention.a]}") for s in explained)
+    assert "without fusions" not in summary(planned(), simulate(planned()))
 
 
 def test_every_group_has_a_row_and_every_stage_a_table(tiny):

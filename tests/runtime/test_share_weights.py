@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mpk_spec.planner import plan
+from mpk_spec.planner.unfuse import inseparable
 from mpk_spec.runtime.cuda_backend import CudaBackend
 from mpk_spec.runtime.random_model import random_checkpoint
 from mpk_spec.schema import load_spec
@@ -27,9 +28,16 @@ def opened(fake_gpu, monkeypatch):
 def test_whatever_a_search_sets_the_weights_are_shared(opened, fake_gpu):
     first = opened(planned({}))
     fake_gpu.free = (512 << 20) + sum(first.plan.arena_bytes.values()) + first.emitted.layout.cache_bytes
-    for knob in knobs(first.plan):
+    for knob in knobs(first.plan, SPEC):
         other = opened(planned({knob.group: knob.choices[0]}), share=first)
         assert other.launcher.weights is first.launcher.weights and other.plan is not first.plan
+
+
+@pytest.mark.parametrize("fusion", SPEC.fusions)
+def test_a_fusion_left_out_needs_other_weights_only_where_it_packs_some_together(fusion, opened):
+    first = opened(planned({}))
+    other = opened(planned({fusion: {"fuse": inseparable(SPEC, fusion) or False}}), share=first)
+    assert (other.launcher.weights is first.launcher.weights) == (SPEC.fusions[fusion].pack is None)
 
 
 def test_weights_that_lie_otherwise_are_packed_again(opened):

@@ -69,4 +69,4 @@ class FakeMeasurer:
 
 def search(measurer: FakeMeasurer, path, limit: float | None = None) -> tuple[Search, list[str]]:
     said: list[str] = []
-    return Search(planned, measurer, Journal(path), said.append, limit, measurer.clock), said
+    return Search(load_spec("qwen3"), planned, measurer, Journal(path), said.append, limit, measurer.clock), said

@@ -11,9 +11,10 @@ from fake_measurer import planned
 
 from mpk_spec.errors import UserError, VerdictFailed
 from mpk_spec.planner import plan
+from mpk_spec.runtime.cuda_device import OutOfMemory
 from mpk_spec.schema import load_spec
 from mpk_spec.testing.metrics import Metrics, Verdict
-from mpk_spec.tuner.gpu import GpuMeasurer, sum_orders
+from mpk_spec.tuner.gpu import GpuMeasurer, roundings, sum_orders
 from mpk_spec.tuner.journal import NotJudged
 from mpk_spec.tuner.space import with_rules
 
@@ -75,6 +76,7 @@ def measurer(ms=0.5, wrong=0.0, first=0.0, truth=None):
 
 
 LOADER = {"*": {"in_flight": 32768}}
+CACHE = ["attention.cache", "attention.a"]
 SPLITS = {"attend": {"kv_splits": 3}}
 
 
@@ -97,13 +99,15 @@ def test_other_bits_are_wrong_where_sums_keep_their_order():
     )
 
 
-def test_splits_may_differ_as_far_as_compare_allows():
-    assert sum_orders(planned(SPLITS)) != sum_orders(planned({}))
-    measured = measurer(wrong=1e-3)[0].measure(planned(SPLITS))
+@pytest.mark.parametrize("rules", [SPLITS, {"o_add": {"fuse": False}}, {"attend": {"fuse": CACHE}}])
+def test_splits_and_fusions_may_differ_as_far_as_compare_allows(rules):
+    assert roundings(planned(rules)) != roundings(planned({}))
+    measured = measurer(wrong=1e-3)[0].measure(planned(rules))
     assert measured.right and measured.output == "as near the truth as compare asks"
-    measured = measurer(wrong=0.1)[0].measure(planned(SPLITS))
+    assert measurer(wrong=0.0)[0].measure(planned(rules)).output == "same bits"
+    measured = measurer(wrong=0.1)[0].measure(planned(rules))
     assert not measured.right and measured.output == "too far from the truth: max logit error 0.1, at most 0.0147"
-    assert not measurer(wrong=float("nan"))[0].measure(planned(SPLITS)).right
+    assert not measurer(wrong=float("nan"))[0].measure(planned(rules)).right
     assert not measurer(wrong=float("nan"))[0].measure(planned(LOADER)).right
 
 
@@ -123,10 +127,22 @@ def test_no_truth_no_judgement_and_it_is_asked_once():
     truth = yardstick(trouble="the truth needs more memory")
     found, opened = measurer(truth=lambda ids, last: asked.append(last) or truth(ids, last))
     for _ in range(2):
-        with pytest.raises(NotJudged, match="other splits cannot be judged: the truth needs more memory"):
+        with pytest.raises(NotJudged, match="other splits and fusions cannot be judged: the truth needs more memory"):
             found.measure(planned(SPLITS))
     assert asked == [128] and len(opened) == 1
     assert found.measure(planned(LOADER)).right
+
+
+def test_weights_that_lie_otherwise_and_have_no_room_are_no_failure():
+    found, _ = measurer()
+    assert found.measure(planned({})).right
+
+    def full(made, share):
+        raise OutOfMemory("the model needs 60 GiB", "a smaller model would fit")
+
+    found.opened = full
+    with pytest.raises(NotJudged, match="no room beside the plan without rules: the model needs 60 GiB"):
+        found.measure(planned({"qkv": {"fuse": False}}))
 
 
 def test_a_baseline_far_from_the_truth_ends_it():

@@ -8,10 +8,12 @@ import pytest
 from fake_measurer import FakeMeasurer, group, milliseconds, planned, search
 
 from mpk_spec.errors import UserError
+from mpk_spec.schema import load_spec
 from mpk_spec.tuner.journal import Measurement, NotJudged, journal_of
 from mpk_spec.tuner.search import Gain
-from mpk_spec.tuner.space import knobs, shown
+from mpk_spec.tuner.space import knobs, shown, with_choice
 
+SPEC = load_spec("qwen3")
 BEST = {"attend": {"kv_splits": 3}, "*": {"prefetch": 262144}}
 
 
@@ -21,7 +23,7 @@ def path(tmp_path):
 
 
 def test_the_knobs_of_a_plan():
-    found = {(k.group, k.name): k.choices for k in knobs(planned({}))}
+    found = {(k.group, k.name): k.choices for k in knobs(planned({}), SPEC)}
     assert {name for _, name in found} == {
         "kv_splits",
         "kv_merge",
@@ -30,6 +32,8 @@ def test_the_knobs_of_a_plan():
         "in_flight_looking",
         "prefetch",
         "crossing",
+        "stages",
+        "fuse",
     }
     assert found["attend", "kv_merge"] == tuple({"kv_merge": how} for how in ("auto", "fused", "apart"))
     assert found["*", "crossing"] == ({"crossing": "event"}, {"crossing": "data"})
@@ -42,6 +46,54 @@ def test_the_knobs_of_a_plan():
             assert (
                 group(made, name).grid == tuple(choice["grid"]) and group(made, name).partition == choice["partition"]
             )
+
+
+def test_rings_of_all_chunks_there_is_room_for_and_of_fewer():
+    """Also where the spec's own rules ask for fewer: what is tried wins over those."""
+    most = planned({}).ring_bytes // planned({}).chunk_bytes
+    for own in ({}, {"*": {"stages": 9}}):
+        (knob,) = (k for k in knobs(planned(own), SPEC) if k.name == "stages")
+        rings = [planned(with_choice(own, knob, choice)).ring_bytes for choice in knob.choices]
+        assert knob.group == "*"
+        assert [ring // planned({}).chunk_bytes for ring in rings] == [most, most * 3 // 4, most // 2]
+
+
+def test_a_smaller_ring_is_found(path):
+    measurer = FakeMeasurer(ms=lambda p: milliseconds(p) + p.ring_bytes / 2**20)
+    best = search(measurer, path)[0].run()
+    half = planned({}).ring_bytes // planned({}).chunk_bytes // 2
+    assert best.rules == {**BEST, "*": {"prefetch": 262144, "stages": half}}
+
+
+def test_each_fusion_is_left_out():
+    """Of the one with the cache all that the kernel has other tasks for. What is on its own then has a grid."""
+    found = {k.group: k for k in knobs(planned({}), SPEC) if k.name == "fuse"}
+    assert found.keys() == SPEC.fusions.keys()
+    for name, knob in found.items():
+        whole, cut = (planned(with_choice({}, knob, choice)) for choice in knob.choices)
+        assert whole.key == planned({}).key != cut.key
+        assert cut.schedule[name]["fuse"] == (["attention.cache", "attention.a"] if name == "attend" else False)
+    rules = with_choice({"o_add": {"grid": [6, 1, 1]}, "head": {"stages": 2}}, found["o_add"], {"fuse": False})
+    assert rules == {"o_add": {"fuse": False}, "head": {"stages": 2}}
+    places = {(k.group, k.name) for k in knobs(planned(rules), SPEC)}
+    assert ("o_add", "fuse") in places and ("attention.o", "grid") in places and ("o_add", "grid") not in places
+
+
+def test_a_fusion_that_does_not_pay_is_left_out(path):
+    """And the grid that its linear has then is searched, too."""
+
+    def ms(made):
+        alone = next((g for t in made.steps["decode"].templates for g in t.groups if g.name == "attention.o"), None)
+        return milliseconds(made) - (0.1 * (2 - len(alone.tasks) / 12) if alone else 0)
+
+    run, said = search(FakeMeasurer(ms=ms), path)
+    best = run.run()
+    assert best.rules["o_add"] == {"fuse": False}
+    least = min(c["grid"][0] for k in knobs(best.plan, SPEC) if k.group == "attention.o" for c in k.choices)
+    assert least < 12 and best.rules["attention.o"]["grid"] == [least, 1, 1]
+    assert shown(best.rules).startswith("prefetch 262144, o_add fuse false, ")
+    assert any(s.startswith("attend fuse 1/1: ") and "attend fuse attention.cache + attention.a: " in s for s in said)
+    assert all(any(s.startswith(f"{name} fuse 1/1: ") for s in said) for name in SPEC.fusions)  # none is refused
 
 
 def test_it_finds_the_best_of_each_knob(path):

@@ -11,8 +11,10 @@ from mpk_spec.tuner.space import with_rules
 from mpk_spec.tuner.write import extended, rule
 
 RULES = {
-    "attend": {"kv_splits": 3},
+    "attend": {"fuse": ["attention.cache", "attention.a"], "kv_splits": 3},
     "qkv": {"grid": [7, 1, 1], "partition": "balanced"},
+    "o_add": {"fuse": False},
+    "attention.o": {"grid": [4, 1, 1], "partition": "even"},
     "*": {"in_flight": 32768, "prefetch": 0},
 }
 ASKED = {"size": "tiny", "target": "h100", "context": 256}
@@ -40,7 +42,7 @@ def test_a_file_of_a_person_is_named_by_its_path_and_keeps_its_own_rules(tmp_pat
     own.write_text(
         yaml.safe_dump(
             {"spec": "v1", "extends": "qwen3", "name": "my", "model": {"architectures": ["Qwen3ForCausalLM"]},
-             "schedule": [{"set": {"o_add": {"stages": 3}}}, pinned], "sizes": sizes}
+             "schedule": [{"set": {"o_add": {"stages": 3}, "gate_up": {"stages": 3}}}, pinned], "sizes": sizes}
         )
     )  # fmt: skip
     spec, asked = load_spec(own), {**ASKED, "size": "small"}
@@ -50,7 +52,7 @@ def test_a_file_of_a_person_is_named_by_its_path_and_keeps_its_own_rules(tmp_pat
     assert "\nextends: mine/my.yaml\n" in path.read_text()
     again = plan(load_spec(path), **asked)
     assert again.to_json() == chosen.to_json()
-    assert (again.schedule["head"]["stages"], again.schedule["o_add"]["stages"]) == (2, 3)
+    assert (again.schedule["head"]["stages"], again.schedule["gate_up"]["stages"]) == (2, 3)
     assert again.schedule["attend"]["kv_splits"] == 3
 
 
@@ -59,7 +61,9 @@ def test_a_rule_says_what_it_is_for():
     assert rule(made, RULES) == (
         "  - when: {target: h100, size: tiny, tp: 1, batch: 1}\n"
         "    set:\n"
-        "      attend: {kv_splits: 3}\n"
+        "      attend: {fuse: [attention.cache, attention.a], kv_splits: 3}\n"
         "      qkv: {grid: [7, 1, 1], partition: balanced}\n"
+        "      o_add: {fuse: false}\n"
+        "      attention.o: {grid: [4, 1, 1], partition: even}\n"
         '      "*": {in_flight: 32768, prefetch: 0}\n'
     )
