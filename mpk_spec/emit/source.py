@@ -110,6 +110,7 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
         sizes=programs.sizes, templates=[t.name for t in step.templates],
         stage_template=[s.template for s in step.stages], stage_layer=_layers(step), num_layers=layout.layers,
-        event_total=programs.event_total, weight_tiles=list(layout.packed.values()), cache_pages=list(layout.caches.values()),
+        event_total=programs.event_total, weight_tiles=list(layout.packed.values()),
+        cache_pages=list(layout.caches.values()),
         from_peers=[int(name in programs.from_peers) for name in programs.events],
     )  # fmt: skip

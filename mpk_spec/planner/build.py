@@ -158,8 +158,8 @@ def _layer_groups(lowering: _Lowering) -> list[Fused]:
 
 
 def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple[int, int]:
-    """(stages, bytes of a stage): as many of the largest chunk (of weights, or one block's keys of the cache) as the widest
-    task's activations leave room for."""
+    """(stages, bytes of a stage): as many of the largest chunk (of weights, or a block's keys) as the widest task's
+    activations leave room for."""
     tokens = max(request.tokens(k) for k in request.steps)
     groups = [g for s in sections for g in s.groups]
     widest = max((smem_bytes(g, model, tokens) for g in groups), default=FIXED_SMEM)

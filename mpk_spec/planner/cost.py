@@ -154,8 +154,8 @@ def cost_model(target: str | Target, overrides: dict[str, Any] | None = None) ->
 
 
 OF_TARGET: dict[str, dict[str, float]] = {
-    # So that wide layers keep the 64 KiB in flight with which they were measured (97.5 % of the ceiling for Qwen3-32B); 48
-    # KiB, which reach 99 % of an H100's rate by `stream_share`, have not been tried.
+    # So that wide layers keep the 64 KiB in flight with which they were measured (97.5 % of the ceiling for
+    # Qwen3-32B); 48, which reach 99 % of an H100's rate by `stream_share`, have not been tried.
     "h100": {"queued": 0.1},
     # The reference runs tasks as torch calls: tens of microseconds each, no events; all assumed.
     "cpu": {

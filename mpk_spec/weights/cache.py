@@ -10,9 +10,9 @@ import errno
 import hashlib
 import json
 import os
-import threading
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -62,7 +62,11 @@ def test_each_fusion_is_left_out_once(measured, monkeypatch, capsys):
     ]  # fmt: skip
     assert [c.strip() for c in rows["as planned"]] == ["0.1200", "+0.0%", "same"]
     assert rows["without attend"][0].strip() == "refused"
-    assert rows["without attend"][2].strip().endswith("the CUDA kernel has one task for 'attention.cache' and 'attention.a'")
+    assert (
+        rows["without attend"][2]
+        .strip()
+        .endswith("the CUDA kernel has one task for 'attention.cache' and 'attention.a'")
+    )
     assert [c.strip() for c in rows["without o_add"]] == ["0.1400", "+16.7%", "by 2.0e-03"]
     assert sum(c[0].strip() == "refused" for c in rows.values()) == 1
 

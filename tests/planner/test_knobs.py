@@ -318,6 +318,12 @@ def test_limits_of_the_loader_follow_from_the_layers_size(size, both):
     assert (made.in_flight_bytes, made.in_flight_looking_bytes) == tuple(n * 1024 for n in both)
 
 
+@pytest.mark.parametrize(("context", "tp", "kib"), [(4096, 1, 128), (8192, 1, 128), (32768, 1, 0), (4096, 2, 0)])
+def test_nothing_is_prefetched_beside_a_cache_that_rings_do_not_hold(context, tp, kib):
+    made = planned(spec_of("qwen3"), target="h200", context=context, size="8b", tp=tp, verified=False)
+    assert made.prefetch_bytes == kib * 1024
+
+
 ALONE = {"*": {"fuse": False}, "attend": {"fuse": CACHE}}  # each operator a task of its own
 
 
