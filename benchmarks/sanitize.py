@@ -35,13 +35,13 @@ PLACE = re.compile(r"([^+<(]+)(?:.*? in ([\w.]+):\d+)?")
 KERNEL = "megakernel"  # the place of what the compiler put straight into it
 FLAGS = {"mpk::ptx::load_shared_flag", "mpk::ptx::store_shared_flag"}
 KNOWN = (
-    # a weight chunk, full: mbarrier with bytes expected. A load that several tasks share has no line of its own
-    {"mpk::ptx::copy_to_shared", "mpk::ptx::load_matrices", KERNEL},
+    # a chunk of the ring, full: mbarrier with bytes expected. A load that several tasks share has no line of its own
+    {"mpk::ptx::copy_to_shared", "mpk::ptx::load_matrices", "mpk::Attention", KERNEL},
     FLAGS,  # stop, abort, progress for the watchdog: volatile, one writer
     # a step, ready: its descriptor
     {
         "mpk::Scheduler::next_step", f"{KERNEL} in scheduler.cuh", "mpk::Worker::Worker", "mpk::EmbeddingRow",
-        "mpk::TokenLoop::prepare",
+        "mpk::TokenLoop::prepare", "mpk::ChunkCursor::learn", "mpk::ChunkCursor::point",
     },
 )  # fmt: skip
 
