@@ -32,7 +32,8 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token, kernel of step 16 in decode.md, 2026-11-25: see h100.md, h200.md and tensor_parallel.md."""
+    """Milliseconds a token: on H200s the kernel of step 19 in decode.md, 2026-11-30; on H100s that of step 16, 2026-11-25,
+    at short contexts, which later steps changed least. See h100.md, h200.md and tensor_parallel.md."""
 
     target: str
     spec: str
@@ -48,15 +49,13 @@ class Run:
 
 
 RUNS = (
-    Run("h200", "smollm2", "135m", 0.282, fitted=True), Run("h200", "qwen3", "0.6b", 0.448, fitted=True),
-    Run("h200", "llama3", "1b", 0.614), Run("h200", "qwen3", "1.7b", 0.8785),
-    Run("h200", "qwen3", "8b", 3.490, fitted=True), Run("h200", "qwen3", "8b", 3.707, position=4096),
-    Run("h200", "qwen3", "8b", 4.882, position=32768, fitted=True), Run("h200", "qwen3", "32b", 14.41, fitted=True),
-    Run("h200", "qwen3", "8b", 1.870, tp=2), Run("h200", "qwen3", "32b", 7.838, tp=2),
+    Run("h200", "smollm2", "135m", 0.292, fitted=True), Run("h200", "qwen3", "0.6b", 0.434, fitted=True),
+    Run("h200", "llama3", "1b", 0.606), Run("h200", "qwen3", "1.7b", 0.878),
+    Run("h200", "qwen3", "8b", 3.463, fitted=True), Run("h200", "qwen3", "8b", 3.627, position=4096),
+    Run("h200", "qwen3", "8b", 4.767, position=32768, fitted=True), Run("h200", "qwen3", "32b", 14.337, fitted=True),
+    Run("h200", "qwen3", "8b", 1.8925, tp=2), Run("h200", "qwen3", "32b", 7.559, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
-    Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998),
-    Run("h100", "qwen3", "8b", 5.236, position=4096), Run("h100", "qwen3", "8b", 6.863, position=32768),
-    Run("h100", "qwen3", "32b", 20.94),
+    Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998), Run("h100", "qwen3", "32b", 20.94),
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ constexpr u32 worker_threads = worker_warps * warp_size;
 constexpr u32 block_threads = producer_threads + worker_threads;
 constexpr u32 producer_registers = 72, worker_registers = 216;  // of each thread; 168 where they cannot be moved
 constexpr u32 ready_depth = probe::hand_overs;
-constexpr u32 pages_kept = 256;  // of the page table in shared memory: a load less to wait for before a key's
+constexpr u32 pages_kept = 640;  // of the page table in shared memory: a load less to wait for before a key's
 
 // What this SM is doing, for the watchdog: hand-overs from scheduler to workers, and the event that the scheduler waits for.
 struct Watched {
