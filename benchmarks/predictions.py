@@ -51,8 +51,8 @@ class Run:
 RUNS = (
     Run("h200", "smollm2", "135m", 0.292, fitted=True), Run("h200", "qwen3", "0.6b", 0.434, fitted=True),
     Run("h200", "llama3", "1b", 0.606), Run("h200", "qwen3", "1.7b", 0.878),
-    Run("h200", "qwen3", "8b", 3.463, fitted=True), Run("h200", "qwen3", "8b", 3.627, position=4096),
-    Run("h200", "qwen3", "8b", 4.767, position=32768, fitted=True), Run("h200", "qwen3", "32b", 14.337, fitted=True),
+    Run("h200", "qwen3", "8b", 3.463, fitted=True), Run("h200", "qwen3", "8b", 3.627, position=4096, fitted=True),
+    Run("h200", "qwen3", "8b", 4.767, position=32768), Run("h200", "qwen3", "32b", 14.337, fitted=True),
     Run("h200", "qwen3", "8b", 1.8925, tp=2), Run("h200", "qwen3", "32b", 7.559, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
     Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998), Run("h100", "qwen3", "32b", 20.94),

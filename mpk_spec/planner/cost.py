@@ -33,18 +33,18 @@ class CostModel:
     """One event, from the producer's signal to the consumer's seeing it; measured: 0.66 (H100), 0.62 (H200)."""
     peer_hop_us: float
     """One flag to a peer GPU through its pointer; measured: 1.23 (two H200s)."""
-    data_hop_us: float = 0.61
+    data_hop_us: float = 0.68
     """Values that cross as data, from the last one's being stored to its being seen by the last of its readers, ready
     for its tensor cores; or from a reader's SM being free, if that is later. Of values that are taken as they are;
     fitted, as all that is called so: to milliseconds a token of five models and contexts on an H200, see
     benchmarks/decode.md (`mpk-spec tune --calibrate` fits them to one model's recording)."""
-    norm_hop_us: float = 0.95
+    norm_hop_us: float = 1.05
     """The same of rows that are normalised: sums over warps and a barrier more."""
-    merge_hop_us: float = 1.01
+    merge_hop_us: float = 1.12
     """The same of an attention's splits, which are merged."""
-    attend_hop_us: float = 0.92
+    attend_hop_us: float = 1.02
     """The same of an attention's own queries and keys, which are turned."""
-    busy_look_us: float = 0.35
+    busy_look_us: float = 0.24
     """What all of these take longer where layers do not fit the ring, so that weights come in through the same queues;
     fitted."""
     look_gbps: float = 40.0
@@ -66,12 +66,12 @@ class CostModel:
     """Rate of one SM for activations beyond those, from L2 while it computes; assumed (5.3 TB/s over 132 SMs)."""
     start_us: float = 0.1
     """Fetch a task's description and turn to it; assumed."""
-    refill_us: float = 1.17
+    refill_us: float = 1.29
     """From a freed ring stage to its next bytes' arrival, memory having been idle; fitted. The wait for weights of
     Qwen3-8B's o_add, whose ring is too small for it, said 1.6 with 48 KiB in flight (an H100 and an H200)."""
-    pair_us: float = 0.33
+    pair_us: float = 0.265
     """Per pair of chunks that a linear's inner loop takes at once, or a single one, beside reading bytes; fitted."""
-    kept_us: float = 0.21
+    kept_us: float = 0.19
     """The same of a group whose tasks keep their sums in registers; fitted."""
     turn_us: float = 0.1
     """For another chunk of K: its activations, and the sums so far of all its pairs; assumed."""
@@ -84,9 +84,9 @@ class CostModel:
     """Part of the data sheet's tensor throughput that a task reaches; assumed; matters for prefill only."""
     tflops: float = 989.0
     """bf16 tensor throughput of all SMs; data sheet."""
-    attend_us: float = 0.48
+    attend_us: float = 0.49
     """Of an attention's task, whatever it reads: the sums of its warps together; fitted."""
-    kv_block_us: float = 0.46
+    kv_block_us: float = 0.48
     """One block of one KV head, for all its query heads, beside its coming through the ring; fitted."""
     row_op_us: float = 0.5
     """Arithmetic of a task that streams nothing (a norm, a reduction, an argmax slice); assumed."""
