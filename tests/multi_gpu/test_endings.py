@@ -34,6 +34,21 @@ def run(*command: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def free_memory() -> list[int]:
+    """Bytes on each of the two GPUs."""
+    import torch
+
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(2)]
+
+
+def check_freed(before: list[int]) -> None:
+    """All that the ranks had is free again, soon after they have ended."""
+    slack, deadline = 64 << 20, time.monotonic() + 10.0
+    while (now := free_memory()) and any(a < b - slack for a, b in zip(now, before, strict=True)):
+        assert time.monotonic() < deadline, f"free before the ranks: {before}, after them: {now}"
+        time.sleep(0.1)
+
+
 def test_an_abort_is_said_and_the_ranks_start_again(backend):
     whole = list(backend.stream(IDS, max_new_tokens=20))
     tokens = backend.stream(IDS, max_new_tokens=200)
@@ -65,11 +80,13 @@ except RankLost as error:
 
 
 def test_a_rank_killed_in_the_middle_of_an_answer(two_gpus, transport):
+    before = free_memory()
     done = run(sys.executable, "-c", KILL)
     assert done.returncode == 0, done.stderr
     seconds, _, said = done.stdout.strip().partition(" ")
     assert float(seconds) < 5.0
     assert said.startswith("rank 1 was killed by SIGKILL")
+    check_freed(before)
 
 
 FOREVER = """
@@ -83,6 +100,7 @@ while True:
 
 
 def test_no_rank_outlives_rank_0(two_gpus, transport):
+    before = free_memory()
     process = subprocess.Popen([sys.executable, "-c", FOREVER], env=environment(), text=True, stdout=subprocess.PIPE)
     try:
         other = int(process.stdout.readline())
@@ -94,6 +112,7 @@ def test_no_rank_outlives_rank_0(two_gpus, transport):
     while alive(other) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(other)
+    check_freed(before)
 
 
 DELAYS = """
