@@ -1,7 +1,8 @@
-"""Every figure of the README's performance section, measured on this machine's GPU: a table and a plot.
+"""Every figure of the README's performance section, measured on this machine's GPU, or GPUs: a table and a plot.
 
 python benchmarks/decode.py                       # all; again after a break: only what is missing
 python benchmarks/decode.py qwen3:8b:4096         # one model at one context; --again measures it anew
+python benchmarks/decode.py qwen3:8b:128:tp2      # on two GPUs
 python benchmarks/decode.py --table               # only writes table and plot of what was measured
 
 Each model is one `mpk-spec bench` in a process of its own, with a limit of its own, so that one that hangs costs no
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,20 +32,23 @@ class Job:
     size: str
     context: int = 128
     rivals: tuple[str, ...] = ()
+    tp: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.spec}:{self.size}:{self.context}"
+        return f"{self.spec}:{self.size}:{self.context}" + (f":tp{self.tp}" if self.tp > 1 else "")
 
     def command(self, folder: Path, tokens: int) -> list[str]:
         wanted = [word for rival in self.rivals for word in ("--rival", rival)]
+        wanted += ["--tp", str(self.tp)] if self.tp > 1 else []
         return [
             sys.executable, "-m", "mpk_spec", "bench", self.spec, "--size", self.size, "--weights", "random:0",
             "--backend", "cuda", "-c", str(self.context), "-n", str(tokens), *wanted, "-o", str(folder),
         ]  # fmt: skip
 
     def result(self, folder: Path, target: str) -> Path:
-        return folder / f"{self.spec}-{self.size}-{target}-context{self.context}.json"
+        degree = f"-tp{self.tp}" if self.tp > 1 else ""
+        return folder / f"{self.spec}-{self.size}-{target}{degree}-context{self.context}.json"
 
 
 JOBS = (
@@ -55,12 +60,15 @@ JOBS = (
     Job("qwen3", "8b", 4096),
     Job("qwen3", "8b", 32768),
     Job("qwen3", "32b"),
+    Job("qwen3", "8b", tp=2),
+    Job("qwen3", "32b", tp=2),
 )
+NAME = re.compile(r"(?P<spec>[^:]+):(?P<size>[^:]+?)(:(?P<context>\d+))?(:tp(?P<tp>\d+))?")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="*", metavar="SPEC:SIZE[:CONTEXT]", help="default: all of the table")
+    parser.add_argument("jobs", nargs="*", metavar="SPEC:SIZE[:CONTEXT][:tpN]", help="default: all of the table")
     parser.add_argument("--target", help="h100, h200, ...; default: what this machine has")
     parser.add_argument("--each", type=float, default=300, metavar="S", help="seconds that one model may take")
     parser.add_argument("--limit", type=float, metavar="S", help="seconds after which no other model is begun")
@@ -95,23 +103,32 @@ def chosen(names: list[str], no_rivals: bool) -> list[Job]:
     known = {job.name: job for job in JOBS}
     jobs = []
     for name in names or known:
-        parts = name.split(":")
-        if len(parts) not in (2, 3) or (not parts[-1].isdecimal() and len(parts) == 3):
-            sys.exit(f"error: '{name}' is no SPEC:SIZE[:CONTEXT]")
-        job = Job(parts[0], parts[1], int(parts[2]) if len(parts) == 3 else 128)
+        found = NAME.fullmatch(name)
+        if not found:
+            sys.exit(f"error: '{name}' is no SPEC:SIZE[:CONTEXT][:tpN]")
+        job = Job(found["spec"], found["size"], int(found["context"] or 128), tp=int(found["tp"] or 1))
         job = known.get(job.name, job)
-        jobs.append(Job(job.spec, job.size, job.context) if no_rivals else job)
+        jobs.append(replace(job, rivals=()) if no_rivals else job)
     return jobs
+
+
+def gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def run_all(jobs: list[Job], folder: Path, target: str, options) -> list[Job]:
     """Measures what is missing; returns the jobs that failed. What is left at the limit is said, not failed."""
-    started, failed, left = time.monotonic(), [], []
+    started, failed, left, gpus = time.monotonic(), [], [], gpus_here()
     for job in jobs:
         if job.result(folder, target).is_file() and not options.again:
             wrong = is_wrong(job.result(folder, target))
             print(f"{job.name}: measured before{', and its numbers are wrong' if wrong else ''}", flush=True)
             failed += [job] if wrong else []
+            continue
+        if job.tp > max(gpus, 1):
+            print(f"{job.name}: left out, it needs {job.tp} GPUs and this machine has {gpus}", flush=True)
             continue
         remaining = options.each
         if options.limit is not None:
@@ -168,7 +185,7 @@ def row_of(result: dict) -> dict:
     ours, verdict = result["ours"], result.get("verdict")
     rivals = {name: rival for name, rival in result["rivals"].items() if "ms" in rival}
     return {
-        "model": f"{result['model']['spec']} {result['model']['size']}", "context": result["context"],
+        "model": f"{result['model']['spec']} {result['model']['size']}" + on_gpus(result), "context": result["context"],
         "gigabytes": result["bytes_per_token"]["total"] / 1e9, "ceiling_gbps": result["ceiling"]["gbps"],
         "floor_ms": floor_ms(result), "kernel_ms": ours["kernel_ms"], "percent": percent(result, ours["kernel_ms"]),
         "user_ms": ours["user_ms"], "simulated_ms": result["simulation"]["ms"],
@@ -176,6 +193,12 @@ def row_of(result: dict) -> dict:
         "rivals_percent": {name: percent(result, rival["ms"]) for name, rival in rivals.items()},
         "passed": None if verdict is None else verdict["passed"],
     }  # fmt: skip
+
+
+def on_gpus(result: dict) -> str:
+    """Of several GPUs bytes and ceiling are those of each. The first results on H100s do not say how many."""
+    tp = result.get("tp", 1)
+    return f", {tp} GPUs" if tp > 1 else ""
 
 
 def table(rows: list[dict], results: list[dict]) -> str:

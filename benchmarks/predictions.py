@@ -32,8 +32,8 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token: on H200s the kernel of step 19 in decode.md, 2026-11-30; on H100s that of step 16, 2026-11-25,
-    at short contexts, which later steps changed least. See h100.md, h200.md and tensor_parallel.md."""
+    """Milliseconds a token: on H200s the kernel of step 19 in decode.md, 2026-11-30; on H100s that of step 16,
+    2026-11-25, at short contexts, which later steps changed least. See h100.md, h200.md and tensor_parallel.md."""
 
     target: str
     spec: str

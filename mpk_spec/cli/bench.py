@@ -67,8 +67,7 @@ def command(
         positions = Settings.positions if verdict else 0
         settings = Settings(context, max_new_tokens, repeats, tuple(dict.fromkeys(rivals or [])), positions)
         result = on_gpu(model, size, weights, spec, settings, tp)
-        shown, name = page.as_markdown(result), f"{result['model']['spec']}-{result['model']['size']}"
-        name += f"-{result['target']}{ranks_of(result)}-context{context}"
+        shown, name = page.as_markdown(result), name_on_gpu(result)
     else:
         result = in_turns(model, size, weights, spec, names, prompt_tokens, max_new_tokens, repeats, tp)
         shown, name = (
@@ -158,9 +157,10 @@ def in_turns(
     }
 
 
-def ranks_of(result: dict[str, Any]) -> str:
-    """What a result on several GPUs has in its file's name, so that it is not taken for one on a single GPU."""
-    return f"-tp{result['tp']}" if result["tp"] > 1 else ""
+def name_on_gpu(result: dict[str, Any]) -> str:
+    """The name of a result's files. One on several GPUs is not to be taken for one on a single GPU."""
+    model, degree = result["model"], f"-tp{result['tp']}" if result["tp"] > 1 else ""
+    return f"{model['spec']}-{model['size']}-{result['target']}{degree}-context{result['context']}"
 
 
 def write(folder: Path, name: str, page: str, data: str) -> None:

@@ -25,7 +25,7 @@ def decode(monkeypatch):
 
 def result(job, ms, rivals=()):
     return {
-        "model": {"spec": job.spec, "size": job.size, "weights": "random:0"}, "context": job.context,
+        "model": {"spec": job.spec, "size": job.size, "weights": "random:0"}, "context": job.context, "tp": job.tp,
         "gpu": {"name": "NVIDIA H100 80GB HBM3"}, "bytes_per_token": {"total": 3.15e9},
         "ceiling": {"gbps": 3150.0}, "ours": {"kernel_ms": ms, "user_ms": ms}, "simulation": {"ms": 1.1},
         "rivals": {name: {"ms": 2 * ms} for name in rivals}, "verdict": {"passed": True},
@@ -49,6 +49,7 @@ def runs(decode, monkeypatch, tmp_path):
         path.write_text(json.dumps(result(job, 1.25, job.rivals)))
         return SimpleNamespace(returncode=0, stderr="")
 
+    monkeypatch.setattr(decode, "gpus_here", lambda: 2)
     fake = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(decode, "subprocess", fake)  # for the script alone: matplotlib runs programs too
     return seen
@@ -72,6 +73,18 @@ def test_all_is_measured_once(decode, monkeypatch, runs, capsys):
     assert runs.started == ["qwen3:0.6b:128", "llama3:1b:128"]
     assert main(decode, monkeypatch, runs, "qwen3:8b", "--again") == 0
     assert runs.started[2:] == ["qwen3:8b:128"]
+
+
+def test_several_gpus_where_there_are_some(decode, monkeypatch, runs, capsys):
+    monkeypatch.setattr(decode, "gpus_here", lambda: 1)
+    assert main(decode, monkeypatch, runs) == 0
+    assert not any("tp2" in name for name in runs.started)
+    assert "qwen3:32b:128:tp2: left out, it needs 2 GPUs and this machine has 1" in capsys.readouterr().out
+    monkeypatch.setattr(decode, "gpus_here", lambda: 2)
+    assert main(decode, monkeypatch, runs, "qwen3:8b:128:tp2") == 0
+    assert runs.started[-1] == "qwen3:8b:128:tp2"
+    assert (runs.tmp / "h100" / "qwen3-8b-h100-tp2-context128.json").is_file()
+    assert "| qwen3 8b, 2 GPUs | 128 |" in capsys.readouterr().out
 
 
 def test_a_kernel_that_is_wrong_stays_a_failure(decode, monkeypatch, runs, capsys):
@@ -132,3 +145,11 @@ def test_the_commands_are_ones_that_bench_takes(decode):
     for job in decode.JOBS:
         asked = job.command(Path("out"), 64)[4:]
         assert {word for word in asked if word.startswith("-")} <= known
+
+
+def test_results_are_looked_for_where_bench_writes_them(decode):
+    from mpk_spec.cli.bench import name_on_gpu
+
+    for job in decode.JOBS:
+        written = {**result(job, 1.0), "target": "h200"}
+        assert job.result(Path("out"), "h200") == Path("out") / f"{name_on_gpu(written)}.json"
