@@ -3,6 +3,9 @@
 python benchmarks/ablations.py smollm2:135m qwen3:8b           # needs a GPU; a table for benchmarks/decode.md
 python benchmarks/ablations.py qwen3:0.6b --fusions            # each fusion against none: small models will do
 python benchmarks/ablations.py smollm2:135m --compile          # kernels into the cache ahead, without a GPU
+python benchmarks/ablations.py qwen3:8b --variant "narrow:in_flight=32768,prefetch=0" --variant "mine:MPK_MINE=1"
+
+A variant of one's own has rules, and macros for code that is being tried.
 
 Levers are rules of the schedule, as a spec has them, and logits must have the same bits with and without them: none
 changes the order of a sum. Without a fusion, values that never left an SM are rounded on the way: then it is said
@@ -26,11 +29,12 @@ FAR = 0.1  # of the largest logit: further than roundings go
 
 @dataclass(frozen=True)
 class Variant:
-    """`rules`, `without`: as kernel.py takes them."""
+    """`rules`, `without`: as kernel.py takes them. `defines`: macros of the kernel's build."""
 
     name: str
     rules: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    defines: tuple[str, ...] = ()
 
 
 PLANNED, BY_EVENT = Variant("as planned"), ("crossing=event",)
@@ -65,19 +69,35 @@ def fusions(model: str) -> list[Variant]:
     return [*found, Variant("without all, but for the cache", without=tuple(least))]
 
 
+def own(text: str) -> Variant:
+    """NAME:KEY=VALUE,..., whose keys are macros where they are in capitals."""
+    name, colon, words = text.partition(":")
+    if not (name and colon and words):
+        raise argparse.ArgumentTypeError(f"'{text}' is no NAME:KEY=VALUE,...")
+    found = words.split(",")
+    macros = tuple(word for word in found if word.partition("=")[0].isupper())
+    return Variant(name, tuple(word for word in found if word not in macros), defines=macros)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="SPEC:SIZE")
     parser.add_argument("--target", help="default: this machine's GPU; to compile without one, h100")
     parser.add_argument("--prompt", type=int, default=128, help="positions in the cache, on average")
-    parser.add_argument("--fusions", action="store_true", help="each fusion against none, instead of the levers")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--fusions", action="store_true", help="each fusion against none, instead of the levers")
+    what.add_argument(
+        "--variant", type=own, action="append", default=[], metavar="NAME:KEY=VALUE,...",
+        help="with these rules and macros, instead of the levers; as often as there are some",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="only compile")
     options = parser.parse_args()
     options.target = options.target or random_kernel.target_here(needed=not options.compile)
     rows, wrong = [], 0
     for model in options.models:
         first = None
-        for variant in fusions(model) if options.fusions else LEVERS:
+        levers = [PLANNED, *options.variant] if options.variant else LEVERS
+        for variant in fusions(model) if options.fusions else levers:
             try:
                 found = measured(model, variant, options)
             except MpkSpecError as error:
@@ -113,12 +133,13 @@ def measured(model: str, variant: Variant, options):
         model, target=options.target, context=context, rules=variant.rules, without=variant.without
     )
     if options.compile:
-        random_kernel.say(f"{model}, {variant.name}: {random_kernel.described(random_kernel.compiled(plan))}")
+        done = random_kernel.compiled(plan, variant.defines)
+        random_kernel.say(f"{model}, {variant.name}: {random_kernel.described(done)}")
         return None
     from mpk_spec.perf.clock import time_decode
     from mpk_spec.testing.yardstick import sequences
 
-    backend, _ = random_kernel.open_random(plan)
+    backend, _ = random_kernel.open_random(plan, defines=variant.defines)
     (ids,) = sequences(backend.vocab_size, IDS, 1, IDS)
     logits = backend.logits(ids, alone=ALONE)
     times = time_decode(backend, options.prompt, NEW, REPEATS)

@@ -98,14 +98,14 @@ def planned(
     return plan(unfused(ruled(spec, rules), without), size=size, target=target, tp=tp, context=context)
 
 
-def compiled(plan: Plan) -> Compiled:
-    """The plan's kernel, which the cache of cubins then has; needs no GPU."""
+def compiled(plan: Plan, defines: tuple[str, ...] = ()) -> Compiled:
+    """The plan's kernel, which the cache of cubins then has; needs no GPU. defines: see `CudaBackend`."""
     from mpk_spec.emit.source import emit
     from mpk_spec.runtime.cuda_rank import compile_for
     from mpk_spec.runtime.transport import wanted_transport
 
     transport = "nvshmem" if plan.tp > 1 and wanted_transport() == "nvshmem" else "peer"
-    return compile_for(transport, emit(plan), ())
+    return compile_for(transport, emit(plan), defines)
 
 
 def described(found: Compiled) -> str:

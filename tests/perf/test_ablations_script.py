@@ -38,7 +38,7 @@ def measured(ablations, monkeypatch):
     """Backends of plans that the kernel takes, whose logits say which fusions are gone."""
     from mpk_spec.perf import clock
 
-    def open_random(plan):
+    def open_random(plan, defines=()):
         emit(plan)
         groups = [g for t in plan.steps["decode"].templates for g in t.groups]
         found = 1 + 0.001 * sum(g.task != "linear" for g in groups)
@@ -85,7 +85,7 @@ def test_all_variants_are_compiled_without_a_gpu(ablations, monkeypatch, capsys)
     seen = []
     report = SimpleNamespace(registers=168, spill_bytes=0, seconds=5.5)
 
-    def compiled(plan):
+    def compiled(plan, defines):
         seen.append((plan.target, plan.crossing, plan.in_flight_bytes, plan.prefetch_bytes))
         return SimpleNamespace(report=report, cached=False)
 
@@ -105,3 +105,26 @@ def test_what_is_measured_needs_a_gpu(ablations, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(NoGpu):
         run(ablations, monkeypatch, "qwen3:tiny")
+
+
+def test_variants_of_ones_own_have_rules_and_macros(measured, monkeypatch, capsys):
+    seen, open_random = [], measured.random_kernel.open_random
+
+    def opened(plan, **how):
+        seen.append((plan.in_flight_bytes, plan.prefetch_bytes, how["defines"]))
+        return open_random(plan)
+
+    monkeypatch.setattr(measured.random_kernel, "open_random", opened)
+    variants = ["--variant", "narrow:in_flight=8192,prefetch=0", "--variant", "mine:MPK_MINE=1,in_flight=8192"]
+    assert run(measured, monkeypatch, "qwen3:tiny", "--target", "h100", *variants) == 0
+    (usual, prefetch, none), *others = seen
+    assert none == () and prefetch > 0 and usual > 8192
+    assert others == [(8192, 0, ()), (8192, prefetch, ("MPK_MINE=1",))]
+    assert "| qwen3:tiny | narrow |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["narrow", ":in_flight=1", "narrow:"])
+def test_a_variant_that_is_none(ablations, monkeypatch, capsys, text):
+    with pytest.raises(SystemExit):
+        run(ablations, monkeypatch, "qwen3:tiny", "--variant", text)
+    assert f"'{text}' is no NAME:KEY=VALUE,..." in capsys.readouterr().err
