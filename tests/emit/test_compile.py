@@ -87,6 +87,21 @@ def test_as_many_splits_as_a_plan_merges_apart_fit_the_scratch():
     check(merged(128, Attended(8, 1, 128, 64, 131072).most_apart, "h100"), "h100")
 
 
+def test_a_model_without_a_cache_compiles():
+    gone = dict.fromkeys
+    projections = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
+    spec = child(
+        "qwen3", blocks={"attention": None}, layers={"y": {"repeat": "x", "over": "layers", "blocks": ["mlp"]}},
+        fusions={**gone(["qkv", "attend", "o_add"]), "embed": {"of": ["x"], "into": "gate_up"}},
+        weights={"layer": gone(projections)}, state=gone(["kv"]), tensors=gone(["attention.o"]),
+        dims=gone(["heads", "kv_heads", "head_dim"]), values=gone(["scale", "rope"]),
+        shard={"tp": gone(["heads", "kv_heads"])},
+    )  # fmt: skip
+    made = emit(plan(spec, size="tiny", target="h100", context=256))
+    assert made.layout.caches == {}
+    check(compiler.compile_kernel(made.plan.name, made.source, find_target("h100").arch).report, "h100")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("context", [256, 4096])  # readers merge attention's splits, or tasks of their own
 def test_a_real_size_compiles_without_spills(context):
