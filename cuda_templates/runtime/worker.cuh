@@ -162,6 +162,7 @@ struct Worker : Progress {
   // The events of the next task (or the next step's descriptor) have arrived.
   __device__ __forceinline__ void wait_ready() {
     wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);
+    waits = {};  // what chunks were waited for before counts as the wait for this
     if (thread == 0) {
       shared.mark_ready(taken % ready_depth);
       say_looking(true);
