@@ -2,7 +2,7 @@
 // after step, and never waits for an event.
 //
 // Every step streams the same weights, so it runs ahead of the step descriptor, by at most the ring; only how much of the cache
-// there is to stream it learns from there. When the kernel ends it only lets the copies in flight land.
+// there is to stream it learns from there, and there it waits. When the kernel ends it only lets the copies in flight land.
 #pragma once
 #include "runtime/worker.cuh"
 
@@ -139,7 +139,7 @@ struct Scout {
 };
 
 // Whether the next copy has to wait for one of the `issued` before it. Values that workers look for come through the same
-// queues as weights, so there are fewer of these under way until the workers have seen them. Lanes may differ for a moment.
+// queues as these, so there are fewer of these under way until the workers have seen them. Lanes may differ for a moment.
 __device__ __forceinline__ bool too_many_in_flight(Shared& shared, u32 issued) {
   u32 most = copies_in_flight;
   if constexpr (copies_while_looking < copies_in_flight)
@@ -152,7 +152,7 @@ __device__ __forceinline__ bool too_many_in_flight(Shared& shared, u32 issued) {
 // Run by one warp.
 __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 lane) {
   const plan::Program& program = shared.program;
-  if (program.load_begin[plan::num_templates] == 0) return;  // this SM has no weights
+  if (program.load_begin[plan::num_templates] == 0) return;  // this SM's tasks read neither
   ChunkCursor cursor(shared);
   Scout scout(cursor);
   u32 slot = 0, parity = 0, issued = 0;

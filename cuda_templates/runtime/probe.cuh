@@ -30,8 +30,8 @@ struct TaskTimes {
   u64 asked;  // the task before it is over
   u64 ready;  // its events have come
   u64 seen;  // its inputs have all been seen and prepared; 0: when it was ready
-  u64 opened;  // asks for its first chunk of weights; 0: needs none
-  u64 waited;  // how long the warp that waited most waited for chunks
+  u64 opened;  // asks for its first chunk, of the cache perhaps before it is ready; 0: needs none
+  u64 waited;  // how long the warp that waited most waited for chunks, once it was ready
   u64 computed;  // its last chunk is used up; 0: it had none
   u64 stored;  // its results are stored
   u64 signalled;  // its signals are sent

@@ -1,7 +1,7 @@
 // Every PTX instruction that the kernel uses, wrapped once.
 //
-// sm_90 and later copy weights with one bulk copy per chunk that completes on an mbarrier. sm_80 and sm_89 have neither bulk
-// copies nor try_wait: there the 32 lanes of the loader copy 16 bytes at a time and each arrives when its copies are done.
+// sm_90 and later copy with one bulk copy per chunk of the ring that completes on an mbarrier. sm_80 and sm_89 have neither
+// bulk copies nor try_wait: there the 32 lanes of the loader copy 16 bytes at a time and each arrives when its copies are done.
 #pragma once
 #include "runtime/types.cuh"
 
@@ -78,7 +78,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 __device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 bytes, u64* bar, u32 lane) {
 #if MPK_BULK_COPY
   if (lane == 0) {
-    constexpr u64 evict_first = 0x12F0000000000000ull;  // weights are read once a step
+    constexpr u64 evict_first = 0x12F0000000000000ull;  // read once a step, or nearly
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"

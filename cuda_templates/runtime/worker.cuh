@@ -15,7 +15,7 @@ constexpr u32 worker_threads = worker_warps * warp_size;
 constexpr u32 block_threads = producer_threads + worker_threads;
 constexpr u32 producer_registers = 72, worker_registers = 216;  // of each thread; 168 where they cannot be moved
 constexpr u32 ready_depth = probe::hand_overs;
-constexpr u32 pages_kept = 640;  // of the page table in shared memory: a load less to wait for before a key's
+constexpr u32 pages_kept = 640;  // of the page table in shared memory: a load less to wait for before a page's
 
 // What this SM is doing, for the watchdog: hand-overs from scheduler to workers, and the event that the scheduler waits for.
 struct Watched {
@@ -48,7 +48,7 @@ struct Shared : probe::Recorder {
   News news[step_slots];  // by step, from the task that samples to the warp that signals, which is a few tasks behind
   u32 stop;  // the loader may leave
   u32 described;  // steps whose descriptor is in `step`, or was
-  u32 looking;  // the workers look for values, which weights would hold up: see too_many_in_flight
+  u32 looking;  // the workers look for values, which copies would hold up: see too_many_in_flight
   u32 abort;
   u32 host_stop;
   Watched watched;
@@ -162,6 +162,7 @@ struct Worker : Progress {
   // The events of the next task (or the next step's descriptor) have arrived.
   __device__ __forceinline__ void wait_ready() {
     wait_barrier(shared, &shared.ready[taken % ready_depth], taken / ready_depth % 2);
+    waits = {};  // what chunks were waited for before counts as the wait for this
     if (thread == 0) {
       shared.mark_ready(taken % ready_depth);
       say_looking(true);

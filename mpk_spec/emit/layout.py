@@ -1,4 +1,4 @@
-"""Where weights lie in the GPU's memory: packed products, small vectors, the embedding table; and the rope tables.
+"""Where weights lie in the GPU's memory: packed products, small vectors, the embedding table; rope tables; the cache.
 
 Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by fours
 (interleave). A tile is `tile_rows` packed rows, cut along K into chunks of `tile_k`; a chunk is

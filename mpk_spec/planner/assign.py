@@ -12,7 +12,7 @@ Queue = tuple[tuple[int, int], ...]
 def assign(groups: tuple[Group, ...], num_sms: int) -> tuple[tuple[Queue, ...], tuple[Queue, ...]]:
     """(queues, loads) for each SM. Static tasks go to the least loaded SM (by bytes over the whole stage, one task of a
     group to each SM before a second); a dynamic group is one claim entry on every SM, in
-    `loads` too where it streams: the loader stands there until the pool is empty."""
+    `loads` too where it has weights: the loader stands there until the pool is empty."""
     queues: list[list[tuple[int, int]]] = [[] for _ in range(num_sms)]
     loads: list[list[tuple[int, int]]] = [[] for _ in range(num_sms)]
     streamed = [0] * num_sms

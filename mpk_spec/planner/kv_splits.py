@@ -17,7 +17,7 @@ READER_SHARE = 2  # times an SM's even part of the bandwidth, that it gets while
 MERGE_BYTES_PER_US = 25e3  # measured: all SMs read the same partial results from L2, 8 KB of a live split more
 HOP_US = 2.0  # measured: the kernel's hops of tasks that stream nothing, from stored values to stored values
 FUSED_SPLITS = 4  # the fused merge loads so many at once; more are trips to L2, one after the other: 3 us a layer
-MERGE_SMEM = 48 * 1024  # for one head's partial results, in a task that merges it: the kernel's scratch is a bit more
+MERGE_SMEM = 45 * 1024  # for one head's partial results, in a task that merges it: the kernel's scratch is a bit more
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Task:
     """One piece of a group.
 
     `out` is the span of the group's output that it computes, `k` the part of the summed axis (K split, KV split).
-    `load_bytes` flow through the shared-memory ring in `load_chunks` pieces, in the order of the queue.
+    `load_bytes` of weights flow through the shared-memory ring in `load_chunks` pieces, in the order of the queue. What
+    an attention reads of the cache, as many bytes as the position says, is not counted.
     """
 
     index: int
@@ -111,7 +112,8 @@ class Group:
 @dataclass(frozen=True)
 class Template:
     """The groups of one stage. `queues[sm]` lists (group, task) in the order the SM's workers run them, `loads[sm]` the
-    order in which its loader streams them. (group, -1) means "claim tasks of this dynamic group until none is left".
+    order in which its loader streams the weights of those that have some. (group, -1) means "claim tasks of this
+    dynamic group until none is left".
     """
 
     name: str

@@ -1,10 +1,11 @@
 """A discrete-event simulation of one step in steady state: where the time of a token goes, before there is a kernel.
 
-Every SM has a loader and workers. The loader streams the bytes of the SM's tasks in queue order, ahead of events, never
-more than the ring ahead of what is consumed. The workers take their queue in order: wait for events, load activations,
-consume what has arrived, reduce, store; a warp of its own signals meanwhile. Where values cross as data they look at
-those instead of waiting for events. Claim pools give their next task to the SM that is free first. Stages that end a
-step run once before the one measured, so that the loaders' run-ahead across its start is in steady state.
+Every SM has a loader and workers. The loader streams the bytes of the SM's tasks, weights and cache, in queue order,
+ahead of events, never more than the ring ahead of what is consumed. The workers take their queue in order: wait for
+events, load activations, consume what has arrived, reduce, store; a warp of its own signals meanwhile. Where values
+cross as data they look at those instead of waiting for events. Claim pools give their next task to the SM that is free
+first. Stages that end a step run once before the one measured, so that the loaders' run-ahead across its start is in
+steady state.
 
 A stream is followed at the ends of tasks, not chunk by chunk: within a task the workers consume evenly.
 """

@@ -102,7 +102,7 @@ def chrome_trace(simulation: Simulation) -> str:
     """The whole step of one rank in Chrome's trace format, for ui.perfetto.dev: a thread per SM.
 
     Tasks are named `group[task]`, waits for events `wait group[task]`, for values that cross as data
-    `look group[task]`; `args` hold the stage, its layer and how long weights were waited for.
+    `look group[task]`; `args` hold the stage, its layer and how long weights or the cache were waited for.
     """
     events: list[dict] = [
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": f"{simulation.plan.name} (simulated)"}}

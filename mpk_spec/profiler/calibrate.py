@@ -104,7 +104,7 @@ class _Timed:
 
     @property
     def work(self) -> float:
-        """From inputs to weights used up, without waits for them."""
+        """From inputs to weights (or the cache) used up, without waits for them."""
         return self.ran.consumed - self.ran.ready - self.ran.stalled
 
     @property

@@ -23,7 +23,8 @@ class Times:
     """float64 `[step, SM, stage, place]`, NaN where the SM has no such task. Microseconds from the first record on.
 
     `seen`: the inputs are there, prepared; values that cross as data were looked at from `ready` on until then.
-    `waited` is a duration, what the task waited for weights; it lies between `opened` and `computed`.
+    `waited` is a duration, what the task waited for weights or the cache once it was ready, all before `computed`;
+    `opened` may come before that, where an attention takes its first keys ahead of its event.
     """
 
     asked: np.ndarray

@@ -232,7 +232,7 @@ class Settings(Section):
     )
     stages: CountOrAuto | None = Field(
         default=None,
-        description="chunks of weights that shared memory holds: the most that a group asks for, shared by all",
+        description="chunks of weights or cache in shared memory: the most that a group asks for, shared by all",
     )
     launch: Literal["static", "dynamic"] | None = Field(
         default=None, description="static: each SM has its list of tasks; dynamic: SMs claim them at run time"

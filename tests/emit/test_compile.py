@@ -14,6 +14,7 @@ from mpk_spec.emit import compiler
 from mpk_spec.emit.source import emit
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
+from mpk_spec.planner.kv_splits import Attended
 from mpk_spec.planner.targets import find_target
 from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS, PROFILE
 from mpk_spec.schema import load_spec
@@ -67,14 +68,38 @@ def test_sums_in_two_shots_compile_without_spills(target):
     check(compiler.compile_kernel(made.plan.name, made.source, find_target(target).arch).report, target)
 
 
+def merged(head_dim: int, splits: int, target: str) -> compiler.Report:
+    """Of the tiny model with more splits than readers merge."""
+    wide = {"head_dim": head_dim, "max_position_embeddings": 8192}
+    spec = child("qwen3", wide, schedule=[{"set": {"attend": {"kv_splits": splits, "kv_merge": "apart"}}}])
+    made = emit(plan(spec, size="tiny", target=target, context=8192, verified=False))
+    assert sum("MergeHeads<" in task.source for task in made.tasks) == 1
+    return compiler.compile_kernel(made.plan.name, made.source, find_target(target).arch).report
+
+
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_a_merge_of_its_own_compiles_without_spills(target):
     """60 splits of 64 features: a thread of it holds eight pairs at once."""
-    wide = {"head_dim": 64, "max_position_embeddings": 4096}
-    spec = child("qwen3", wide, schedule=[{"set": {"attend": {"kv_splits": 60}}}])
-    made = emit(plan(spec, size="tiny", target=target, context=4096, verified=False))
-    assert sum("MergeHeads<" in task.source for task in made.tasks) == 1
-    check(compiler.compile_kernel(made.plan.name, made.source, find_target(target).arch).report, target)
+    check(merged(64, 60, target), target)
+
+
+def test_as_many_splits_as_a_plan_merges_apart_fit_the_scratch():
+    check(merged(128, Attended(8, 1, 128, 64, 131072).most_apart, "h100"), "h100")
+
+
+def test_a_model_without_a_cache_compiles():
+    gone = dict.fromkeys
+    projections = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
+    spec = child(
+        "qwen3", blocks={"attention": None}, layers={"y": {"repeat": "x", "over": "layers", "blocks": ["mlp"]}},
+        fusions={**gone(["qkv", "attend", "o_add"]), "embed": {"of": ["x"], "into": "gate_up"}},
+        weights={"layer": gone(projections)}, state=gone(["kv"]), tensors=gone(["attention.o"]),
+        dims=gone(["heads", "kv_heads", "head_dim"]), values=gone(["scale", "rope"]),
+        shard={"tp": gone(["heads", "kv_heads"])},
+    )  # fmt: skip
+    made = emit(plan(spec, size="tiny", target="h100", context=256))
+    assert made.layout.caches == {}
+    check(compiler.compile_kernel(made.plan.name, made.source, find_target("h100").arch).report, "h100")
 
 
 @pytest.mark.slow

@@ -11,7 +11,14 @@ from tiny_specs import child, planned, spec_of
 
 from mpk_spec.errors import SpecError
 from mpk_spec.planner import plan
-from mpk_spec.planner.kv_splits import FUSED_SPLITS, Attended, attention_us, cheapest_merge, cheapest_splits
+from mpk_spec.planner.kv_splits import (
+    FUSED_SPLITS,
+    MERGE_SMEM,
+    Attended,
+    attention_us,
+    cheapest_merge,
+    cheapest_splits,
+)
 from mpk_spec.planner.plan import Group, Plan, Span, Task
 from mpk_spec.planner.report import pin
 from mpk_spec.planner.simulate import simulate
@@ -87,7 +94,7 @@ def test_what_does_not_fit_into_a_task_is_merged_by_readers():
     shape = replace(QWEN3_8B, context=32768)
     assert cheapest_merge(shape, H200, shape.most_apart) == "apart"
     assert cheapest_merge(shape, H200, shape.most_apart + 1) == "fused"
-    assert cheapest_splits(replace(shape, kv_heads=1, head_dim=256), H200, None) <= 48 * 1024 // (258 * 4)
+    assert cheapest_splits(replace(shape, kv_heads=1, head_dim=256), H200, None) <= MERGE_SMEM // (258 * 4)
 
 
 def test_readers_that_must_merge_get_few():
@@ -133,7 +140,7 @@ def test_what_does_not_fit_is_refused():
     spec = child("qwen3", {"max_position_embeddings": 65536}, schedule=[
         {"set": {"attend": {"kv_splits": 400, "kv_merge": "apart"}}}
     ])  # fmt: skip
-    with pytest.raises(SpecError, match="a task merges at most 361 splits of a head of 32, here are 400"):
+    with pytest.raises(SpecError, match="a task merges at most 338 splits of a head of 32, here are 400"):
         planned(spec, target="h100", context=65536)
 
 

@@ -165,7 +165,7 @@ def _valid(template: Template, entry: tuple[int, int]) -> bool:
 
 
 def _check_loads(plan: Plan, where: str, template: Template, report: Report) -> bool:
-    """An SM's loader streams exactly what its workers will run, pools included."""
+    """An SM's loader streams the weights of exactly what its workers will run, pools included."""
     stages = plan.ring_bytes // plan.chunk_bytes if plan.chunk_bytes > 0 else 0
     if any(t.load_chunks for g in template.groups for t in g.tasks) and stages < 1:
         report.add(f"{where}: tasks load through a ring of {plan.ring_bytes} bytes, chunks have {plan.chunk_bytes}")
@@ -185,6 +185,6 @@ def _check_loads(plan: Plan, where: str, template: Template, report: Report) -> 
 
 
 def loaded(template: Template, entry: tuple[int, int]) -> bool:
-    """Whether a queue entry has loads: a task with chunks, a pool with such tasks."""
+    """Whether a queue entry has weights to load: a task with chunks, a pool with such tasks."""
     tasks = template.groups[entry[0]].tasks
     return any(t.load_chunks for t in tasks) if entry[1] < 0 else tasks[entry[1]].load_chunks > 0

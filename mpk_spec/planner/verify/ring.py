@@ -5,6 +5,10 @@ of all before it. A task frees its chunks while it runs. So a task can end exact
 stages) belongs to itself or to a task before it in the queue. Stages follow one another in queue and loads alike, so
 looking at each template is enough. How many tasks of a pool an SM claims is unknown: everything loaded before a pool
 must run before it, and everything loaded after it after it.
+
+What an attention reads of the cache comes through the ring of the CUDA kernel too. How much that is depends on the
+position, so a plan does not count it. Its loader streams all of a queue in the order of the queue: then no chunk waits
+for the room of a task that runs later, however many chunks there are.
 """
 
 from __future__ import annotations
