@@ -11,9 +11,12 @@ from profiler.synthetic import times_of
 
 from mpk_spec import errors
 from mpk_spec.cli.main import main
+from mpk_spec.cli.search import planner
 from mpk_spec.cli.tune import fit_constants
+from mpk_spec.errors import MpkSpecError
 from mpk_spec.planner import plan
 from mpk_spec.planner.cost import calibration_file, cost_model, read_calibration
+from mpk_spec.planner.plan import Plan
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.planner.targets import find_target
 from mpk_spec.profiler.clock import common_clock
@@ -22,6 +25,25 @@ from mpk_spec.tuner import gpu
 from mpk_spec.tuner.journal import Measurement
 
 ASK = ["tune", "qwen3", "--size", "tiny", "--weights", "random:0"]
+PLANNED: dict[tuple, Plan | MpkSpecError] = {}  # by all tests here, which ask for the same ones
+
+
+def remembering(target, cache):
+    """`planner`, which plans nothing twice."""
+    plan_anew = planner(target, cache)
+
+    def planned(rules):
+        key = target.spec.path, target.size, str(target.checkpoint.source), cache, json.dumps(rules)
+        if key not in PLANNED:
+            try:
+                PLANNED[key] = plan_anew(rules)
+            except MpkSpecError as error:
+                PLANNED[key] = error
+        if isinstance(PLANNED[key], MpkSpecError):
+            raise PLANNED[key]
+        return PLANNED[key]
+
+    return planned
 
 
 @pytest.fixture
@@ -37,6 +59,7 @@ def machine(monkeypatch):
         right = made.in_flight_bytes != state.wrong
         return Measurement(ms(made), ms(made), ms(made), right, "same bits" if right else "logits differ by 3")
 
+    monkeypatch.setattr("mpk_spec.cli.search.planner", remembering)
     found = SimpleNamespace(name="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("mpk_spec.runtime.select.target_here", lambda: (find_target("h100"), found))
     monkeypatch.setattr(gpu.GpuMeasurer, "measure", measure)
