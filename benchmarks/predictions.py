@@ -24,7 +24,7 @@ from mpk_spec.schema import load_spec
 
 CEILING_GBPS = {"h100": 3137.0, "h200": 4690.0}  # of the machines of RUNS, measured beside them
 HOPS = ("data_hop_us", "norm_hop_us", "merge_hop_us", "attend_hop_us")
-FITTED = ("busy_look_us", "kept_us", "pair_us", "refill_us", "attend_us", "kv_block_us")
+FITTED = ("busy_look_bytes", "kept_us", "pair_us", "refill_us", "attend_us", "kv_block_us")
 ROOM = 0.01  # relative error that counts as much as a constant that is TRUST off
 TRUST = 0.25  # of the logarithm
 STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
@@ -33,7 +33,7 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 @dataclass(frozen=True)
 class Run:
     """Milliseconds a token: on H200s the kernel of step 19 in decode.md, 2026-11-30; on H100s that of step 16,
-    2026-11-25, at short contexts, which later steps changed least. See h100.md, h200.md and tensor_parallel.md."""
+    2026-11-25. See h100.md, h200.md and tensor_parallel.md."""
 
     target: str
     spec: str
@@ -55,7 +55,9 @@ RUNS = (
     Run("h200", "qwen3", "8b", 4.767, position=32768), Run("h200", "qwen3", "32b", 14.337, fitted=True),
     Run("h200", "qwen3", "8b", 1.8925, tp=2), Run("h200", "qwen3", "32b", 7.559, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
-    Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998), Run("h100", "qwen3", "32b", 20.94),
+    Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998),
+    Run("h100", "qwen3", "8b", 5.236, position=4096), Run("h100", "qwen3", "8b", 6.863, position=32768),
+    Run("h100", "qwen3", "32b", 20.94),
 )  # fmt: skip
 
 

@@ -44,9 +44,9 @@ class CostModel:
     """The same of an attention's splits, which are merged."""
     attend_hop_us: float = 1.02
     """The same of an attention's own queries and keys, which are turned."""
-    busy_look_us: float = 0.24
-    """What all of these take longer where layers do not fit the ring, so that weights come in through the same queues;
-    fitted."""
+    busy_look_bytes: float = 8500.0
+    """Weights on their way to an SM that values wait behind, where a layer does not fit the ring; fitted. They take as
+    long as memory needs for them: longer on an H100 than on an H200."""
     look_gbps: float = 40.0
     """Beside those, for all bytes that one SM looks at; assumed (5.3 TB/s of L2 over 132 SMs), and what was measured
     between narrow and wide rows."""
@@ -243,7 +243,8 @@ def look_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int)
 def beside_hop_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int) -> float:
     """What a look takes beside its hop: the bytes looked at, and weights on their way."""
     busy = layer_bytes(plan.weights) / plan.num_sms > plan.ring_bytes
-    return loaded_bytes(plan, group, task, context) / (cost.look_gbps * 1e3) + (cost.busy_look_us if busy else 0.0)
+    behind = cost.busy_look_bytes / cost.sm_gbps if busy else 0.0
+    return (loaded_bytes(plan, group, task, context) / cost.look_gbps + behind) / 1e3
 
 
 def layer_bytes(weights: Mapping[str, Weight]) -> int:
@@ -268,7 +269,7 @@ def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) 
         mine = [block for unit in range(span.lo, span.hi) for block in range(unit % splits, seen, splits)]
         positions = sum(max(0, min(state.kv_block, cached - block * state.kv_block)) for block in mine)
         blocks += len(mine) * sequences
-        bytes_ += positions * sequences * state.head_dim * 2 * DTYPE_BYTES[state.dtype]
+        bytes_ += positions * sequences * 2 * state.row_bytes
     return blocks, float(bytes_)
 
 

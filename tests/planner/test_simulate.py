@@ -224,7 +224,7 @@ def test_every_constant_acts(constants):
     assert predicted(plan, **constants).us > predicted(plan).us + 1
 
 
-@pytest.mark.parametrize("constants", [{"kept_us": 1.0}, {"busy_look_us": 1.0}])
+@pytest.mark.parametrize("constants", [{"kept_us": 1.0}, {"busy_look_bytes": 24e3}])
 def test_so_do_those_of_small_tasks_and_of_values_that_cross_as_data(constants):
     """o_add and down_add have a tile or two a task, and a layer does not fit the ring."""
     plan = make_plan(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
