@@ -125,14 +125,12 @@ def _cache(plan: Plan, state, offset: int) -> Cache:
     nodes = (n for t in plan.steps["decode"].templates for g in t.groups for n in g.nodes if n.op == "attention")
     heads = next((n.values["heads"] for n in nodes if n.values["state"] == state.name), state.kv_heads)
     splits = max(1, state.extent // state.kv_heads)
-    return Cache(
-        state.name, offset, state.kv_heads, state.kv_block, state.head_dim * 2, splits, heads // state.kv_heads
-    )
+    return Cache(state.name, offset, state.kv_heads, state.kv_block, state.row_bytes, splits, heads // state.kv_heads)
 
 
 def page_bytes(state) -> int:
     """Of one KV head: K and V."""
-    return 2 * state.page * state.head_dim * 2
+    return 2 * state.page * state.row_bytes
 
 
 class _Cursor:

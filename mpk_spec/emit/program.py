@@ -59,10 +59,10 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
     """`runs[template][group]`: the case of the generated switch."""
     events = tuple(sorted({name for t in step.templates for name in t.events}))
     number = {name: n for n, name in enumerate(events)}
-    shapes = {name: n for n, name in enumerate([*layout.packed, *layout.caches])}
+    streamed = {name: n for n, name in enumerate([*layout.packed, *layout.caches])}
     if len(step.stages) > MOST_STAGES:
         raise UserError(f"the CUDA kernel runs at most {MOST_STAGES} stages, this plan has {len(step.stages)}")
-    drafts = [_SmDraft(step, runs, number, layout, shapes, sm) for sm in range(plan.num_sms)]
+    drafts = [_SmDraft(step, runs, number, layout, streamed, sm) for sm in range(plan.num_sms)]
     most = [max(1, max(len(getattr(d, k)) for d in drafts)) for k in ("entries", "loads", "waits", "signals")]
     dtype = _program_dtype(len(step.templates), *most)
     blob = np.zeros(plan.num_sms, dtype)
@@ -104,7 +104,7 @@ def _program_dtype(templates: int, entries: int, loads: int, waits: int, signals
 class _SmDraft:
     """The lists of one SM, template after template."""
 
-    def __init__(self, step: Step, runs, number: dict[str, int], layout: Layout, shapes: dict[str, int], sm: int):
+    def __init__(self, step: Step, runs, number: dict[str, int], layout: Layout, streamed: dict[str, int], sm: int):
         self.entries: list[tuple] = []
         self.loads: list[tuple] = []
         self.waits: list[tuple] = []
@@ -115,7 +115,7 @@ class _SmDraft:
             self.further = further_back(step, t)
             for group, task in template.queues[sm]:
                 self._entry(template.groups[group], template.groups[group].tasks[task], runs[t][group], group)
-                self.loads += self._loads(template.groups[group], template.groups[group].tasks[task], shapes)
+                self.loads += self._loads(template.groups[group], template.groups[group].tasks[task], streamed)
             self.queue_begin.append(len(self.entries))
             self.load_begin.append(len(self.loads))
 
@@ -129,12 +129,12 @@ class _SmDraft:
         self.waits += waits
         self.signals += [self.number[s] for s in task.signals]
 
-    def _loads(self, group: Group, task: Task, shapes: dict[str, int]) -> list[tuple]:
+    def _loads(self, group: Group, task: Task, streamed: dict[str, int]) -> list[tuple]:
         """What the task takes through the ring: weights, or what an attention reads of the cache."""
         if task.load_chunks:
-            return [(shapes[group.name], *bounds(group, task, self.layout))]
+            return [(streamed[group.name], *bounds(group, task, self.layout))]
         reads = [n.values["state"] for n in group.nodes if n.op == "attention"]
-        return [(shapes[state], *bounds(group, task, self.layout)) for state in reads]
+        return [(streamed[state], *bounds(group, task, self.layout)) for state in reads]
 
     def fill(self, record) -> None:
         record["queue_begin"], record["load_begin"] = self.queue_begin, self.load_begin

@@ -100,7 +100,7 @@ def bytes_per_token(plan: Plan, context: int) -> dict[str, int]:
     """What a rank must read in a step: every weight once, and the keys and values of `context` positions."""
     from mpk_spec.planner.weights import weight_bytes
 
-    kv = sum(s.layers * s.kv_heads * s.head_dim * 2 * 2 for s in plan.states.values()) * context
+    kv = sum(s.layers * s.kv_heads * 2 * s.row_bytes for s in plan.states.values()) * context
     weights = weight_bytes(plan)
     return {"weights": weights, "kv": kv, "total": weights + kv}
 

@@ -16,7 +16,7 @@ from mpk_spec.planner.fuse import Fused, FusedSection, fuse
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
-from mpk_spec.planner.plan import DTYPE_BYTES, Group, Packing, Plan, Stage, Step, Template, Tensor, Weight
+from mpk_spec.planner.plan import Group, Packing, Plan, Stage, Step, Template, Tensor, Weight
 from mpk_spec.planner.schedule import CHUNK_BYTES, Scheduler, in_two_shots, linear_rows
 from mpk_spec.planner.shots import choose_shots, inboxes, lone_sums
 from mpk_spec.planner.sums import sums_into_readers
@@ -164,7 +164,7 @@ def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple
     groups = [g for s in sections for g in s.groups]
     widest = max((smem_bytes(g, model, tokens) for g in groups), default=FIXED_SMEM)
     chunk = max((chunk_bytes(g, model) for g in groups if g.kind == "linear"), default=CHUNK_BYTES)
-    chunk = max([chunk, *(s.kv_block * s.head_dim * DTYPE_BYTES[s.dtype] for s in model.states.values())])
+    chunk = max([chunk, *(s.kv_block * s.row_bytes for s in model.states.values())])
     return max(1, (request.target.smem_bytes - widest) // chunk), chunk
 
 

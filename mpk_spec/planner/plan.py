@@ -227,6 +227,11 @@ class State:
     kv_block: int = 64
     extent: int = 0
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one position's key, or value, of one KV head."""
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Plan:

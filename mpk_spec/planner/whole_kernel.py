@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpk_spec.planner.cost import cost_model, layer_bytes
-from mpk_spec.planner.plan import DTYPE_BYTES
 from mpk_spec.schema.models import WHOLE_KERNEL
 
 if TYPE_CHECKING:
@@ -89,9 +88,7 @@ def _usual_prefetch(scheduler: Scheduler, ring: int) -> int:
     is more than the rings hold: SMs that are done with theirs would take from the others' rate (Qwen3-8B at 32768:
     0.9 %)."""
     model = scheduler.model
-    cached = sum(
-        s.kv_heads * s.head_dim * 2 * DTYPE_BYTES[s.dtype] * s.batch * s.context / 2 for s in model.states.values()
-    )
+    cached = sum(s.kv_heads * 2 * s.row_bytes * s.batch * s.context / 2 for s in model.states.values())
     return PREFETCH_BYTES if model.tp == 1 and cached / scheduler.target.num_sms <= ring else 0
 
 

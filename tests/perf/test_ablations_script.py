@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,19 +11,10 @@ import torch
 from mpk_spec.emit.source import emit
 from mpk_spec.runtime.cuda_device import NoGpu
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def ablations(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "random_kernel", raising=False)
-    found = importlib.util.spec_from_file_location("ablations_script", FOLDER / "ablations.py")
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "ablations_script", module)
-    found.loader.exec_module(module)
-    yield module
-    sys.modules.pop("random_kernel", None)
+def ablations(load_script):
+    return load_script("ablations")
 
 
 def run(ablations, monkeypatch, *words: str) -> int:

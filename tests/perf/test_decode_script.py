@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,16 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "decode.py"
-
 
 @pytest.fixture
-def decode(monkeypatch):
-    found = importlib.util.spec_from_file_location("decode_script", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "decode_script", module)  # dataclasses look their module up
-    found.loader.exec_module(module)
-    return module
+def decode(load_script):
+    return load_script("decode")
 
 
 def result(job, ms, rivals=()):

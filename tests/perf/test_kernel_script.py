@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 from functools import cache
@@ -25,20 +24,12 @@ from mpk_spec.runtime.cuda_device import NoGpu
 from mpk_spec.schema import load_spec
 from mpk_spec.testing.yardstick import Yardstick, sequences
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 COMPILED = Compiled(b"cubin", Report("sm_90a", "NVRTC", 168, 0, 5.5), Path("folder"), False)
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "random_kernel", raising=False)
-    found = importlib.util.spec_from_file_location("kernel_script", FOLDER / "kernel.py")
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "kernel_script", module)  # dataclasses look their module up
-    found.loader.exec_module(module)
-    yield module
-    sys.modules.pop("random_kernel", None)
+def script(load_script):
+    return load_script("kernel")
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +11,12 @@ from mpk_spec.emit.compiler import Compiled, Report
 from mpk_spec.errors import UserError
 from mpk_spec.runtime import cuda_launch, select
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 COMPILED = Compiled(b"cubin", Report("sm_90a", "NVRTC", 168, 0, 5.5), Path("folder"), False)
 
 
 @pytest.fixture
-def common(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "random_kernel", raising=False)
-    yield importlib.import_module("random_kernel")
-    sys.modules.pop("random_kernel", None)
+def common(load_script):
+    return load_script("random_kernel")
 
 
 @pytest.mark.parametrize(
