@@ -18,13 +18,16 @@ struct ChunkCursor {
   i32 block = 0, block_end = 0, hi = 0, tile = 0;  // of the cache: first block of a pass, passes left, last block, this block
   u32 chunk = 0;  // of the cache: 0 keys, 1 values
   u32 head = 0;
+  i32 page = 0, next_page = 0;  // of this block and of the one after it, which is asked for a block ahead
+  u32 fenced;  // the last step whose copies see what those before it stored
   WeightTiles shape{};
   const u8* base = nullptr;
   const u8* from = nullptr;
   u32 bytes = 0;
 
   // Before the first chunk of the launch.
-  __device__ explicit ChunkCursor(const Shared& s) : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1) {
+  __device__ explicit ChunkCursor(const Shared& s)
+      : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1), fenced(step) {
     next_load();
     point();
   }
@@ -61,22 +64,32 @@ struct ChunkCursor {
   }
   // Of a cursor that waits, when its step is described. Afterwards it may wait again.
   __device__ void learn() {
-    ptx::fence_copies();
+    if (fenced != step) ptx::fence_copies();
+    fenced = step;
     const CachePages& pages = plan::cache_pages[of_cache - 1];
     const Step& now = shared->step[step % 2];
     waits = false;
     hi = ceil_div(now.position, pages.block);
     block_end = ceil_div(now.tokens * pages.group, CachePages::rows);
-    if (tile >= hi || block_end == 0) next_load();
+    if (tile >= hi || block_end == 0) {
+      next_load();
+    } else {
+      page = page_of(*shared, tile);
+      next_page = page_of(*shared, block_after());
+    }
     point();
+  }
+  __device__ __forceinline__ i32 block_after() const {
+    const i32 next = tile + plan::cache_pages[of_cache - 1].splits;
+    return next < hi ? next : block;
   }
 
   __device__ void point() {
     if (waits) return;
     if (of_cache) {
       const CachePages& pages = plan::cache_pages[of_cache - 1];
-      const bool wrong = probe::planted(shared->params, probe::wrong_page);  // every second page is the one before it
-      from = cache_page(*shared, pages, plan::stage_layer[stage], head, wrong ? tile & ~1 : tile) + chunk * pages.half_bytes();
+      const i32 it = probe::planted(shared->params, probe::wrong_page) ? page_of(*shared, tile & ~1) : page;  // every second page
+      from = cache_page(*shared, pages, plan::stage_layer[stage], head, it) + chunk * pages.half_bytes();
       bytes = min_of(pages.block, shared->step[step % 2].position - tile * pages.block) * pages.row_bytes;
       return;
     }
@@ -101,10 +114,10 @@ struct ChunkCursor {
   __device__ void advance_in_cache() {
     if (++chunk < 2) return;
     chunk = 0;
-    tile += plan::cache_pages[of_cache - 1].splits;
-    if (tile < hi) return;
-    tile = block;
-    if (--block_end == 0) next_load();
+    tile = block_after();
+    page = next_page;
+    if (tile == block && --block_end == 0) return next_load();
+    next_page = page_of(*shared, block_after());
   }
 };
 

@@ -50,8 +50,9 @@ struct WeightTiles {
 
 // Keys and values of one state: where they lie, and how an attention reads them: split s the blocks b of positions with
 // b % splits == s, all of them once for every `rows` of its tokens x group query rows. A page is one block of one KV head,
-// [K rows | V rows]; a chunk of the ring is either half, as far as it is filled. Of a value's row its 16 bytes number n lie in
-// place value_place(position, n), so that eight positions' are in different banks.
+// [K rows | V rows]; a chunk of the ring is either half, as far as it is filled. Of a row its 16 bytes number n lie in place
+// key_place(position, n) or value_place(position, n), so that what is read at once, four of two neighbouring keys or one of
+// eight values, is in different banks.
 struct CachePages {
   u64 offset;
   u32 kv_heads, block, row_bytes, splits, group;
@@ -59,6 +60,9 @@ struct CachePages {
   static constexpr int rows = 8;  // columns of one multiplication
 
   __host__ __device__ constexpr u32 half_bytes() const { return block * row_bytes; }
+  __host__ __device__ constexpr u32 key_place(u32 position, u32 n) const {
+    return row_bytes / 16 < 8 ? n : n ^ position % 2 * 4;
+  }
   __host__ __device__ constexpr u32 value_place(u32 position, u32 n) const {
     const u32 places = min_of<u32>(8, row_bytes / 16);
     return n ^ (position / (8 / places) % places);

@@ -84,11 +84,14 @@ __device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32
   ptx::barrier_wait(bar, parity, &shared.abort);
 }
 
-// The page of a block of positions of one KV head, in the layer.
-__device__ __forceinline__ u8* cache_page(const Shared& shared, const CachePages& of, u32 layer, u32 head, u32 index) {
-  const Params& p = shared.params;
-  const u64 page = static_cast<u64>(layer) * p.num_pages + (index < pages_kept ? shared.pages[index] : p.pages[index]);
-  return p.cache + of.offset + (page * of.kv_heads + head) * 2 * of.half_bytes();
+// The page of a block of positions.
+__device__ __forceinline__ i32 page_of(const Shared& shared, u32 index) {
+  return index < pages_kept ? shared.pages[index] : shared.params.pages[index];
+}
+// Where a page's part of one KV head lies, in the layer.
+__device__ __forceinline__ u8* cache_page(const Shared& shared, const CachePages& of, u32 layer, u32 head, i32 page) {
+  const u64 at = static_cast<u64>(layer) * shared.params.num_pages + page;
+  return shared.params.cache + of.offset + (at * of.kv_heads + head) * 2 * of.half_bytes();
 }
 
 extern __shared__ __align__(128) u8 shared_memory[];

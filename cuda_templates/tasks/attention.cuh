@@ -105,11 +105,12 @@ struct Attention {
     for (int i = 0; i < slices; ++i) keys[i] = make_uint4(0, 0, 0, 0);
     if (!in_ring(w, index)) return;
     w.wait_chunk();
-    const u8* from = w.chunk() + (w.warp * positions + w.lane / 4) * dim * 2 + w.lane % 4 * 16;
-    const bool mine = static_cast<int>(w.lane / 4) < cached(w, index);
+    const u32 n = w.lane / 4;
+    const u8* from = w.chunk() + (w.warp * positions + n) * dim * 2;
+    const bool mine = static_cast<int>(n) < cached(w, index);
 #pragma unroll
     for (int i = 0; i < slices; ++i)
-      if (mine) keys[i] = *reinterpret_cast<const uint4*>(from + i * 64);
+      if (mine) keys[i] = *reinterpret_cast<const uint4*>(from + pages.key_place(n, i * 4 + w.lane % 4) * 16);
     w.free_chunk();
   }
 
@@ -169,9 +170,10 @@ struct Attention {
         for (int n = 0; n < per; ++n) s.q[i][shuffled(w.lane * per + n)] = bits[n];
       } else {
         const u32 at = position % block, feature = w.lane * per;
-        const u32 place = value ? pages.value_place(at, feature / 8) : feature / 8;
-        u8* to = cache_page(w.shared, pages, w.layer, head, position / block) + (value ? pages.half_bytes() : 0) +
-                 at * dim * 2 + place * 16 + feature % 8 * 2;
+        const u32 place = value ? pages.value_place(at, feature / 8) : pages.key_place(at, feature / 8);
+        const i32 page = page_of(w.shared, position / block);
+        u8* to = cache_page(w.shared, pages, w.layer, head, page) + (value ? pages.half_bytes() : 0) + at * dim * 2 +
+                 place * 16 + feature % 8 * 2;
         u16* shared = value ? s.new_value[token] : s.new_key[token];
 #pragma unroll
         for (int n = 0; n < per; ++n) {
