@@ -12,7 +12,7 @@ from mpk_spec.planner.bind import bind
 from mpk_spec.planner.cost import cost_model
 from mpk_spec.planner.crossing import Crossing, cross_as_data, in_turns
 from mpk_spec.planner.events import StageOrder, connect, enter
-from mpk_spec.planner.fuse import Fused, FusedSection, fuse
+from mpk_spec.planner.fuse import FusedSection, fuse
 from mpk_spec.planner.lower import Lowered, lower
 from mpk_spec.planner.memory import place
 from mpk_spec.planner.model import Model
@@ -79,7 +79,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         schedulers.append(scheduler)
         lowered[kind] = _lowering(sections, scheduler)
     slots = _slots(lowered, ring)
-    whole = resolve_whole_kernel(schedulers, [_layer_groups(lowered[k]) for k in request.steps], chunk, slots)
+    whole = resolve_whole_kernel(schedulers, chunk, slots)
     splits = _kv_splits(spec, lowered, problems)
     _check_sums(spec, lowered[request.steps[0]], problems)
     if problems:
@@ -150,11 +150,6 @@ def _lowering(sections: list[FusedSection], scheduler: Scheduler) -> _Lowering:
     known = {i.group.name for s in done for i in [*s.items, *s.first]}
     scheduler.problems += scheduler.strangers(known)
     return _Lowering(model, done)
-
-
-def _layer_groups(lowering: _Lowering) -> list[Fused]:
-    """Of one layer, in program order."""
-    return [i.group for s in lowering.sections if s.fused.section.layers for i in s.items]
 
 
 def _ring(request: Request, sections: list[FusedSection], model: Model) -> tuple[int, int]:

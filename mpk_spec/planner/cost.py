@@ -93,9 +93,10 @@ class CostModel:
     memory_us: float = 1.01
     """From an SM's asking memory for weights to their coming while all ask: what it takes in that time must be on its
     way. With `stream_share` fitted to 32, 48 and 64 KiB in flight, 84, 97.4 and 100 % of an H200's rate."""
-    queued: float = 0.65
-    """Part of the time that an SM's bytes in flight take to come by which they hold up values that it looks for. With
-    64 KiB instead of 48 on H200s Qwen3-8B is faster (below 0.79), on two of them it is slower (above 0.48)."""
+    in_flight_us: float = 2.3
+    """What comes to an SM in this time is kept on its way while its weights are worked on: more than `memory_us`, so
+    that the rate is kept while others wait. Measured: with 80 KiB instead of 64 on an H200 Qwen3-32B is 0.8 %
+    faster, narrower models are no slower; 64 KiB on an H100."""
     spread: float = 0.025
     """Difference in speed between the two groups of SMs; measured on one H100."""
     chance: float = 0.05
@@ -120,10 +121,9 @@ class CostModel:
         needed = self.memory_us * self.sm_gbps * 1e3
         return (1 + (needed / in_flight) ** 5) ** -0.2
 
-    def layer_us(self, sm_bytes: float, hops: int, in_flight: int) -> float:
-        """What a layer takes of which each SM streams so many bytes, as far as it depends on bytes in flight."""
-        rate = self.sm_gbps * 1e3
-        return sm_bytes / (rate * self.stream_share(in_flight)) + hops * self.queued * in_flight / rate
+    def in_flight(self, chunk: int) -> int:
+        """Bytes on their way to each SM while its weights are worked on, in whole chunks of so many bytes."""
+        return ceil(self.in_flight_us * self.sm_gbps * 1e3 / chunk) * chunk
 
     @property
     def sm_gbps(self) -> float:
@@ -154,9 +154,6 @@ def cost_model(target: str | Target, overrides: dict[str, Any] | None = None) ->
 
 
 OF_TARGET: dict[str, dict[str, float]] = {
-    # So that wide layers keep the 64 KiB in flight with which they were measured (97.5 % of the ceiling for
-    # Qwen3-32B); 48, which reach 99 % of an H100's rate by `stream_share`, have not been tried.
-    "h100": {"queued": 0.1},
     # The reference runs tasks as torch calls: tens of microseconds each, no events; all assumed.
     "cpu": {
         "reduce_us": 10.0, "signal_us": 0.0, "activation_us": 10.0, "activation_gbps": 10.0, "start_us": 5.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,10 @@ from mpk_spec.planner.cost import cost_model, layer_bytes
 from mpk_spec.schema.models import WHOLE_KERNEL
 
 if TYPE_CHECKING:
-    from mpk_spec.planner.fuse import Fused
     from mpk_spec.planner.schedule import Scheduler
 
-IN_FLIGHT_BYTES = (48 * 1024, 64 * 1024)  # what is chosen from: the best of what was measured
-IN_FLIGHT_LOOKING_BYTES = 32 * 1024  # 16 or 48 cost Qwen3-8B 1 % on an H200
+IN_FLIGHT_BYTES = 48 * 1024  # where a layer fits the ring, and is there long before its values are
+IN_FLIGHT_LOOKING_BYTES = 32 * 1024  # elsewhere; 16 cost Qwen3-8B 1 % on an H200, 48 are the same
 PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
 
 
@@ -32,14 +31,12 @@ class WholeKernel:
     crossing: str
 
 
-def resolve_whole_kernel(
-    schedulers: Iterable[Scheduler], layers: Iterable[Sequence[Fused]], chunk: int, slots: int
-) -> WholeKernel:
-    """What holds for a plan with a ring of `slots` chunks, in all its steps. layers: of each step a layer's groups.
+def resolve_whole_kernel(schedulers: Iterable[Scheduler], chunk: int, slots: int) -> WholeKernel:
+    """What holds for a plan with a ring of `slots` chunks, in all its steps.
 
     What cannot be goes to the schedulers' problems.
     """
-    found = [(s, _of(s, hops(layer), chunk, slots)) for s, layer in zip(schedulers, layers, strict=True)]
+    found = [(scheduler, _of(scheduler, chunk, slots)) for scheduler in schedulers]
     (first, settings), *others = found
     for other, wanted in others:
         for key in WHOLE_KERNEL:
@@ -53,23 +50,13 @@ def resolve_whole_kernel(
     return settings
 
 
-def hops(layer: Sequence[Fused]) -> int:
-    """How often values cross between SMs in a layer, one after the other: its groups, those side by side once."""
-    depth: dict[str, int] = {}
-    for group in layer:
-        depth |= dict.fromkeys(group.inner, 1 + max((depth.get(value, 0) for value in group.inputs), default=0))
-    return max(depth.values(), default=0)
-
-
-def _of(scheduler: Scheduler, hops: int, chunk: int, slots: int) -> WholeKernel:
+def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
     target, ring = scheduler.target, slots * chunk
     share = max(chunk, target.l2_bytes // target.num_sms)
-    layer = layer_bytes(scheduler.model.weights) / target.num_sms
-    cost = cost_model(target)
-    usual = min(IN_FLIGHT_BYTES, key=lambda in_flight: cost.layer_us(layer, hops, in_flight))
+    wide = layer_bytes(scheduler.model.weights) / target.num_sms > ring
+    usual = cost_model(target).in_flight(chunk) if wide else IN_FLIGHT_BYTES
     in_flight = _whole_chunks(scheduler, "in_flight", usual, chunk, (chunk, ring), f"the ring's {ring}")
-    # A layer that fits the ring is there long before its values are.
-    looking = min(in_flight, IN_FLIGHT_LOOKING_BYTES) if layer > ring else in_flight
+    looking = min(in_flight, IN_FLIGHT_LOOKING_BYTES) if wide else in_flight
     return WholeKernel(
         in_flight,
         _whole_chunks(

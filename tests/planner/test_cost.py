@@ -52,14 +52,12 @@ def test_bytes_in_flight_reach_a_share_of_the_rate(target, kib, share):
     assert 0.985 < cost.stream_share(65536) < 1
 
 
-def test_more_hops_and_fewer_bytes_want_less_in_flight():
-    cost = cost_model("h200")
-
-    def gained(sm_bytes, hops):
-        return cost.layer_us(sm_bytes, hops, 49152) - cost.layer_us(sm_bytes, hops, 65536)
-
-    assert gained(3e6, 5) > 0 > gained(1e6, 5) > gained(1e6, 6)
-    assert gained(3e6, 0) == pytest.approx(3 * gained(1e6, 0))
+@pytest.mark.parametrize(("target", "chunk", "kib"), [("h200", 16, 80), ("h100", 16, 64), ("h200", 64, 128)])
+def test_bytes_in_flight_are_what_comes_in_a_time_in_whole_chunks(target, chunk, kib):
+    cost = cost_model(target)
+    assert cost.in_flight(chunk * 1024) == kib * 1024
+    least = cost.in_flight_us * cost.sm_gbps * 1e3
+    assert least <= cost.in_flight(chunk * 1024) < least + chunk * 1024
 
 
 def test_overrides_replace_constants():
