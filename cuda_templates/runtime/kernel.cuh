@@ -28,6 +28,7 @@ __device__ void set_up(const Params& params, Shared& shared) {
     shared.described = params.first_step;
     for (News& news : shared.news) news = {};
     shared.watched = {};
+    static_cast<PoolBoard&>(shared) = {};
   }
   __syncthreads();
 }
@@ -45,6 +46,21 @@ __device__ __forceinline__ bool take_step(Progress& progress) {
   return more;
 }
 
+#if MPK_POOLS
+// Whether the scheduler gives a claimed task, not the end of the pool.
+__device__ __forceinline__ bool takes_claimed(Progress& progress) {
+  Worker w(progress, ptx::thread_in_block<~1u>());
+  const u32 place = w.taken % ready_depth;
+  wait_barrier(w.shared, &w.shared.ready[place], w.taken / ready_depth % 2);
+  const bool over = w.shared.claimed[place].run == from_pool || w.aborted();
+  if (!ptx::named_barrier_any(1, worker_threads, over)) return true;
+  w.release_ready();
+  w.mark_stored();
+  progress.taken = w.taken;
+  return false;
+}
+#endif
+
 // Left to the compiler on Hopper, where that is how it was timed; on Blackwell a function of its own, or registers spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 __noinline__
@@ -59,7 +75,15 @@ __device__ void run_worker(const Params& params, Shared& shared) {
         if (beyond_stop(progress.stage, shared.program.entry[i].group)) break;
         if (threadIdx.x == producer_threads) shared.mark_asked();
         progress.place = i - first;
-        run_task(progress, shared.program.entry[i].run, i);
+        u32 entry = i;
+#if MPK_POOLS
+        if (shared.program.entry[i].run == from_pool) {
+          if (!takes_claimed(progress)) continue;
+          entry = plan::Program::num_entries + progress.taken % ready_depth;
+          --i;  // and once more, until there are none
+        }
+#endif
+        run_task(progress, entry_at(shared, entry).run, entry);
       }
     }
   }

@@ -14,6 +14,10 @@ struct ChunkCursor {
   const Shared* shared;
   u32 step, stage, load = 0, load_end = 0;
   bool waits = false;  // for the descriptor of its step, to know what there is of the cache
+#if MPK_POOLS
+  bool in_pool = false, unclaimed = false;  // `load` is a pool's; of which the next task is to be claimed
+  u32 pool = 0;
+#endif
   u32 of_cache = 0;  // 0: a weight; else one more than the index into plan::cache_pages
   i32 block = 0, block_end = 0, hi = 0, tile = 0;  // of the cache: first block of a pass, passes left, last block, this block
   u32 chunk = 0;  // of the cache: 0 keys, 1 values
@@ -40,7 +44,13 @@ struct ChunkCursor {
       load = shared->program.load_begin[kind];
       load_end = shared->program.load_begin[kind + 1];
     }
-    const Load& it = shared->program.load[load++];
+    const Load& it = shared->program.load[load];
+#if MPK_POOLS
+    in_pool = unclaimed = it.lo < 0;
+    pool = it.hi;
+    if (in_pool) return;  // and comes back here after each task
+#endif
+    ++load;
     chunk = 0;
     if (it.what >= plan::num_weights) {
       of_cache = it.what - plan::num_weights + 1;
@@ -49,13 +59,47 @@ struct ChunkCursor {
       block = tile = it.hi;
       return;
     }
+    begin_weight(it.what, it.lo, it.hi);
+  }
+
+  // The tiles [first, last) of a weight.
+  __device__ __forceinline__ void begin_weight(u32 what, i32 first, i32 last) {
     of_cache = 0;
-    shape = plan::weight_tiles[it.what];
+    shape = plan::weight_tiles[what];
     base = shared->params.weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
-    block = it.lo;
-    hi = it.hi;
+    block = first;
+    hi = last;
     block_end = min_of(block + tiles_per_block, hi);
     tile = block;
+  }
+
+#if MPK_POOLS
+  // The next task of the pool.
+  __device__ void begin_claimed(u32 task) {
+    unclaimed = false;
+    chunk = 0;
+    const u16* tiles = plan::pool_tiles + plan::pools[pool].tile + task;
+    begin_weight(plan::pools[pool].weight, tiles[0], tiles[1]);
+    point();
+  }
+  __device__ void leave_pool() {
+    ++load;
+    next_load();
+    point();
+  }
+  // Whether no more chunks come of a claimed task than a block has tiles.
+  __device__ __forceinline__ bool at_end_of_claimed() const {
+    return in_pool && block_end == hi && chunk + 1 == shape.chunks_per_tile;
+  }
+#endif
+
+  // Whether what comes next has to be learned or claimed first.
+  __device__ __forceinline__ bool stands() const {
+#if MPK_POOLS
+    return waits || unclaimed;
+#else
+    return waits;
+#endif
   }
 
   // Whether what it waits for is there.
@@ -85,7 +129,7 @@ struct ChunkCursor {
   }
 
   __device__ void point() {
-    if (waits) return;
+    if (stands()) return;
     if (of_cache) {
       const CachePages& pages = plan::cache_pages[of_cache - 1];
       const i32 it = probe::planted(shared->params, probe::wrong_page) ? page_of(*shared, tile & ~1) : page;  // every second page
@@ -125,6 +169,66 @@ __device__ __forceinline__ bool leaving(const Shared& shared) {
   return ptx::load_shared_flag(&shared.stop) || ptx::load_shared_flag(&shared.abort);
 }
 
+#if MPK_POOLS
+// What the loader claims, see runtime/pool.cuh.
+struct Claims {
+  const Params& params;
+  Shared& shared;
+  u32 lane;
+  u32 told = 0;  // to the scheduler
+  bool asked = false;
+  u32 coming = 0;  // lane 0's: the ticket that was asked for, perhaps on its way
+
+  // A first ticket of every pool.
+  __device__ Claims(const Params& p, Shared& s, u32 l) : params(p), shared(s), lane(l) {
+    for (u32 pool = lane; pool < num_pools; pool += warp_size) shared.ticket[pool] = ptx::claim(counter(pool));
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ u32* counter(u32 pool) const {
+    return params.events + (plan::num_stages * plan::num_events + pool) * plan::event_stride;
+  }
+
+  // Asks for the ticket after that of the cursor's task as late as it can be there in time.
+  __device__ __forceinline__ void look(const ChunkCursor& cursor) {
+    if (asked || !cursor.at_end_of_claimed()) return;
+    asked = true;
+    if (lane == 0) coming = ptx::claim(counter(cursor.pool));
+  }
+
+  // Sends the cursor to the next task of its pool, or on if that is for a later round. False: it is time to leave.
+  __device__ bool next(ChunkCursor& cursor) {
+    const u32 pool = cursor.pool, tasks = plan::pools[pool].tasks;
+    const u32 ticket = asked ? __shfl_sync(all_lanes, coming, 0) : shared.ticket[pool];
+    const u32 task = ticket - shared.round[pool];
+    asked = false;
+    if (!tell(task < tasks ? task : no_more)) return false;
+    if (task < tasks) {
+      cursor.begin_claimed(task);
+      return true;
+    }
+    __syncwarp();  // all lanes have read these
+    if (lane == 0) {
+      shared.ticket[pool] = ticket;
+      shared.round[pool] += tasks;
+    }
+    __syncwarp();
+    cursor.leave_pool();
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ bool tell(u32 task) {
+    while (__any_sync(all_lanes, told - ptx::load_shared_flag(&shared.claims_taken) >= claims_kept))
+      if (__any_sync(all_lanes, leaving(shared))) return false;
+    ptx::fence_block();
+    if (lane == 0) ptx::store_shared_flag(&shared.claim[told % claims_kept], claim_word(told, task));
+    ++told;
+    return true;
+  }
+};
+#endif
+
 // While the ring is full, the loader asks for the chunks that come next to be brought into L2, no faster than memory could
 // deliver them and only once all that it copies has arrived: a stall of the workers then leaves memory no more idle.
 struct Scout {
@@ -143,7 +247,7 @@ struct Scout {
       if (!at.described()) return;
       at.learn();
     }
-    if (at.waits) return;
+    if (at.stands()) return;
     if (lane == 0) ptx::prefetch_l2(at.from, at.bytes);
     at.advance();
     ++ahead;
@@ -170,8 +274,17 @@ __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 l
   Scout scout(cursor);
   u32 slot = 0, parity = 0, issued = 0;
   bool going = true;
+#if MPK_POOLS
+  Claims claims(params, shared, lane);
+#endif
   while (going) {
-    while (going && cursor.waits) {
+    while (going && cursor.stands()) {
+#if MPK_POOLS
+      if (cursor.unclaimed) {
+        going = claims.next(cursor);
+        continue;
+      }
+#endif
       going = !__any_sync(all_lanes, leaving(shared));
       if (__all_sync(all_lanes, cursor.described())) cursor.learn();
     }
@@ -185,6 +298,9 @@ __device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 l
     while (too_many_in_flight(shared, issued)) {}  // a copy that was issued always lands
     __syncwarp();
     probe::pause(params, probe::loading, issued);
+#if MPK_POOLS
+    claims.look(cursor);
+#endif
     ptx::copy_to_shared(ring + slot * plan::slot_bytes, cursor.from, cursor.bytes, &shared.full[slot], lane);
     ++issued;
     if (++slot == ring_slots) {

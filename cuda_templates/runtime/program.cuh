@@ -5,9 +5,17 @@
 #include "runtime/peers.cuh"
 #include "runtime/probe.cuh"
 
+#ifndef MPK_POOLS
+#define MPK_POOLS 0  // claim pools of the plan, see runtime/pool.cuh
+#endif
+
 namespace mpk {
 
+constexpr u32 num_pools = MPK_POOLS;
+constexpr u16 from_pool = 0xffff;  // of Entry::run
+
 // One task of one SM's queue. `lo`, `hi`: weight tiles, or what the task's header says. `share`: its part of a published value.
+// Or, with `from_pool` for `run`, the tasks that the SM claims from pool `lo`; among those, one with it says that it has no more.
 struct Entry {
   u16 run;  // the generated switch's case
   u16 group;
@@ -22,7 +30,7 @@ struct Entry {
 };
 
 // What a task takes through the ring: the weight tiles [lo, hi) of plan::weight_tiles[what]; or, for `what` beyond these, of
-// plan::cache_pages the keys and values that split `hi` of KV head `lo` reads.
+// plan::cache_pages the keys and values that split `hi` of KV head `lo` reads. A weight with `lo` < 0 is that of pool `hi`.
 struct Load {
   u32 what;
   i32 lo, hi;
@@ -69,8 +77,15 @@ struct CachePages {
   }
 };
 
+// Tasks of one group of a stage's template that SMs claim at run time. All SMs have their entries in common, behind the SMs'
+// programs: those from `first` on. Task i has the tiles from tile i to tile i + 1 of those that plan::pool_tiles has from `tile` on.
+struct Pool {
+  u32 weight, tasks, first, tile;
+};
+
 template <int templates, int entries, int loads, int waits, int signals>
 struct SmProgram {
+  static constexpr u32 num_entries = entries;
   u16 queue_begin[templates + 1];
   u16 load_begin[templates + 1];
   Entry entry[entries];
@@ -135,7 +150,7 @@ struct Params : Peers<num_ranks> {
   const i32* pages;  // physical page of each block of positions
   const float2* rope;
   const u8* program;
-  u32* events;
+  u32* events;  // and behind them a counter for each pool
   Control* control;
   Report* reports;  // one per SM
   const i32* prompt;  // by position

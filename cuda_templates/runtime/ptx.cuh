@@ -171,6 +171,11 @@ __device__ __forceinline__ u32 claim_once(u32* p) {  // 0 for the one caller tha
   asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(old) : "l"(p) : "memory");
   return old;
 }
+__device__ __forceinline__ u32 claim(u32* p) {  // a number that no one else gets
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(p) : "memory");
+  return old;
+}
 __device__ __forceinline__ void max_shared(u64* p, u64 v) {
   asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(shared_address(p)), "l"(v) : "memory");
 }
@@ -209,6 +214,11 @@ __device__ __forceinline__ u16 load_l2_2(const void* p) {
 __device__ __forceinline__ uint2 load_constant_8(const void* p) {
   uint2 v;
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ u32 load_constant_4(const void* p) {
+  u32 v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 __device__ __forceinline__ u16 load_constant_2(const void* p) {

@@ -14,6 +14,9 @@ struct Scheduler {
   u32 given = 0;
   u32 stage = 0;
   u32 tokens = 0;
+#if MPK_POOLS
+  u32 claims = 0;  // taken from the loader
+#endif
   probe::Log log;
 
   __device__ Scheduler(const Params& p, Shared& s, u32 l) : params(p), shared(s), lane(l), step(p.first_step) {}
@@ -99,6 +102,7 @@ struct Scheduler {
     if (stops_early() && step != params.first_step) return end_early();
     if (lane == 0) say({given, 0, step, plan::num_stages, 0, 0, 0, step + 1});
     wait_taken();
+    say_given(plan::num_stages, 0, 0);
     const u32 word = wait_described();
     if (__any_sync(all_lanes, aborted())) return 0;
     u32* to = reinterpret_cast<u32*>(&shared.step[step % 2]);
@@ -124,16 +128,72 @@ struct Scheduler {
     for (u32 i = shared.program.queue_begin[kind]; i < shared.program.queue_begin[kind + 1]; ++i) {
       const Entry& entry = shared.program.entry[i];
       if (beyond_stop(stage, entry.group)) break;
+#if MPK_POOLS
+      if (entry.run == from_pool) {
+        if (!run_pool(entry)) return false;
+        continue;
+      }
+#endif
       wait_taken();
-      for (u32 w = lane; w < entry.num_waits; w += warp_size)
-        wait_event(shared.program.wait[entry.first_wait + w], entry, w);
-      log.skip(entry.num_waits);
-      probe::pause(params, probe::scheduling, given);
-      if (__any_sync(all_lanes, aborted())) return false;
-      give();
+      if (!run_entry(entry)) return false;
     }
     return true;
   }
+
+  // Gives a task once its events have come; false after an abort.
+  __device__ __forceinline__ bool run_entry(const Entry& entry) {
+    for (u32 w = lane; w < entry.num_waits; w += warp_size)
+      wait_event(shared.program.wait[entry.first_wait + w], entry, w);
+    log.skip(entry.num_waits);
+    probe::pause(params, probe::scheduling, given);
+    if (__any_sync(all_lanes, aborted())) return false;
+    say_given(stage, entry.group, entry.task);
+    give();
+    return true;
+  }
+
+  // Of the hand-over that comes next, for the watchdog: in a queue with pools its number does not say what it is.
+  __device__ __forceinline__ void say_given(u32 of_stage, u32 group, u32 task) {
+#if MPK_POOLS
+    if (lane == 0) shared.given_at[given % ready_depth] = {step, of_stage, group, task};
+#endif
+  }
+
+#if MPK_POOLS
+  // Gives the tasks of a pool that the loader claims, and after the last one an entry that says so; false after an abort.
+  __device__ bool run_pool(const Entry& pool) {
+    const Pool& from = plan::pools[pool.lo];
+    const Entry* entries = reinterpret_cast<const Entry*>(params.program + static_cast<u64>(gridDim.x) * sizeof(plan::Program));
+    while (true) {
+      wait_taken();
+      const u32 task = next_claim(pool);
+      if (__any_sync(all_lanes, aborted())) return false;
+      ptx::fence_block();
+      ++claims;
+      if (lane == 0) ptx::store_shared_flag(&shared.claims_taken, claims);
+      Entry& entry = shared.claimed[given % ready_depth];
+      if (task == no_more) {
+        if (lane == 0) entry.run = from_pool;
+        say_given(stage, pool.group, no_more);
+        give();
+        return true;
+      }
+      const u32* words = reinterpret_cast<const u32*>(entries + from.first + task);
+      if (lane < sizeof(Entry) / 4) reinterpret_cast<u32*>(&entry)[lane] = ptx::load_constant_4(words + lane);
+      __syncwarp();
+      if (!run_entry(entry)) return false;
+    }
+  }
+
+  __device__ __forceinline__ u32 next_claim(const Entry& pool) {
+    const u32* from = &shared.claim[claims % claims_kept];
+    const u32 wanted = claim_word(claims, 0);
+    u32 word = ptx::load_shared_flag(from);
+    if (lane == 0 && (word ^ wanted) > no_more) say({given, 0, step, stage, pool.group, no_more, 0, wanted});
+    while (__any_sync(all_lanes, (word ^ wanted) > no_more && !aborted())) word = ptx::load_shared_flag(from);
+    return word & no_more;
+  }
+#endif
 
   __device__ void run() {
     while (next_step() != 0) {
@@ -168,8 +228,15 @@ __device__ void run_lookout(const Params& params, Shared& shared, u32 lane) {
       const u64* described = params.control->steps[watched.step % step_slots];
       const u32 seen = watched.stage < plan::num_stages ? ptx::load_relaxed(params.events + watched.event * plan::event_stride)
                                                         : ptx::load_relaxed(reinterpret_cast<const u32*>(described) + 1);
-      params.reports[blockIdx.x] = {1, watched.given, watched.taken, watched.step, watched.stage, watched.group,
-                                    watched.task, watched.event, seen, watched.wanted};
+      Report& report = params.reports[blockIdx.x];
+      report = {1, watched.given, watched.taken, watched.step, watched.stage, watched.group,
+                watched.task, watched.event, seen, watched.wanted};
+#if MPK_POOLS
+      if (watched.given != watched.taken) {  // the workers are at what they were given
+        const Place& at = shared.given_at[watched.taken % ready_depth];
+        report.step = at.step, report.stage = at.stage, report.group = at.group, report.task = at.task;
+      }
+#endif
       return;
     }
     ptx::sleep_ns(5000);

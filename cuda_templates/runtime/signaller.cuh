@@ -95,12 +95,32 @@ struct Signaller {
     for (u32 i = first; i < last; ++i) {
       const Entry& entry = shared.program.entry[i];
       if (beyond_stop(stage, entry.group)) break;
+#if MPK_POOLS
+      if (entry.run == from_pool) {
+        if (!signal_claimed()) return false;
+        continue;
+      }
+#endif
       if (!wait_stored()) return false;
       signal(entry, i - first);
       done();
     }
     return true;
   }
+
+#if MPK_POOLS
+  // Of a pool's tasks those that this SM has claimed.
+  __device__ bool signal_claimed() {
+    for (bool more = true; more;) {
+      if (!wait_stored()) return false;
+      const Entry& entry = shared.claimed[handled % ready_depth];
+      more = entry.run != from_pool;
+      if (more) signal(entry, 0);
+      done();
+    }
+    return true;
+  }
+#endif
 
   __device__ void run() {
     run_steps();

@@ -4,7 +4,7 @@
 // signals events for the workers, who go on meanwhile.
 // Warpgroups 1 and 2 compute. Order of shared memory: ring | activations | partial sums | Shared.
 #pragma once
-#include "runtime/program.cuh"
+#include "runtime/pool.cuh"
 #include "runtime/ptx.cuh"
 
 namespace mpk {
@@ -35,7 +35,7 @@ struct News {
   i32 token;
 };
 
-struct Shared : probe::Recorder {
+struct Shared : probe::Recorder, PoolBoard {
   u64 full[plan::ring_slots];
   u64 empty[plan::ring_slots];
   u64 ready[ready_depth];
@@ -98,6 +98,14 @@ extern __shared__ __align__(128) u8 shared_memory[];
 
 __device__ __forceinline__ Shared& shared_state() {
   return *reinterpret_cast<Shared*>(shared_memory + ring_bytes + scratch_bytes);
+}
+
+// A task by its place in the SM's program, or behind that by its hand-over, if it was claimed.
+__device__ __forceinline__ const Entry& entry_at(const Shared& shared, u32 place) {
+#if MPK_POOLS
+  if (place >= plan::Program::num_entries) return shared.claimed[place - plan::Program::num_entries];
+#endif
+  return shared.program.entry[place];
 }
 
 // Where a worker stands: all that one task hands to the next.
@@ -252,8 +260,8 @@ struct Worker : Progress {
 template <u32 Number, class Task>
 __device__ __forceinline__ void run_task_as(Progress& progress, u32 entry) {
   Worker w(progress, ptx::thread_in_block<Number>());
-  w.group = w.shared.program.entry[entry].group;
-  Task::run(w, w.shared.program.entry[entry]);
+  w.group = entry_at(w.shared, entry).group;
+  Task::run(w, entry_at(w.shared, entry));
   progress.slot = w.slot;
   progress.slot_parity = w.slot_parity;
   progress.taken = w.taken;

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from mpk_spec.emit.layout import Layout
+from mpk_spec.emit.pools import FROM_POOL, MOST_TASKS, MOST_TILES, ClaimPool, check_order, dynamic_groups
 from mpk_spec.errors import UserError
 from mpk_spec.planner.crossing import further_back
 from mpk_spec.planner.plan import Group, Plan, Step, Task
@@ -47,12 +49,14 @@ class Sizes:
 @dataclass(frozen=True)
 class Programs:
     sizes: Sizes
-    blob: bytes  # num_sms programs, one after the other
+    blob: bytes  # num_sms programs, one after the other, and the entries of all pools
     events: tuple[str, ...]
     event_total: tuple[tuple[int, ...], ...]  # [template][event]
     max_queue: int
     sampling_sm: int
     from_peers: frozenset[str]  # events that every rank's tasks signal on every rank
+    pools: tuple[ClaimPool, ...] = ()
+    pool_tiles: tuple[int, ...] = ()  # of each pool's tasks the first tiles, and the end of the last one's
 
 
 def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]]) -> Programs:
@@ -62,7 +66,10 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
     streamed = {name: n for n, name in enumerate([*layout.packed, *layout.caches])}
     if len(step.stages) > MOST_STAGES:
         raise UserError(f"the CUDA kernel runs at most {MOST_STAGES} stages, this plan has {len(step.stages)}")
-    drafts = [_SmDraft(step, runs, number, layout, streamed, sm) for sm in range(plan.num_sms)]
+    for template in step.templates:
+        check_order(template)
+    pools = _PoolDraft(step, runs, number, layout, streamed)
+    drafts = [_SmDraft(step, runs, number, layout, streamed, sm, pools) for sm in range(plan.num_sms)]
     most = [max(1, max(len(getattr(d, k)) for d in drafts)) for k in ("entries", "loads", "waits", "signals")]
     dtype = _program_dtype(len(step.templates), *most)
     blob = np.zeros(plan.num_sms, dtype)
@@ -71,8 +78,9 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
     totals = tuple(tuple(t.events.get(name, 0) for name in events) for t in step.templates)
     longest = max(len(q) for t in step.templates for q in t.queues)
     return Programs(
-        Sizes(*most, dtype.itemsize), blob.tobytes(), events, totals, longest, _sampling_sm(step), crossing(plan, step)
-    )
+        Sizes(*most, dtype.itemsize), blob.tobytes() + np.array(pools.entries, ENTRY).tobytes(), events, totals, longest,
+        _sampling_sm(step), crossing(plan, step), tuple(pools.found), tuple(pools.tiles),
+    )  # fmt: skip
 
 
 def crossing(plan: Plan, step: Step) -> frozenset[str]:
@@ -101,33 +109,90 @@ def _program_dtype(templates: int, entries: int, loads: int, waits: int, signals
     return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": at})
 
 
-class _SmDraft:
-    """The lists of one SM, template after template."""
+class _Draft:
+    """Entries, and what they wait for and signal."""
 
-    def __init__(self, step: Step, runs, number: dict[str, int], layout: Layout, streamed: dict[str, int], sm: int):
+    def __init__(self, number: dict[str, int], layout: Layout):
         self.entries: list[tuple] = []
-        self.loads: list[tuple] = []
         self.waits: list[tuple] = []
         self.signals: list[int] = []
-        self.queue_begin, self.load_begin = [0], [0]
         self.layout, self.number = layout, number
+        self.further = 0
+
+    def _entry(self, group: Group, task: Task, run: int, index: int) -> None:
+        waits = [(self.number[w.event], -w.stage, w.data * self.further, w.count) for w in task.waits]
+        signals = [self.number[s] for s in task.signals]
+        share = next(((s.lo, s.hi) for s in task.writes if s.tensor in group.published), (0, 0))
+        first_wait, first_signal = self._place(self.waits, waits), self._place(self.signals, signals)
+        self.entries.append(
+            (run, index, task.index, len(waits), first_wait, len(signals), first_signal, 0,
+             *bounds(group, task, self.layout), *share)
+        )  # fmt: skip
+
+    def _place(self, whole: list, part: list) -> int:
+        """Where `part` begins in the list that it is put behind."""
+        whole += part
+        return len(whole) - len(part)
+
+
+class _PoolDraft(_Draft):
+    """The entries of all pools' tasks. Their waits and signals, each list once, begin those of every SM."""
+
+    def __init__(self, step: Step, runs, number: dict[str, int], layout: Layout, streamed: dict[str, int]):
+        super().__init__(number, layout)
+        self.found: list[ClaimPool] = []
+        self.tiles: list[int] = []
+        self.numbers: dict[tuple[int, int], int] = {}  # (template, group) -> the pool's
+        self._known: dict[tuple, int] = {}
+        for t, g, group in dynamic_groups(step):
+            self.numbers[t, g] = len(self.found)
+            self.found.append(
+                ClaimPool(t, g, group.name, streamed[group.name], len(group.tasks), len(self.entries), len(self.tiles))
+            )
+            self.further = further_back(step, t)
+            for task in group.tasks:
+                self._entry(group, task, runs[t][g], g)
+            self.tiles += self._tiles(group)
+
+    def _tiles(self, group: Group) -> list[int]:
+        found = [tiles(task, self.layout.packed[group.name]) for task in group.tasks]
+        if any(here[1] != after[0] for here, after in pairwise(found)):
+            raise UserError(f"the tasks of '{group.name}', claimed at run time, do not follow each other")
+        if len(found) > MOST_TASKS or found[-1][1] > MOST_TILES:
+            raise UserError(f"'{group.name}' is claimed at run time in {len(found)} tasks of {found[-1][1]} tiles")
+        return [lo for lo, _ in found] + [found[-1][1]]
+
+    def _place(self, whole: list, part: list) -> int:
+        key = whole is self.waits, *part
+        if key not in self._known:
+            self._known[key] = super()._place(whole, part)
+        return self._known[key]
+
+
+class _SmDraft(_Draft):
+    """The lists of one SM, template after template."""
+
+    def __init__(
+        self, step: Step, runs, number: dict[str, int], layout: Layout, streamed: dict[str, int], sm: int,
+        pools: _PoolDraft,
+    ):  # fmt: skip
+        super().__init__(number, layout)
+        self.loads: list[tuple] = []
+        self.waits += pools.waits
+        self.signals += pools.signals
+        self.queue_begin, self.load_begin = [0], [0]
         for t, template in enumerate(step.templates):
             self.further = further_back(step, t)
             for group, task in template.queues[sm]:
+                if task < 0:
+                    pool = pools.numbers[t, group]
+                    self.entries.append((FROM_POOL, group, 0, 0, 0, 0, 0, 0, pool, 0, 0, 0))
+                    self.loads.append((streamed[template.groups[group].name], -1, pool))
+                    continue
                 self._entry(template.groups[group], template.groups[group].tasks[task], runs[t][group], group)
                 self.loads += self._loads(template.groups[group], template.groups[group].tasks[task], streamed)
             self.queue_begin.append(len(self.entries))
             self.load_begin.append(len(self.loads))
-
-    def _entry(self, group: Group, task: Task, run: int, index: int) -> None:
-        waits = [(self.number[w.event], -w.stage, w.data * self.further, w.count) for w in task.waits]
-        share = next(((s.lo, s.hi) for s in task.writes if s.tensor in group.published), (0, 0))
-        self.entries.append(
-            (run, index, task.index, len(waits), len(self.waits), len(task.signals), len(self.signals), 0,
-             *bounds(group, task, self.layout), *share)
-        )  # fmt: skip
-        self.waits += waits
-        self.signals += [self.number[s] for s in task.signals]
 
     def _loads(self, group: Group, task: Task, streamed: dict[str, int]) -> list[tuple]:
         """What the task takes through the ring: weights, or what an attention reads of the cache."""

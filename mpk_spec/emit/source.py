@@ -34,6 +34,11 @@ class Emitted:
         """Counters of all stages."""
         return len(self.step.stages) * len(self.programs.events)
 
+    @property
+    def num_counters(self) -> int:
+        """Those, and behind them one for each pool."""
+        return self.num_events + len(self.programs.pools)
+
 
 def emit(plan: Plan) -> Emitted:
     """Raises UserError, naming operator or group, for plans that the kernel cannot run."""
@@ -113,4 +118,5 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
         event_total=programs.event_total, weight_tiles=list(layout.packed.values()),
         cache_pages=list(layout.caches.values()),
         from_peers=[int(name in programs.from_peers) for name in programs.events],
+        pools=programs.pools, pool_tiles=programs.pool_tiles,
     )  # fmt: skip

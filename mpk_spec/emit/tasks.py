@@ -9,6 +9,7 @@ from mpk_spec.emit.layout import Layout
 from mpk_spec.emit.program import ROW_TASKS, tiles
 from mpk_spec.errors import UserError
 from mpk_spec.ops import all_ops
+from mpk_spec.planner.cost import experts_of
 from mpk_spec.planner.plan import Group, Node, Plan, Template
 from mpk_spec.planner.schedule import SHARE
 
@@ -46,8 +47,11 @@ def task_type(plan: Plan, layout: Layout, group: Group, template: Template) -> s
             raise Refused(group, f"there is no CUDA task for '{node.op}' yet", "--backend cpu runs this plan")
         if any(isinstance(v, dict) and "per_layer" in v for v in node.values.values()):
             raise Refused(group, f"'{node.name}' has values that differ by layer")
-    if group.launch != "static":
-        raise Refused(group, "its tasks are claimed at run time")
+    if group.launch == "dynamic" and (group.task != "linear" or experts_of(plan, group)):
+        what = "experts" if group.task == "linear" else "tasks that stream no weights"
+        raise Refused(
+            group, f"it claims {what} at run time", f"set '{group.name}: {{launch: static}}' in the schedule"
+        )
     if group.split_k != 1:
         raise Refused(group, f"it splits K in {group.split_k}", f"set '{group.name}: {{split_k: 1}}' in the schedule")
     writer = _Writer(plan, layout, group, template)

@@ -67,8 +67,10 @@ class CudaBackend:
 
     def _compile(self, defines: tuple[str, ...], progress) -> bytes:
         from mpk_spec.emit.compiler import compile_kernel
+        from mpk_spec.emit.pools import check_defines
         from mpk_spec.planner.targets import find_target
 
+        check_defines(self.emitted.step, defines)
         if progress is not None:
             progress("compiling the kernel", 0, 0)
         self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch, defines)

@@ -59,6 +59,7 @@ PARAMS, PROBED_PARAMS = params_dtype(1), params_dtype(1, probed=True)
 SIZES = ("shared_bytes", "block_threads", "params", "control", "report", "step")
 HOST_WORDS = 32  # before the ring's tokens: count, stop, abort, padding
 TIMEOUT_S = 10.0
+NO_MORE = 0xFFFF  # instead of a task in a report: the SM is to claim one from the pool, or knows that there is none
 
 
 def check(result: tuple) -> Any:
@@ -190,6 +191,7 @@ class Memory:
         self.symmetric, sizes = symmetric, symmetric_sizes(emitted)
         shared = symmetric or {name: room(sizes[name])[: sizes[name]] for name in ("events", "control")}
         self.events = shared["events"].zero_().view(torch.int32)
+        self.claims = self.events[emitted.num_events * EVENT_STRIDE :]  # the pools' counters
         self.control = shared["control"].zero_()
         if symmetric is not None:
             symmetric["inbox"].fill_(0xFF)
@@ -214,7 +216,7 @@ def turning(plan: Plan) -> tuple[int, int]:
 
 def symmetric_sizes(emitted: Emitted) -> dict[str, int]:
     """Bytes of what peers write into."""
-    counters = emitted.num_events * EVENT_STRIDE * 4
+    counters = emitted.num_counters * EVENT_STRIDE * 4
     return {"events": counters, "control": CONTROL.itemsize, "inbox": emitted.plan.arena_bytes.get("nvshmem", 0)}
 
 
@@ -248,6 +250,8 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
+            if self.memory.claims.numel():  # tickets count from a launch's beginning; those that the last one held are void
+                self.memory.claims.zero_()
         self._clear_turning()
         params = self._params(position + len(prompt), max_new, stop, chunk)
         self.began.record(self.stream)
@@ -348,8 +352,8 @@ class Launcher:
 
         programs, step = self.emitted.programs, self.emitted.step
         totals = torch.tensor([programs.event_total[s.template] for s in step.stages], dtype=torch.int64)
-        counters = torch.zeros(totals.numel(), EVENT_STRIDE, dtype=torch.int64)
-        counters[:, 0] = totals.flatten() * steps
+        counters = torch.zeros(self.emitted.num_counters, EVENT_STRIDE, dtype=torch.int64)
+        counters[: totals.numel(), 0] = totals.flatten() * steps
         self.memory.events.copy_(((counters + 2**31) % 2**32 - 2**31).to(torch.int32).flatten())
         self.memory.control.zero_()
         self.memory.reports.zero_()
@@ -384,14 +388,16 @@ def blame(emitted: Emitted, reports: np.ndarray, first_step: int) -> str:
     """What SMs' reports (one `REPORT` per SM) say of why a launch that began with step `first_step` stood still.
 
     An SM whose workers have all that they were given waits for the event that its scheduler names. Others are at the
-    task that they took last, and may look for values that never come.
+    task that they took last, and may look for values that never come: with claim pools the report says which that is.
     """
     stuck = []
     for sm, report in enumerate({name: int(r[name]) for name in REPORT_FIELDS} for r in reports):
         if report["set"]:
             waits = report["given"] == report["taken"]
             at = tuple(report[k] for k in ("step", "stage", "group", "task"))
-            stuck.append((at if waits else place_of(emitted, sm, report["taken"], first_step), not waits, sm, report))
+            if not waits and not emitted.programs.pools:
+                at = place_of(emitted, sm, report["taken"], first_step)
+            stuck.append((at, not waits, sm, report))
     if not stuck:
         return "no SM left a report"
     (step, stage, group, task), working, sm, report = min(stuck, key=lambda s: s[:3])
@@ -401,6 +407,9 @@ def blame(emitted: Emitted, reports: np.ndarray, first_step: int) -> str:
     template = emitted.step.templates[stages[stage].template]
     made = template.groups[group]
     where += f", stage {stage} ({template.name}, layer {stages[stage].layer})"
+    if task == NO_MORE:
+        doing = "do not leave" if working else "wait for their loader to claim from"
+        return f"{where}: its workers {doing} the pool of '{made.name}'"
     what = f"{where}, task {task} of '{made.name}'"
     if working:
         makers = [w.event.partition(".done")[0] for w in made.tasks[task].waits if w.data]
@@ -414,7 +423,10 @@ def blame(emitted: Emitted, reports: np.ndarray, first_step: int) -> str:
 
 
 def place_of(emitted: Emitted, sm: int, taken: int, first_step: int) -> tuple[int, int, int, int]:
-    """(step, stage, group, task) of what an SM's workers take after `taken` hand-overs; stage -1: a descriptor."""
+    """(step, stage, group, task) of what an SM's workers take after `taken` hand-overs; stage -1: a descriptor.
+
+    In a plan without claim pools: what an SM takes of those its queue does not say.
+    """
     queues = [emitted.step.templates[s.template].queues[sm] for s in emitted.step.stages]
     steps, at = divmod(taken, 1 + sum(map(len, queues)))
     step = (first_step + steps) & 0xFFFFFFFF
