@@ -44,13 +44,15 @@ struct ChunkCursor {
       load = shared->program.load_begin[kind];
       load_end = shared->program.load_begin[kind + 1];
     }
-    const Load& it = shared->program.load[load];
+    const Load& it = shared->program.load[load++];
 #if MPK_POOLS
     in_pool = unclaimed = it.lo < 0;
     pool = it.hi;
-    if (in_pool) return;  // and comes back here after each task
+    if (in_pool) {
+      --load;  // to come back here after each task
+      return;
+    }
 #endif
-    ++load;
     chunk = 0;
     if (it.what >= plan::num_weights) {
       of_cache = it.what - plan::num_weights + 1;
@@ -59,16 +61,15 @@ struct ChunkCursor {
       block = tile = it.hi;
       return;
     }
-    begin_weight(it.what, it.lo, it.hi);
+    begin_weight(it);
   }
 
-  // The tiles [first, last) of a weight.
-  __device__ __forceinline__ void begin_weight(u32 what, i32 first, i32 last) {
+  __device__ __forceinline__ void begin_weight(const Load& it) {
     of_cache = 0;
-    shape = plan::weight_tiles[what];
+    shape = plan::weight_tiles[it.what];
     base = shared->params.weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
-    block = first;
-    hi = last;
+    block = it.lo;
+    hi = it.hi;
     block_end = min_of(block + tiles_per_block, hi);
     tile = block;
   }
@@ -79,7 +80,7 @@ struct ChunkCursor {
     unclaimed = false;
     chunk = 0;
     const u16* tiles = plan::pool_tiles + plan::pools[pool].tile + task;
-    begin_weight(plan::pools[pool].weight, tiles[0], tiles[1]);
+    begin_weight({plan::pools[pool].weight, tiles[0], tiles[1]});
     point();
   }
   __device__ void leave_pool() {
