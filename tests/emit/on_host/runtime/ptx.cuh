@@ -27,6 +27,7 @@ inline void __syncwarp() {}
 namespace mpk::host {
 inline u32 taken, freed;  // chunks of the ring
 inline u64 *full, *empty, *end;  // its barriers
+inline const void* prefetched;  // what was asked for last
 }  // namespace mpk::host
 
 namespace mpk::ptx {
@@ -36,8 +37,10 @@ inline void barrier_arrive(u64* bar) { host::freed += bar >= host::empty && bar 
 inline bool barrier_try(u64*, u32) { return true; }
 inline bool barrier_test(u64*, u32) { return true; }
 inline void copy_to_shared(void*, const void*, u32, u64*, u32) {}
-inline void prefetch_l2(const void*, u32) {}
+inline void prefetch_l2(const void* from, u32) { host::prefetched = from; }
 inline void fence_copies() {}
+inline void fence_block() {}
+inline u32 claim(u32* p) { return (*p)++; }
 inline u32 load_shared_flag(const u32* p) { return *p; }
 inline void store_shared_flag(u32* p, u32 v) { *p = v; }
 inline u32 shared_address(const void*) { return 0; }

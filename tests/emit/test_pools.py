@@ -1,0 +1,161 @@
+"""Claim pools: what the kernel is told of them, what it refuses, and that loaders share them out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_specs import child
+
+from mpk_spec.emit import compiler
+from mpk_spec.emit.pools import FROM_POOL, check_order
+from mpk_spec.emit.program import ENTRY, _program_dtype, tiles
+from mpk_spec.emit.source import EVENT_STRIDE, Emitted, emit
+from mpk_spec.errors import UserError
+from mpk_spec.paths import templates_dir
+from mpk_spec.planner import plan
+from mpk_spec.planner.targets import find_target
+from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS, PROFILE
+
+ON_HOST = Path(__file__).parent / "on_host"
+LAYER = ("qkv", "o_add", "gate_up", "down_add")
+CASES = {"gate_up": ("gate_up",), "layer": LAYER, "all": (*LAYER, "head")}
+
+
+def made(case: str, target: str = "h100", tp: int = 1, **settings) -> Emitted:
+    rules = [{"set": {name: {"launch": "dynamic", **settings} for name in CASES[case]}}]
+    return emit(plan(child("qwen3", schedule=rules), size="tiny", target=target, context=256, tp=tp))
+
+
+def programs(one: Emitted) -> tuple[np.ndarray, np.ndarray]:
+    """The SMs' programs, and the entries of all pools."""
+    sizes, templates = one.programs.sizes, len(one.step.templates)
+    dtype = _program_dtype(templates, sizes.entries, sizes.loads, sizes.waits, sizes.signals)
+    assert dtype.itemsize == sizes.bytes
+    end = one.plan.num_sms * sizes.bytes
+    return np.frombuffer(one.programs.blob[:end], dtype), np.frombuffer(one.programs.blob[end:], ENTRY)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_every_sm_has_the_pools_and_all_have_their_tasks_in_common(case, tp):
+    one = made(case, tp=tp)
+    each, entries = programs(one)
+    pools, templates = one.programs.pools, one.step.templates
+    assert [p.name for p in pools] == [g.name for t in templates for g in t.groups if g.name in CASES[case]]
+    assert len(entries) == sum(p.tasks for p in pools)
+    number = {name: n for n, name in enumerate(one.programs.events)}
+    packed = list(one.layout.packed)
+    for n, pool in enumerate(pools):
+        group = templates[pool.template].groups[pool.group]
+        bounds = one.programs.pool_tiles[pool.tile :]
+        assert packed[pool.weight] == group.name
+        for task, entry in zip(group.tasks, entries[pool.first : pool.first + pool.tasks], strict=True):
+            assert (entry["group"], entry["task"]) == (pool.group, task.index)
+            assert (entry["lo"], entry["hi"]) == tiles(task, one.layout.packed[group.name])
+            assert (entry["lo"], entry["hi"]) == (bounds[task.index], bounds[task.index + 1])
+            for program in each:
+                waits = program["wait"][entry["first_wait"] :][: entry["num_waits"]]
+                assert waits.tolist() == [(number[w.event], -w.stage, 0, w.count) for w in task.waits]
+                signals = program["signal"][entry["first_signal"] :][: entry["num_signals"]]
+                assert signals.tolist() == [number[s] for s in task.signals]
+        for program in each:
+            t = pool.template
+            entry = program["entry"][program["queue_begin"][t] : program["queue_begin"][t + 1]]
+            load = program["load"][program["load_begin"][t] : program["load_begin"][t + 1]].tolist()
+            assert [(e["group"], e["lo"]) for e in entry if e["run"] == FROM_POOL].count((pool.group, n)) == 1
+            assert load.count((pool.weight, -1, n)) == 1
+    assert f"#define MPK_POOLS {len(pools)}\n" in one.source
+
+
+def test_a_pool_adds_a_counter_behind_those_of_events():
+    from mpk_spec.runtime.cuda_launch import symmetric_sizes
+
+    one = made("layer")
+    assert one.num_counters == one.num_events + len(one.programs.pools) == one.num_events + 2 * len(LAYER)
+    assert symmetric_sizes(one)["events"] == one.num_counters * EVENT_STRIDE * 4
+
+
+def test_a_plan_without_pools_is_emitted_as_if_there_were_none():
+    one = emit(plan(child("qwen3"), size="tiny", target="h100", context=256))
+    _, entries = programs(one)
+    assert len(entries) == 0 and one.num_counters == one.num_events
+    assert "pool" not in one.source.lower()
+
+
+@pytest.mark.parametrize(
+    ("spec", "rules", "message"),
+    [
+        ("qwen3", {"attend": {"launch": "dynamic"}}, "'attend': it claims tasks that stream no weights at run time"),
+        ("qwen3", {"next_ids": {"launch": "dynamic"}}, "'next_ids': it claims tasks that stream no weights at run time"),
+        ("qwen3", {"down_add": {"launch": "dynamic", "split_k": 2}}, "'down_add': it splits K in 2"),
+    ],
+)
+def test_other_pools_are_refused(spec, rules, message):
+    with pytest.raises(UserError) as error:
+        emit(plan(child(spec, schedule=[{"set": rules}]), size="tiny", target="h100", context=256))
+    assert error.value.message == f"the CUDA kernel cannot run group {message}"
+
+
+def test_what_comes_before_a_pool_must_not_wait_for_it():
+    """Such a plan may be in order where SMs claim only when they get there; loaders claim ahead."""
+    from dataclasses import replace
+
+    template = made("gate_up").step.templates[1]
+    check_order(template)
+    queues = list(template.queues)
+    queues[3] = queues[3][::-1]
+    with pytest.raises(UserError, match="SM 3 does not run its groups in their order"):
+        check_order(replace(template, queues=tuple(queues)))
+    groups = list(template.groups)
+    first = groups[0].tasks[0]
+    groups[0] = replace(
+        groups[0], tasks=(replace(first, waits=groups[4].tasks[0].waits), *groups[0].tasks[1:])
+    )  # fmt: skip
+    with pytest.raises(UserError, match="'qkv' waits for 'gate_up.done' of a later group"):
+        check_order(replace(template, groups=tuple(groups)))
+
+
+@pytest.mark.parametrize("define", [PROFILE, CONFORM])
+def test_what_records_by_queue_is_refused(define):
+    from mpk_spec.runtime.cuda_rank import compile_for
+
+    with pytest.raises(UserError) as error:
+        compile_for("peer", made("gate_up"), (DELAYS, define))
+    assert error.value.message == (
+        f"a kernel whose tasks are claimed at run time ('gate_up') cannot be built with {define}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "tp", "defines"),
+    [
+        ("gate_up", "h100", 1, ()),
+        ("all", "h100", 1, ()),
+        ("all", "h100", 1, (DELAYS, DEFECTS)),
+        ("all", "h100", 2, ()),
+        ("all", "a100", 1, ()),
+        ("all", "b200", 1, ()),
+    ],
+)
+def test_pools_compile_without_spills(case, target, tp, defines, tmp_path, monkeypatch):
+    pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
+    monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
+    one = made(case, target, tp)
+    report = compiler.compile_kernel(one.plan.name, one.source, find_target(target).arch, defines).report
+    assert report.spill_bytes == 0
+
+
+def test_loaders_share_pools_out_and_stream_what_workers_take(tmp_path):
+    """The kernel's own code on the host: 1 to 30 SMs in random orders, tickets past 2^32, more SMs than tasks."""
+    compiler_ = shutil.which("g++")
+    if compiler_ is None:
+        pytest.skip("needs a C++ compiler: g++")
+    program = tmp_path / "pools"
+    command = [compiler_, "-O1", "-std=c++20", "-w", f"-I{ON_HOST}", f"-I{templates_dir()}", ON_HOST / "pools.cc"]
+    subprocess.run([*command, "-o", program], check=True)
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "120960 tasks claimed\n"), ran.stdout[-2000:]
