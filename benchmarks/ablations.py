@@ -2,6 +2,7 @@
 
 python benchmarks/ablations.py smollm2:135m qwen3:8b           # needs a GPU; a table for benchmarks/decode.md
 python benchmarks/ablations.py qwen3:0.6b --fusions            # each fusion against none: small models will do
+python benchmarks/ablations.py qwen3:8b --pools                # queues against claim pools
 python benchmarks/ablations.py smollm2:135m --compile          # kernels into the cache ahead, without a GPU
 python benchmarks/ablations.py qwen3:8b --variant "narrow:in_flight=32768,prefetch=0" --variant "mine:MPK_MINE=1"
 
@@ -9,7 +10,8 @@ A variant of one's own has rules, and macros for code that is being tried.
 
 Levers are rules of the schedule, as a spec has them, and logits must have the same bits with and without them: none
 changes the order of a sum. Without a fusion, values that never left an SM are rounded on the way: then it is said
-how far logits move, in parts of the largest. What the kernel refuses to run is said too. Claim pools it has none.
+how far logits move, in parts of the largest. What the kernel refuses to run is said too. With claim pools values
+cross by event, so they compare to queues with values by event.
 """
 
 from __future__ import annotations
@@ -69,6 +71,28 @@ def fusions(model: str) -> list[Variant]:
     return [*found, Variant("without all, but for the cache", without=tuple(least))]
 
 
+def pools(model: str, target: str) -> list[Variant]:
+    """The MLP's first linear, and all of a layer's, claimed at run time instead of in queues: as many tasks as planned,
+    and twice as many as SMs, as far as there are tiles, so that who is early takes more."""
+    from mpk_spec.emit.layout import lay_out
+
+    plan = random_kernel.planned(model, target=target)
+    packed = lay_out(plan).packed
+    template = next(s.template for s in plan.steps["decode"].stages if s.layer is not None)
+    linears = [g.name for g in plan.steps["decode"].templates[template].groups if g.task == "linear"]
+    found = [PLANNED, Variant("as planned, but values by event", BY_EVENT)]
+    for what, names in (("gate_up", ["gate_up"]), ("all of a layer's linears", linears)):
+        claimed = tuple(f"{name}.launch=dynamic" for name in names)
+        many = {n: min(2 * plan.num_sms, packed[n].rows // packed[n].tile_rows) for n in names}
+        finer = tuple(rule for n, tasks in many.items() for rule in (f"{n}.grid={tasks}", f"{n}.partition=balanced"))
+        found += [
+            Variant(f"{what} claimed", claimed),
+            Variant(f"{what} in up to {2 * plan.num_sms} tasks, by event", (*BY_EVENT, *finer)),
+            Variant(f"{what} in up to {2 * plan.num_sms} tasks, claimed", (*claimed, *finer)),
+        ]
+    return found
+
+
 def own(text: str) -> Variant:
     """NAME:KEY=VALUE,..., whose keys are macros where they are in capitals."""
     name, colon, words = text.partition(":")
@@ -86,6 +110,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=128, help="positions in the cache, on average")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--fusions", action="store_true", help="each fusion against none, instead of the levers")
+    what.add_argument("--pools", action="store_true", help="queues against claim pools, instead of the levers")
     what.add_argument(
         "--variant", type=own, action="append", default=[], metavar="NAME:KEY=VALUE,...",
         help="with these rules and macros, instead of the levers; as often as there are some",
@@ -96,8 +121,7 @@ def main() -> int:
     rows, wrong = [], 0
     for model in options.models:
         first = None
-        levers = [PLANNED, *options.variant] if options.variant else LEVERS
-        for variant in fusions(model) if options.fusions else levers:
+        for variant in variants(model, options):
             try:
                 found = measured(model, variant, options)
             except MpkSpecError as error:
@@ -116,6 +140,14 @@ def main() -> int:
     if not options.compile:
         print("\n| model | variant | ms/token | | bits |\n|---|---|---:|---:|---|", *rows, sep="\n")
     return 1 if wrong else 0
+
+
+def variants(model: str, options) -> list[Variant]:
+    if options.fusions:
+        return fusions(model)
+    if options.pools:
+        return pools(model, options.target)
+    return [PLANNED, *options.variant] if options.variant else list(LEVERS)
 
 
 def compared(variant: Variant, logits, planned) -> tuple[str, bool]:

@@ -50,22 +50,24 @@ def spec_of(model: str) -> tuple[Spec, str]:
 
 
 def ruled(spec: Spec, rules: Sequence[str]) -> Spec:
-    """The spec with rules for `*`, as in crossing=event or in_flight=32768."""
+    """The spec with rules for `*`, as in crossing=event, or for one group, as in gate_up.launch=dynamic."""
     from pydantic import ValidationError
 
     from mpk_spec.schema.models import Settings
     from mpk_spec.tuner.space import with_rules
 
-    words = {}
+    words: dict[str, dict] = {}
     for rule in rules:
-        key, equals, value = rule.partition("=")
+        name, equals, value = rule.partition("=")
         if not equals:
-            raise UserError(f"'{rule}' is no rule", "KEY=VALUE, as in in_flight=32768")
+            raise UserError(f"'{rule}' is no rule", "KEY=VALUE or GROUP.KEY=VALUE, as in in_flight=32768")
+        group, _, key = name.rpartition(".")
         if key not in Settings.model_fields:
             raise UserError(f"the schedule has no rule '{key}'", did_you_mean(key, Settings.model_fields, "rules"))
-        words[key] = int(value) if value.isdecimal() else value
+        number = int(value) if value.isdecimal() else value
+        words.setdefault(group or "*", {})[key] = [number] if key in ("grid", "block") else number
     try:
-        return with_rules(spec, {"*": words}) if words else spec
+        return with_rules(spec, words) if words else spec
     except ValidationError as error:
         wrong = {f"{part['loc'][2]}: {part['msg'][0].lower()}{part['msg'][1:]}" for part in error.errors()}
         raise UserError(f"rules that cannot be: {'; '.join(sorted(wrong))}") from None
