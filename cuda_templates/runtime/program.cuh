@@ -15,7 +15,7 @@ constexpr u32 num_pools = MPK_POOLS;
 constexpr u16 from_pool = 0xffff;  // of Entry::run
 
 // One task of one SM's queue. `lo`, `hi`: weight tiles, or what the task's header says. `share`: its part of a published value.
-// Or, with `from_pool` for `run`, the tasks that the SM claims from pool `lo`; among those, one with it says that it has no more.
+// Or, with `from_pool` for `run`, those that the SM claims from pool `lo`; among these, one with it says that it was the last.
 struct Entry {
   u16 run;  // the generated switch's case
   u16 group;
@@ -77,8 +77,8 @@ struct CachePages {
   }
 };
 
-// Tasks of one group of a stage's template that SMs claim at run time. All SMs have their entries in common, behind the SMs'
-// programs: those from `first` on. Task i has the tiles from tile i to tile i + 1 of those that plan::pool_tiles has from `tile` on.
+// Tasks of one group of a stage's template that SMs claim at run time. Their entries lie once for all SMs, behind the SMs'
+// programs, from `first` on. The tiles of task i lie between elements `tile` + i and `tile` + i + 1 of plan::pool_tiles.
 struct Pool {
   u32 weight, tasks, first, tile;
 };

@@ -163,7 +163,8 @@ struct Scheduler {
   // Gives the tasks of a pool that the loader claims, and after the last one an entry that says so; false after an abort.
   __device__ bool run_pool(const Entry& pool) {
     const Pool& from = plan::pools[pool.lo];
-    const Entry* entries = reinterpret_cast<const Entry*>(params.program + static_cast<u64>(gridDim.x) * sizeof(plan::Program));
+    const u8* behind = params.program + static_cast<u64>(gridDim.x) * sizeof(plan::Program);  // the SMs' programs
+    const Entry* entries = reinterpret_cast<const Entry*>(behind) + from.first;
     while (true) {
       wait_taken();
       const u32 task = next_claim(pool);
@@ -178,7 +179,7 @@ struct Scheduler {
         give();
         return true;
       }
-      const u32* words = reinterpret_cast<const u32*>(entries + from.first + task);
+      const u32* words = reinterpret_cast<const u32*>(entries + task);
       if (lane < sizeof(Entry) / 4) reinterpret_cast<u32*>(&entry)[lane] = ptx::load_constant_4(words + lane);
       __syncwarp();
       if (!run_entry(entry)) return false;

@@ -1,4 +1,4 @@
-"""Claim pools as the kernel sees them: each has a counter, and its tasks' entries lie once, behind all SMs' programs."""
+"""Claim pools: what the kernel is told of groups whose tasks SMs claim (cuda_templates/runtime/pool.cuh)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MOST_TILES = 0xFFFF
 
 @dataclass(frozen=True)
 class ClaimPool:
-    """A dynamic group of a template. Its entries begin at `first` of all pools', its tiles at `tile` of theirs."""
+    """A dynamic group of a template. Its tasks' entries lie once, behind all SMs' programs, from `first` on; where its
+    tasks' tiles begin, and the last one's end, is in `Programs.pool_tiles` from `tile` on."""
 
     template: int
     group: int

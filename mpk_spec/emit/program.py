@@ -77,9 +77,10 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
         draft.fill(blob[n])
     totals = tuple(tuple(t.events.get(name, 0) for name in events) for t in step.templates)
     longest = max(len(q) for t in step.templates for q in t.queues)
+    whole = blob.tobytes() + np.array(pools.entries, ENTRY).tobytes()
     return Programs(
-        Sizes(*most, dtype.itemsize), blob.tobytes() + np.array(pools.entries, ENTRY).tobytes(), events, totals, longest,
-        _sampling_sm(step), crossing(plan, step), tuple(pools.found), tuple(pools.tiles),
+        Sizes(*most, dtype.itemsize), whole, events, totals, longest, _sampling_sm(step), crossing(plan, step),
+        tuple(pools.found), tuple(pools.tiles),
     )  # fmt: skip
 
 

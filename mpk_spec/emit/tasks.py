@@ -49,9 +49,7 @@ def task_type(plan: Plan, layout: Layout, group: Group, template: Template) -> s
             raise Refused(group, f"'{node.name}' has values that differ by layer")
     if group.launch == "dynamic" and (group.task != "linear" or experts_of(plan, group)):
         what = "experts" if group.task == "linear" else "tasks that stream no weights"
-        raise Refused(
-            group, f"it claims {what} at run time", f"set '{group.name}: {{launch: static}}' in the schedule"
-        )
+        raise Refused(group, f"it claims {what} at run time", f"set '{group.name}: {{launch: static}}' in the schedule")
     if group.split_k != 1:
         raise Refused(group, f"it splits K in {group.split_k}", f"set '{group.name}: {{split_k: 1}}' in the schedule")
     writer = _Writer(plan, layout, group, template)

@@ -250,7 +250,7 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
-            if self.memory.claims.numel():  # tickets count from a launch's beginning; those that the last one held are void
+            if self.memory.claims.numel():  # tickets that the last launch did not use are void
                 self.memory.claims.zero_()
         self._clear_turning()
         params = self._params(position + len(prompt), max_new, stop, chunk)

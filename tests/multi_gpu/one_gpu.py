@@ -105,11 +105,11 @@ TWO_SHOTS = Rule.model_validate({"set": {"*": {"all_reduce": "two_shot"}}})
 
 def open_here(
     ranks: int, monkeypatch, defines: tuple[str, ...] = (), transport: str = "peer", two_shots: bool = False,
-    attend: dict | None = None, context: int = CONTEXT,
+    attend: dict | None = None, context: int = CONTEXT, claimed: tuple[str, ...] = (),
 ) -> ParallelBackend:  # fmt: skip
     """A backend of `ranks` ranks on this GPU; `two_shots`: their sums are made so, whatever costs less.
 
-    attend: what a rule says of the attention.
+    attend: what a rule says of the attention. claimed: groups whose tasks are claimed at run time.
     """
     found = torch.cuda.get_device_properties(0)
     whole = target_of(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
@@ -118,6 +118,7 @@ def open_here(
     spec = load_spec(SPEC)
     spec = replace(spec, schedule=[*spec.schedule, TWO_SHOTS]) if two_shots else spec
     rules = [Rule.model_validate({"set": {"attend": attend}})] if attend else []
+    rules += [Rule.model_validate({"set": {name: {"launch": "dynamic"}}}) for name in claimed]
     spec = replace(spec, schedule=[*spec.schedule, *rules])
     made = plan(spec, size=SIZE, target=PART, tp=ranks, context=context)
     backend = ParallelBackend(

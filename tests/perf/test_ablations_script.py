@@ -60,6 +60,28 @@ def test_each_fusion_is_left_out_once(measured, monkeypatch, capsys):
     assert sum(c[0].strip() == "refused" for c in rows.values()) == 1
 
 
+def test_queues_are_compared_with_claim_pools(measured, monkeypatch, capsys):
+    seen, open_random = [], measured.random_kernel.open_random
+
+    def opened(plan, **how):
+        layer = plan.steps["decode"].templates[1].groups
+        seen.append((plan.crossing, *((g.name, len(g.tasks)) for g in layer if g.launch == "dynamic")))
+        return open_random(plan)
+
+    monkeypatch.setattr(measured.random_kernel, "open_random", opened)
+    assert run(measured, monkeypatch, "qwen3:tiny", "--pools", "--target", "h100:8") == 0
+    layer = [("qkv", 8), ("o_add", 8), ("gate_up", 8), ("down_add", 8)]
+    finer = [("qkv", 16), ("o_add", 12), ("gate_up", 16), ("down_add", 12)]
+    assert seen == [
+        ("data",), ("event",),
+        ("event", layer[2]), ("event",), ("event", finer[2]),
+        ("event", *layer), ("event",), ("event", *finer),
+    ]  # fmt: skip
+    table = capsys.readouterr().out.partition("\n\n")[2].splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in table][4] == "gate_up in up to 16 tasks, claimed"
+    assert all(line.split("|")[5].strip() == "same" for line in table)
+
+
 def test_other_bits_are_wrong_with_all_fusions_and_far_ones_without(ablations):
     planned = torch.tensor([[1.0, -2.0]])
     lever, unfused = ablations.LEVERS[1], ablations.Variant("", without=("o_add",))

@@ -24,6 +24,7 @@ def common(load_script):
     [
         ("in_flight", "'in_flight' is no rule"),
         ("in_fligt=4096", "the schedule has no rule 'in_fligt'"),
+        ("gate_up.lanch=dynamic", "the schedule has no rule 'lanch'"),
         ("prefetch=much", "rules that cannot be: prefetch: 'auto', 0 or a positive integer"),
         ("crossing=air", "rules that cannot be: crossing: input should be 'event', 'data' or 'auto'"),
     ],
@@ -32,6 +33,15 @@ def test_a_rule_that_there_is_not_is_refused(common, rule, says):
     with pytest.raises(UserError) as error:
         common.planned("qwen3:tiny", target="h100", rules=[rule])
     assert error.value.message == says
+
+
+def test_rules_may_be_for_a_group(common):
+    rules = ("gate_up.launch=dynamic", "gate_up.grid=16", "attention.o.grid=6", "in_flight=8192")
+    made = common.planned("qwen3:tiny", target="h100", rules=rules, without=["o_add"])
+    groups = {g.name: g for g in made.steps["decode"].templates[1].groups}
+    assert (groups["gate_up"].launch, groups["gate_up"].grid) == ("dynamic", (16, 1, 1))
+    assert (groups["attention.o"].launch, groups["attention.o"].grid) == ("static", (6, 1, 1))
+    assert made.in_flight_bytes == 8192
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from mpk_spec.emit.source import emit
 from mpk_spec.planner import plan
-from mpk_spec.runtime.cuda_launch import REPORT, blame, place_of
+from mpk_spec.runtime.cuda_launch import NO_MORE, REPORT, blame, place_of
 from mpk_spec.schema import load_spec
 
 FIRST = 7
@@ -16,6 +16,14 @@ FIRST = 7
 @pytest.fixture(scope="module")
 def emitted():
     return emit(plan(load_spec("qwen3"), size="tiny", target="h100", context=128, verified=False))
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    from tiny_specs import child
+
+    spec = child("qwen3", schedule=[{"set": {"gate_up": {"launch": "dynamic"}}}])
+    return emit(plan(spec, size="tiny", target="h100", context=128, verified=False))
 
 
 def sequence(emitted, sm: int) -> list[tuple[int, int, int]]:
@@ -78,3 +86,23 @@ def test_all_wait_for_a_step_or_nobody_says_anything(emitted):
     assert blame(emitted, reports(emitted), FIRST) == f"SM 0 in step {FIRST + 2} waits for the next step's descriptor"
     nothing = np.zeros(emitted.plan.num_sms, REPORT)
     assert blame(emitted, nothing, FIRST) == "no SM left a report"
+
+
+def test_with_claim_pools_reports_say_what_workers_are_at(pooled):
+    """What an SM has claimed the host does not know."""
+    working = {"given": 9, "taken": 8, "step": FIRST, "stage": 1, "group": 3, "task": 17}
+    said = blame(pooled, reports(pooled, sm4=working), FIRST)
+    assert said == f"SM 4 in step {FIRST}, stage 1 (y.1, layer 1), task 17 of 'gate_up': its workers do not move"
+    at = len(pooled.programs.events) + pooled.programs.events.index("o_add.done")
+    waiting = {**working, "taken": 9, "event": at, "seen": 3, "wanted": 4}
+    said = blame(pooled, reports(pooled, sm4=waiting), FIRST)
+    assert said.endswith("task 17 of 'gate_up': event 'o_add.done' of stage 1 stands at 3, wanted 4")
+
+
+def test_an_sm_that_gets_no_claim_is_said_to(pooled):
+    waiting = {"given": 9, "taken": 9, "step": FIRST, "stage": 1, "group": 3, "task": NO_MORE}
+    where = f"SM 4 in step {FIRST}, stage 1 (y.1, layer 1)"
+    said = blame(pooled, reports(pooled, sm4=waiting), FIRST)
+    assert said == f"{where}: its workers wait for their loader to claim from the pool of 'gate_up'"
+    said = blame(pooled, reports(pooled, sm4={**waiting, "taken": 8}), FIRST)
+    assert said == f"{where}: its workers do not leave the pool of 'gate_up'"
