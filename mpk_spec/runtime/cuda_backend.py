@@ -70,7 +70,7 @@ class CudaBackend:
         from mpk_spec.emit.pools import check_defines
         from mpk_spec.planner.targets import find_target
 
-        check_defines(self.emitted.step, defines)
+        check_defines(self.plan, defines)
         if progress is not None:
             progress("compiling the kernel", 0, 0)
         self.compiled = compile_kernel(self.plan.name, self.emitted.source, find_target(self.plan.target).arch, defines)

@@ -189,7 +189,7 @@ def compile_for(transport: str, emitted: Emitted, defines: tuple[str, ...]) -> C
     from mpk_spec.runtime.nvshmem import find_headers, find_library
     from mpk_spec.runtime.transport import DEFINES, check_device_api
 
-    check_defines(emitted.step, defines)
+    check_defines(emitted.plan, defines)
     headers = None
     if transport == "nvshmem":
         check_device_api()

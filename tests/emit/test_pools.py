@@ -25,8 +25,13 @@ LAYER = ("qkv", "o_add", "gate_up", "down_add")
 CASES = {"gate_up": ("gate_up",), "layer": LAYER, "all": (*LAYER, "head")}
 
 
-def made(case: str, target: str = "h100", tp: int = 1, **settings) -> Emitted:
-    rules = [{"set": {name: {"launch": "dynamic", **settings} for name in CASES[case]}}]
+def made(case: str, target: str = "h100", tp: int = 1, tasks: int | None = None) -> Emitted:
+    """tasks: how many each claimed group has; None: as planned."""
+
+    def settings() -> dict:
+        return {"launch": "dynamic"} | ({"grid": [tasks, 1, 1], "partition": "balanced"} if tasks else {})
+
+    rules = [{"set": {name: settings() for name in CASES[case]}}]
     return emit(plan(child("qwen3", schedule=rules), size="tiny", target=target, context=256, tp=tp))
 
 
@@ -152,6 +157,50 @@ def test_pools_compile_without_spills(case, target, tp, defines, tmp_path, monke
     assert report.spill_bytes == 0
 
 
+def tables(one: Emitted) -> str:
+    """What the roles on the host are told beside the generated source."""
+    templates, packed = one.step.templates, list(one.layout.packed)
+    most = max(len(t.groups) for t in templates)
+    weights = [
+        [packed.index(g.name) if g.name in packed else -2 if g.task == "attention" else -1 for g in t.groups]
+        for t in templates
+    ]
+    tasks = [[len(g.tasks) for g in t.groups] for t in templates]
+
+    def table(rows: list[list[int]]) -> str:
+        return ", ".join("{" + ", ".join(map(str, row)) + "}" for row in rows)
+
+    state = next(iter(one.plan.states.values()))
+    return f"""
+namespace plan {{
+constexpr mpk::u32 num_sms = {one.plan.num_sms}, groups = {most}, last_groups = {len(templates[-1].groups)};
+constexpr mpk::u32 weight_bytes = {one.layout.weight_bytes}, cache_bytes = {one.layout.cache_bytes};
+constexpr mpk::u32 pages = {-(-state.context // state.page)};
+constexpr int weight_of[][groups] = {{{table(weights)}}};
+constexpr mpk::u32 num_tasks[][groups] = {{{table(tasks)}}};
+}}  // namespace plan
+"""
+
+
+@pytest.mark.parametrize("tasks", [None, 2], ids=["as planned", "few tasks"])
+@pytest.mark.parametrize("case", CASES)
+def test_all_roles_of_some_sms_run_all_tasks_once(case, tasks, tmp_path):
+    """The kernel's loader, scheduler, signaller and worker loop on the host, two launches of the packed programs each."""
+    compiler_ = shutil.which("g++")
+    if compiler_ is None:
+        pytest.skip("needs a C++ compiler: g++")
+    one = made(case, "h100:3", tasks=tasks)
+    (tmp_path / "plan.h").write_text(one.source.partition('#include "tasks/')[0] + tables(one))
+    (tmp_path / "programs").write_bytes(one.programs.blob)
+    folders = [tmp_path, ON_HOST / "threads", templates_dir()]
+    command = [compiler_, "-O1", "-std=c++20", "-w", "-pthread", *(f"-I{f}" for f in folders), ON_HOST / "roles.cc"]
+    subprocess.run([*command, "-o", tmp_path / "roles"], check=True)
+    count = 8 * sum(len(g.tasks) for s in one.step.stages for g in one.step.templates[s.template].groups)
+    for seed in ("0", "1"):
+        ran = subprocess.run([tmp_path / "roles", tmp_path / "programs", seed], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, f"{count} tasks ran\n"), ran.stdout[-2000:]
+
+
 def test_loaders_share_pools_out_and_stream_what_workers_take(tmp_path):
     """The kernel's own code on the host: 1 to 30 SMs in random orders, tickets past 2^32, more SMs than tasks."""
     compiler_ = shutil.which("g++")
@@ -161,4 +210,4 @@ def test_loaders_share_pools_out_and_stream_what_workers_take(tmp_path):
     command = [compiler_, "-O1", "-std=c++20", "-w", f"-I{ON_HOST}", f"-I{templates_dir()}", ON_HOST / "pools.cc"]
     subprocess.run([*command, "-o", program], check=True)
     ran = subprocess.run([program], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (0, "120960 tasks claimed\n"), ran.stdout[-2000:]
+    assert (ran.returncode, ran.stdout) == (0, "188160 tasks claimed\n"), ran.stdout[-2000:]

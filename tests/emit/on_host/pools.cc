@@ -230,6 +230,7 @@ int main() {
       mpk::run(sms, 20, seed, 0);
       mpk::run(sms, 20, seed, 0u - 37 * (seed + 1));  // tickets pass 2^32
     }
+  mpk::run(1, 1600, 0, 0);  // claims of an SM pass 2^16
   std::printf("%u tasks claimed\n", mpk::claimed);
   return mpk::wrong != 0;
 }
