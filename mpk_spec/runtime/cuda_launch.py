@@ -250,25 +250,27 @@ class Launcher:
             ids = torch.tensor(prompt, dtype=torch.int32)
             self.memory.prompt[position : position + len(prompt)].copy_(ids)
             self.memory.control.copy_(torch.frombuffer(bytearray(control.tobytes()), dtype=torch.uint8))
-            if self.memory.claims.numel():  # tickets that the last launch did not use are void
-                self.memory.claims.zero_()
-        self._clear_turning()
+        self._clear_for_launch()
         params = self._params(position + len(prompt), max_new, stop, chunk)
         self.began.record(self.stream)
         self.module.launch(params, self.stream.cuda_stream)
         self.ended.record(self.stream)
 
-    def _clear_turning(self) -> None:
-        """What crosses as data, as the kernel leaves all of it but what its last step wrote.
+    def _clear_for_launch(self) -> None:
+        """What crosses as data, as the kernel leaves all of it but what its last step wrote; and what SMs had claimed.
 
         Attention's parts need it: those that a shorter context has no use for keep what a longer one left. Inboxes do
         not, and peers may write into them already.
         """
+        self._clear(self.memory.turning, 0xFF)
+        self._clear(self.memory.claims, 0)
+
+    def _clear(self, memory, byte: int) -> None:
+        """Sets all bytes of some memory."""
         from cuda.bindings import driver
 
-        memory = self.memory.turning
         if memory.numel():
-            check(driver.cuMemsetD8Async(memory.data_ptr(), 0xFF, memory.numel(), self.stream.cuda_stream))
+            check(driver.cuMemsetD8Async(memory.data_ptr(), byte, memory.nbytes, self.stream.cuda_stream))
 
     def _params(self, prompt_end: int, max_new: int, stop: frozenset[int], chunk: int) -> np.ndarray:
         params = np.zeros((), self.module.params)

@@ -185,7 +185,7 @@ constexpr mpk::u32 num_tasks[][groups] = {{{table(tasks)}}};
 @pytest.mark.parametrize("tasks", [None, 2], ids=["as planned", "few tasks"])
 @pytest.mark.parametrize("case", CASES)
 def test_all_roles_of_some_sms_run_all_tasks_once(case, tasks, tmp_path):
-    """The kernel's loader, scheduler, signaller and worker loop on the host, two launches of the packed programs each."""
+    """The kernel's loader, scheduler, signaller and worker loop on the host: two launches of the packed programs."""
     compiler_ = shutil.which("g++")
     if compiler_ is None:
         pytest.skip("needs a C++ compiler: g++")
