@@ -21,17 +21,15 @@ struct ChunkCursor {
   u32 of_cache = 0;  // 0: a weight; else one more than the index into plan::cache_pages
   i32 block = 0, block_end = 0, hi = 0, tile = 0;  // of the cache: first block of a pass, passes left, last block, this block
   u32 chunk = 0;  // of the cache: 0 keys, 1 values
-  u32 head = 0;
-  i32 page = 0, next_page = 0;  // of this block and of the one after it, which is asked for a block ahead
-  u32 fenced;  // the last step whose copies see what those before it stored
+  i32 next_page = 0;  // of the cache's block that comes after, asked for a block ahead
+  bool fenced = false;  // this step's copies see what those before it stored
   WeightTiles shape{};
   const u8* base = nullptr;
   const u8* from = nullptr;
   u32 bytes = 0;
 
   // Before the first chunk of the launch.
-  __device__ explicit ChunkCursor(const Shared& s)
-      : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1), fenced(step) {
+  __device__ explicit ChunkCursor(const Shared& s) : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1) {
     next_load();
     point();
   }
@@ -39,7 +37,7 @@ struct ChunkCursor {
   __device__ void next_load() {
     while (load == load_end) {
       stage = stage + 1 == plan::num_stages ? 0 : stage + 1;
-      step += stage == 0;
+      if (stage == 0) ++step, fenced = false;
       const u32 kind = plan::stage_template[stage];
       load = shared->program.load_begin[kind];
       load_end = shared->program.load_begin[kind + 1];
@@ -57,7 +55,7 @@ struct ChunkCursor {
     if (it.what >= plan::num_weights) {
       of_cache = it.what - plan::num_weights + 1;
       waits = true;
-      head = it.lo;
+      base = cache_of_head(*shared, plan::cache_pages[of_cache - 1], it.lo);
       block = tile = it.hi;
       return;
     }
@@ -109,19 +107,17 @@ struct ChunkCursor {
   }
   // Of a cursor that waits, when its step is described. Afterwards it may wait again.
   __device__ void learn() {
-    if (fenced != step) ptx::fence_copies();
-    fenced = step;
+    if (!fenced) ptx::fence_copies();
+    fenced = true;
     const CachePages& pages = plan::cache_pages[of_cache - 1];
     const Step& now = shared->step[step % 2];
     waits = false;
     hi = ceil_div(now.position, pages.block);
     block_end = ceil_div(now.tokens * pages.group, CachePages::rows);
-    if (tile >= hi || block_end == 0) {
+    if (tile >= hi || block_end == 0)
       next_load();
-    } else {
-      page = page_of(*shared, tile);
-      next_page = page_of(*shared, block_after());
-    }
+    else
+      next_page = page_of(*shared, tile);
     point();
   }
   __device__ __forceinline__ i32 block_after() const {
@@ -133,8 +129,14 @@ struct ChunkCursor {
     if (stands()) return;
     if (of_cache) {
       const CachePages& pages = plan::cache_pages[of_cache - 1];
-      const i32 it = probe::planted(shared->params, probe::wrong_page) ? page_of(*shared, tile & ~1) : page;  // every second page
-      from = cache_page(*shared, pages, plan::stage_layer[stage], head, it) + chunk * pages.half_bytes();
+      if (chunk == 0) {
+        const bool wrong = probe::planted(shared->params, probe::wrong_page);  // every second page is the one before it
+        const i32 page = wrong ? page_of(*shared, tile & ~1) : next_page;
+        from = base + page_offset(*shared, pages, plan::stage_layer[stage], page);
+        next_page = page_of(*shared, block_after());
+      } else {
+        from += pages.half_bytes();
+      }
       bytes = min_of(pages.block, shared->step[step % 2].position - tile * pages.block) * pages.row_bytes;
       return;
     }
@@ -160,9 +162,7 @@ struct ChunkCursor {
     if (++chunk < 2) return;
     chunk = 0;
     tile = block_after();
-    page = next_page;
-    if (tile == block && --block_end == 0) return next_load();
-    next_page = page_of(*shared, block_after());
+    if (tile == block && --block_end == 0) next_load();
   }
 };
 

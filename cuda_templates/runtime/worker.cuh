@@ -88,10 +88,12 @@ __device__ __forceinline__ void wait_barrier(const Shared& shared, u64* bar, u32
 __device__ __forceinline__ i32 page_of(const Shared& shared, u32 index) {
   return index < pages_kept ? shared.pages[index] : shared.params.pages[index];
 }
-// Where a page's part of one KV head lies, in the layer.
-__device__ __forceinline__ u8* cache_page(const Shared& shared, const CachePages& of, u32 layer, u32 head, i32 page) {
-  const u64 at = static_cast<u64>(layer) * shared.params.num_pages + page;
-  return shared.params.cache + of.offset + (at * of.kv_heads + head) * 2 * of.half_bytes();
+// Where the part of one KV head lies: of the first layer's first page, and how far from there that of another page.
+__device__ __forceinline__ u8* cache_of_head(const Shared& shared, const CachePages& of, u32 head) {
+  return shared.params.cache + of.offset + head * 2 * of.half_bytes();
+}
+__device__ __forceinline__ u64 page_offset(const Shared& shared, const CachePages& of, u32 layer, i32 page) {
+  return (static_cast<u64>(layer) * shared.params.num_pages + page) * (of.kv_heads * 2 * of.half_bytes());
 }
 
 extern __shared__ __align__(128) u8 shared_memory[];

@@ -172,8 +172,8 @@ struct Attention {
         const u32 at = position % block, feature = w.lane * per;
         const u32 place = value ? pages.value_place(at, feature / 8) : pages.key_place(at, feature / 8);
         const i32 page = page_of(w.shared, position / block);
-        u8* to = cache_page(w.shared, pages, w.layer, head, page) + (value ? pages.half_bytes() : 0) + at * dim * 2 +
-                 place * 16 + feature % 8 * 2;
+        u8* to = cache_of_head(w.shared, pages, head) + page_offset(w.shared, pages, w.layer, page) +
+                 (value ? pages.half_bytes() : 0) + at * dim * 2 + place * 16 + feature % 8 * 2;
         u16* shared = value ? s.new_value[token] : s.new_key[token];
 #pragma unroll
         for (int n = 0; n < per; ++n) {

@@ -104,7 +104,8 @@ struct Stub {
     for (i32 pass = 0; pass < ceil_div(w.tokens * pages.group, CachePages::rows); ++pass)
       for (u32 block = entry.hi; block < ceil_div(w.position, pages.block); block += pages.splits)
         for (u32 half = 0; half < 2; ++half)
-          take(w, cache_page(w.shared, pages, w.layer, entry.lo, block) + half * pages.half_bytes(),
+          take(w, cache_of_head(w.shared, pages, entry.lo) +
+                      page_offset(w.shared, pages, w.layer, page_of(w.shared, block)) + half * pages.half_bytes(),
                std::min(pages.block, w.position - block * pages.block) * pages.row_bytes);
   }
 
