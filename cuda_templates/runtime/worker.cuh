@@ -13,7 +13,9 @@ constexpr u32 producer_threads = 128;
 constexpr u32 worker_warps = 8;
 constexpr u32 worker_threads = worker_warps * warp_size;
 constexpr u32 block_threads = producer_threads + worker_threads;
-constexpr u32 producer_registers = 72, worker_registers = 216;  // of each thread; 168 where they cannot be moved
+// Of each thread; 168 where they cannot be moved. A loader that claims needs more.
+constexpr u32 producer_registers = MPK_POOLS ? 88 : 72, worker_registers = MPK_POOLS ? 208 : 216;
+static_assert(producer_registers * producer_threads + worker_registers * worker_threads == 168 * block_threads);
 constexpr u32 ready_depth = probe::hand_overs;
 constexpr u32 pages_kept = 640;  // of the page table in shared memory: a load less to wait for before a page's
 
