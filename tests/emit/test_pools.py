@@ -19,20 +19,22 @@ from mpk_spec.paths import templates_dir
 from mpk_spec.planner import plan
 from mpk_spec.planner.targets import find_target
 from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS, PROFILE
+from mpk_spec.schema import load_spec
 
 ON_HOST = Path(__file__).parent / "on_host"
 LAYER = ("qkv", "o_add", "gate_up", "down_add")
 CASES = {"gate_up": ("gate_up",), "layer": LAYER, "all": (*LAYER, "head")}
 
 
-def made(case: str, target: str = "h100", tp: int = 1, tasks: int | None = None) -> Emitted:
+def made(case: str, target: str = "h100", tp: int = 1, tasks: int | None = None, size: str = "tiny") -> Emitted:
     """tasks: how many each claimed group has; None: as planned."""
 
     def settings() -> dict:
         return {"launch": "dynamic"} | ({"grid": [tasks, 1, 1], "partition": "balanced"} if tasks else {})
 
     rules = [{"set": {name: settings() for name in CASES[case]}}]
-    return emit(plan(child("qwen3", schedule=rules), size="tiny", target=target, context=256, tp=tp))
+    config = None if size == "tiny" else load_spec("qwen3").sizes[size].config
+    return emit(plan(child("qwen3", config, schedule=rules), size="tiny", target=target, context=256, tp=tp))
 
 
 def programs(one: Emitted) -> tuple[np.ndarray, np.ndarray]:
@@ -139,20 +141,21 @@ def test_what_records_by_queue_is_refused(define):
 
 
 @pytest.mark.parametrize(
-    ("case", "target", "tp", "defines"),
+    ("case", "target", "tp", "defines", "size"),
     [
-        ("gate_up", "h100", 1, ()),
-        ("all", "h100", 1, ()),
-        ("all", "h100", 1, (DELAYS, DEFECTS)),
-        ("all", "h100", 2, ()),
-        ("all", "a100", 1, ()),
-        ("all", "b200", 1, ()),
+        ("gate_up", "h100", 1, (), "tiny"),
+        ("gate_up", "h200", 1, (), "8b"),
+        ("all", "h100", 1, (), "8b"),
+        ("all", "h100", 1, (DELAYS, DEFECTS), "tiny"),
+        ("all", "h100", 2, (), "8b"),
+        ("all", "a100", 1, (), "tiny"),
+        ("all", "b200", 1, (), "tiny"),
     ],
 )
-def test_pools_compile_without_spills(case, target, tp, defines, tmp_path, monkeypatch):
+def test_pools_compile_without_spills(case, target, tp, defines, size, tmp_path, monkeypatch):
     pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
-    one = made(case, target, tp)
+    one = made(case, target, tp, size=size)
     report = compiler.compile_kernel(one.plan.name, one.source, find_target(target).arch, defines).report
     assert report.spill_bytes == 0
 
