@@ -36,8 +36,9 @@ struct Load {
   i32 lo, hi;
 };
 
-// `back` stages before this one, `event` must have `count` signals. In a step of one token `data` stages further back, if that
-// one has the event: its values cross as data (tasks/tensor.cuh), and it only says that the other copy was cleared.
+// `back` stages before this one, `event` must have `count` signals. In a step of one token that of `data` stages further back,
+// if that one has the event: its values cross as data (tasks/tensor.cuh), and it only says that the other copy was cleared.
+// One further than the first layer is the last one of the step before.
 struct Wait {
   u16 event;
   u8 back, data;

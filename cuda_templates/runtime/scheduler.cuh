@@ -34,7 +34,8 @@ struct Scheduler {
     const bool looks = tokens == 1 && !(through_nvshmem && plan::from_peers(wait.event));  // the workers do, for values
     const u32 back = wait.back + (looks ? wait.data : 0);
     const bool before = back > stage;  // it belongs to the step before
-    const u32 at = before ? stage + plan::num_stages - back : stage - back;
+    u32 at = before ? stage + plan::num_stages - back : stage - back;
+    if (looks && wait.data && stage == wait.back) at = plan::num_layers - 1;  // the write before the first layer's
     const u32 total = plan::event_total[plan::stage_template[at]][wait.event];
     const u32 count = total == 0 || (probe::starts_early(params, entry) && !wait.back) ? 0 : wait.count;
     const u32 wanted = (before ? step - 1 : step) * total + count;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -118,10 +120,10 @@ class _Draft:
         self.waits: list[tuple] = []
         self.signals: list[int] = []
         self.layout, self.number = layout, number
-        self.further = 0
+        self.further: Callable[[int], int] = lambda stage: 0  # of the template at hand, see `further_back`
 
     def _entry(self, group: Group, task: Task, run: int, index: int) -> None:
-        waits = [(self.number[w.event], -w.stage, w.data * self.further, w.count) for w in task.waits]
+        waits = [(self.number[w.event], -w.stage, self.further(w.stage) if w.data else 0, w.count) for w in task.waits]
         signals = [self.number[s] for s in task.signals]
         share = next(((s.lo, s.hi) for s in task.writes if s.tensor in group.published), (0, 0))
         first_wait, first_signal = self._place(self.waits, waits), self._place(self.signals, signals)
@@ -150,7 +152,7 @@ class _PoolDraft(_Draft):
             self.found.append(
                 ClaimPool(t, g, group.name, streamed[group.name], len(group.tasks), len(self.entries), len(self.tiles))
             )
-            self.further = further_back(step, t)
+            self.further = cache(partial(further_back, step, t))
             for task in group.tasks:
                 self._entry(group, task, runs[t][g], g)
             self.tiles += self._tiles(group)
@@ -183,7 +185,7 @@ class _SmDraft(_Draft):
         self.signals += pools.signals
         self.queue_begin, self.load_begin = [0], [0]
         for t, template in enumerate(step.templates):
-            self.further = further_back(step, t)
+            self.further = cache(partial(further_back, step, t))
             for group, task in template.queues[sm]:
                 if task < 0:
                     pool = pools.numbers[t, group]

@@ -6,13 +6,14 @@ and whoever writes one copy fills the same part of the other with a pattern that
 reader waits for the one of the write before, which says that the copy was cleared, and for which nobody waits long.
 
 Steps of several tokens wait for events as ever. All of the layers' values cross in one way, or none: then nothing but
-the end of a step relies on events for what was written in the same step. There, what the sampling reads crosses as data
-too, if it is written once in a step: the event of the write before is then that of the step before.
+the end of a step relies on events for what was written in the same step. What the head reads of the last layer crosses
+as data too, and so does what the sampling reads, if it is written once in a step: the event of the write before is then
+that of the step before.
 
 What a step is about crosses as data as well, each word with the number of its step, so that there is nothing to clear.
 It does not tell an SM what the others have done: the first layer waits for what it needs to know of the step before as
-other layers do of the layer before. In a model of few layers, or with several ranks, that is not enough, and all of the
-first layer's tasks wait for the event that ends the step before.
+other layers do of the layer before. In a model of few layers, or with several ranks, that is not enough: all of the
+first layer's tasks wait for the event that ends the step before, and the head for that of its input.
 """
 
 from __future__ import annotations
@@ -84,13 +85,23 @@ def in_turns(
     return placed, arenas
 
 
-def further_back(step: Step, template: int) -> int:
-    """How many stages before the one that it names a template's wait for data looks, in a step of one token."""
-    layers = [n for n, s in enumerate(step.stages) if s.layer is not None]
+def write_before(named: int, layers: int, stages: int) -> int:
+    """The stage that wrote, the time before, what stage `named` of a step writes: in a step of one token a wait for
+    data is for its event. The first `layers` stages are the layers'; negative: of the step before."""
+    if named >= layers:
+        return named - stages
+    return named - 1 if named else layers - 1 - stages
+
+
+def further_back(step: Step, template: int, stage: int) -> int:
+    """`write_before` as a program has it (`Wait::data`): so many stages before the one that a template's wait names;
+    the kernel knows what comes before the first layer."""
     place = next(n for n, s in enumerate(step.stages) if s.template == template)
-    if place not in layers:
-        return len(step.stages)
-    return 1 if place else len(step.stages) - layers[-1]
+    return len(step.stages) if place + stage >= layers_of(step) else 1
+
+
+def layers_of(step: Step) -> int:
+    return sum(s.layer is not None for s in step.stages)
 
 
 def signallers(template: Template) -> dict[str, list[tuple[int, Task]]]:
@@ -187,8 +198,9 @@ def _why_not(step: Step, turns: Turns, tensors: dict[str, Tensor], by_event: set
 
 
 def _marked(step: Step, turns: Turns, given: tuple[str, ...]) -> Step:
-    """Waits of layers for layers are for data; the step's end waits for all events of the last layer as well. `given`:
-    what the step is given, if that suffices to begin it."""
+    """Waits of layers for layers are for data, and of what follows for the last layer; the step's end waits for all
+    events of that layer as well. `given`: what the step is given, if that suffices to begin it; else only layers wait
+    so."""
     templates = list(step.templates)
     for number in {s.template for s in step.stages if s.layer is not None}:
         before = [step.stages[at - 1] for at, s in enumerate(step.stages) if s.template == number]
@@ -198,7 +210,7 @@ def _marked(step: Step, turns: Turns, given: tuple[str, ...]) -> Step:
     at = next(n for n, s in enumerate(step.stages) if s.layer is None)
     last = templates[step.stages[at - 1].template]
     stages = list(step.stages)
-    for place, change in ((at, _told), (len(stages) - 1, partial(_ended, turns))):
+    for place, change in ((at, partial(_told, turns if given else {})), (len(stages) - 1, partial(_ended, turns))):
         templates.append(change(templates[stages[place].template], last, at - 1 - place))
         stages[place] = Stage(len(templates) - 1)
     return _without_unused(replace(step, templates=tuple(templates), stages=tuple(stages)))
@@ -297,14 +309,18 @@ def _group_of(event: str) -> str:
     return event.partition(".done")[0]
 
 
-def _told(template: Template, layer: Template, back: int) -> Template:
-    """Readers after the layers wait for events: those of the last layer, `back` stages away, whose values they read."""
+def _told(turns: Turns, template: Template, layer: Template, back: int) -> Template:
+    """Readers after the layers wait for those of the last layer, `back` stages away, whose values they read."""
     makers = {t: group.name for group in layer.groups for t in group.outputs}
     sent = signallers(layer)
+    marker = _Marker({back: layer}, turns)
 
     def told(task: Task) -> Task:
         names = {e for s in task.reads if s.tensor in makers for e in _events(makers[s.tensor], sent, task.reads)}
-        return _with_waits(task, [Wait(name, layer.events[name], back) for name in sorted(names)])
+        waits = [w for w in task.waits if w.stage != back or w.event not in names]
+        more = [Wait(name, layer.events[name], back) for name in sorted(names)]
+        more = [replace(w, data=marker.by_values(w, task.reads)) for w in more]
+        return replace(task, waits=(*waits, *more))
 
     groups = tuple(replace(g, tasks=tuple(told(t) for t in g.tasks)) for g in template.groups)
     return replace(template, groups=groups)

@@ -40,8 +40,8 @@ class Wait:
 
     The stage before a step's first is the last of the step before it. `data`: what its signallers wrote and this task
     reads crosses as data: in a step of one token the task looks at the values, and this wait is for the same event of
-    the write before, where there is one: of the layer before, or after the layers of the step before (see
-    `planner.crossing.further_back`).
+    the write before, where there is one: of the layer before, or of the step before if it is written after the layers
+    (see `planner.crossing.further_back`).
     """
 
     event: str

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mpk_spec.emit.source import Emitted
-from mpk_spec.planner.crossing import further_back
+from mpk_spec.planner.crossing import layers_of, write_before
 from mpk_spec.runtime.cuda_probe import SIGNAL, START, WAIT
 
 WORD = 1 << 32
@@ -38,10 +38,9 @@ def conform(
 
 def _problems(emitted: Emitted, log, first_step: int, tokens: Sequence[int], signals) -> Iterator[str]:
     alone = {first_step + n for n, count in enumerate(tokens) if count == 1}
-    further = [further_back(emitted.step, n) for n in range(len(emitted.step.templates))]
     for sm, (waits, works) in enumerate(log):
         plan = list(_tasks(emitted, sm, first_step, len(tokens)))
-        yield from _check_sm(emitted, sm, plan, alone, further, waits.tolist(), works.tolist(), signals)
+        yield from _check_sm(emitted, sm, plan, alone, waits.tolist(), works.tolist(), signals)
     yield from _check_counters(emitted, first_step, len(tokens), signals)
 
 
@@ -54,9 +53,10 @@ def _tasks(emitted: Emitted, sm: int, first_step: int, steps: int) -> Iterator[t
 
 
 def _check_sm(
-    emitted: Emitted, sm: int, plan: list, alone: set[int], further: list[int], waits: list, works: list, signals
+    emitted: Emitted, sm: int, plan: list, alone: set[int], waits: list, works: list, signals
 ) -> Iterator[str]:
-    """alone: the steps of one token. further: of each template, how much further back waits for data look in those."""
+    """alone: the steps of one token, where waits for data are for the write before."""
+    layers, stages = layers_of(emitted.step), len(emitted.step.stages)
     events = {name: n for n, name in enumerate(emitted.programs.events)}
     next_wait, next_work = iter(waits), iter(works)
     for step, stage, group, task in plan:
@@ -66,8 +66,9 @@ def _check_sm(
         ready = None
         for wait in made.tasks[task].waits:
             entry = next(next_wait, None)
-            back = further[emitted.step.stages[stage].template] if wait.data and step in alone else 0
-            event, base, most = _counter(emitted, step, stage, wait.event, wait.stage - back, events)
+            named = stage + wait.stage
+            at = write_before(named, layers, stages) if wait.data and step in alone else named
+            event, base, most = _counter(emitted, step, stage, wait.event, at - stage, events)
             count = wait.count if most else 0  # of a stage that lacks the event there is nothing to wait for
             expected = (WAIT, *head, event)
             if entry is None or tuple(entry[:6]) != expected:
@@ -77,7 +78,7 @@ def _check_sm(
             if wanted != (base + count) % WORD:
                 yield f"{where}: waits until {wait.event} is {wanted}, not {(base + count) % WORD}"
             # the event of the step before may have signals of this one already
-            highest = base + most * (1 + (back == len(emitted.step.stages)))
+            highest = base + most * (1 + (at == named - stages))
             if _less(seen, wanted) or _less(highest, seen):
                 yield f"{where}: saw {wait.event} at {seen}, outside of {wanted} to {highest % WORD}"
             ready = clock if ready is None or _less(ready, clock) else ready

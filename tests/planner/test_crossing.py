@@ -58,7 +58,10 @@ def test_dense_models_cross_as_data_and_are_proved(name):
         assert all(w.data for g in template.groups for t in g.tasks for w in t.waits)
     head = step.templates[step.stages[-1].template]
     of_data = {(g.name, w) for g in head.groups for t in g.tasks for w in t.waits if w.data}
-    assert of_data == {("next_ids", Wait("head.done", head.events["head.done"], 0, data=True))}
+    assert of_data == {
+        ("head", Wait("down_add.done", layers[-1].events["down_add.done"], -1, data=True)),
+        ("next_ids", Wait("head.done", head.events["head.done"], 0, data=True)),
+    }
 
 
 @pytest.mark.parametrize(("name", "size", "tp"), [("qwen3", "0.6b", 2), ("llama3", "8b", 8), ("gemma3", "270m", 4)])
@@ -145,12 +148,14 @@ def test_a_wait_for_data_after_the_layers_is_for_the_step_before(fused, tp):
     members = {} if fused else {"fusions": {"head": {"of": ["h", "logits"]}}}
     found = pinned("data", sections=members, tp=tp)
     step = found.steps["decode"]
-    further = [further_back(step, n) for n in range(len(step.templates))]
-    assert further == [2] + [1] * (len(further) - 2) + [len(step.stages)]
+    last = len(step.templates) - 1
+    assert {further_back(step, n, stage) for n in range(last) for stage in (0, -1)} == {1}
+    assert [further_back(step, last, stage) for stage in (0, -1)] == [len(step.stages), 1]
     (wait,) = (w for w in waits(step.templates[-1], "next_ids") if w.data)
     assert wait.event == ("head.done" if fused else "next_ids.partial.done") and wait.stage == 0
     packed = {(int(w["back"]), int(w["data"])) for w in packed_waits(found)}
-    assert {(0, len(step.stages)), (0, 1), (0, 2)} <= packed and (1, len(step.stages)) not in packed
+    assert {(0, len(step.stages)), (0, 1)} <= packed and (1, len(step.stages)) not in packed
+    assert ((1, 1) in packed) and {data for _, data in packed} == {0, 1, len(step.stages)}
 
 
 def packed_waits(found: Plan):

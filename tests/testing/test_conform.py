@@ -29,12 +29,13 @@ def tokens(request):
 def logs_of(emitted, tokens, first_step=FIRST):
     """What a kernel that runs its tasks stage by stage, group by group would leave: per SM (waits, works) as lists.
 
-    In a step of one token a wait for data is for the event of the layer before (after the layers: of the step before),
-    or for nothing where that lacks it.
+    In a step of one token a wait for data is for the event of the layer before (of what comes after the layers: of the
+    step before), or for nothing where that lacks it.
     """
     step = emitted.step
     events = {name: n for n, name in enumerate(emitted.programs.events)}
     totals = [emitted.programs.event_total[s.template] for s in step.stages]
+    layers = sum(s.layer is not None for s in step.stages)
     counters = [[(first_step * t) % 2**32 for t in row] for row in totals]
     logs = [([], []) for _ in range(emitted.plan.num_sms)]
     clock = 2**32 - 1000
@@ -47,8 +48,9 @@ def logs_of(emitted, tokens, first_step=FIRST):
                     waits, works = logs[sm_of[g, task.index]]
                     head = (number % 2**32, stage, g, task.index)
                     for wait in task.waits:
-                        further = (1 if stage else 2) if made.layer is not None else len(step.stages)
-                        at, of = stage + wait.stage - further * (wait.data and count == 1), number
+                        at, of = stage + wait.stage, number
+                        if wait.data and count == 1:
+                            at -= len(step.stages) if at >= layers else 1 if at else len(step.stages) - layers + 1
                         if at < 0:
                             at, of = at + len(step.stages), number - 1
                         event = events[wait.event]

@@ -22,6 +22,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from mpk_spec.planner.crossing import write_before
 from mpk_spec.planner.plan import Plan, Span, Task, Wait
 from mpk_spec.planner.verify.code import Code
 from mpk_spec.planner.verify.copies import check_copies
@@ -154,7 +155,8 @@ class _Walk:
             if late:
                 self.report.add(f"a step of one token ends and no event says that {self._name(late)} is done")
                 return
-            self.done = [known | looked | s for s in self.done]
+            if self.plan.tp == 1:  # of several ranks one says that a step begins: its end tells nothing of the others'
+                self.done = [known | looked | s for s in self.done]
 
     def _stage(self, code: Code, layer: bool, check: bool) -> tuple[int, int]:
         """Runs one stage; returns what whoever writes what feeds the next step knows, and which tasks are over because
@@ -169,8 +171,9 @@ class _Walk:
             seen, done = self._known(stage, n, task)
             if check:
                 for span in task.reads:
-                    self._check_read(stage, n, group, span, seen, layer)
-                    if span.tensor in self.inboxes and self._polled(stage, group, span.tensor, layer):
+                    polled = self._polled(stage, group, span, layer, task)
+                    self._check_read(stage, n, group, span, seen, polled)
+                    if span.tensor in self.inboxes and polled:
                         self._check_ranks(stage, n, group, span, task)
                 for span in task.writes:
                     self._check_write(stage, n, span, seen, done)
@@ -198,10 +201,15 @@ class _Walk:
             for tensor, parts in group.writes.items()
         }
 
-    def _polled(self, stage: _Stage, group: int, tensor: str, layer: bool) -> bool:
-        """Whether a group looks for values of a tensor that lies twice. After the layers: for those made there."""
-        here = stage.writes.get(tensor)
-        return tensor in self.turning and (layer or (here is not None and here.group < group))
+    def _polled(self, stage: _Stage, group: int, span: Span, layer: bool, task: Task) -> bool:
+        """Whether a task looks for values of a tensor that lies twice. After the layers: for those made there, and for
+        those whose events it does not wait for."""
+        here = stage.writes.get(span.tensor)
+        if span.tensor not in self.turning or layer or (here is not None and here.group < group):
+            return span.tensor in self.turning
+        sources = [(w.event, self.stages[len(self.stages) - 1 + w.stage]) for w in task.waits if w.data]
+        made = [(source.signallers(event), source.writes.get(span.tensor)) for event, source in sources]
+        return any(write and bits & write.touching(span) for bits, write in made)
 
     def _known(self, stage: _Stage, n: int, task: Task) -> tuple[int, int]:
         sm, at = stage.code.sms[n], len(self.stages) - 1
@@ -212,7 +220,8 @@ class _Walk:
                 continue
             source = self.stages[at + wait.stage]
             if wait.data:
-                before = at + wait.stage - self._further_back(at % len(self.codes))
+                place, stages = at % len(self.codes), len(self.codes)
+                before = at - place + write_before(place + wait.stage, sum(self.layers), stages)
                 if before >= 0:
                     seen |= self._cleared(stage, n, wait, source, self.stages[before])
                 unread[wait.event] = self._unread(source, task, wait.event)
@@ -224,12 +233,6 @@ class _Walk:
             if bits & ~done:
                 self._tell(stage, n, f"waits for '{event}' as data and reads nothing of", bits & ~done)
         return seen, done
-
-    def _further_back(self, place: int) -> int:
-        """From a stage to the one that wrote what it writes the time before."""
-        if not self.layers[place]:
-            return len(self.codes)
-        return 1 if place else len(self.codes) - max(n for n, layer in enumerate(self.layers) if layer)
 
     def _cleared(self, stage: _Stage, n: int, wait: Wait, source: _Stage, before: _Stage) -> int:
         """What the event of the write before makes visible: the kernel waits for as many signals as of this one."""
@@ -262,7 +265,7 @@ class _Walk:
                 bits &= ~source.writes[span.tensor].touching(span)
         return bits
 
-    def _check_read(self, stage: _Stage, n: int, group: int, span: Span, seen: int, layer: bool) -> None:
+    def _check_read(self, stage: _Stage, n: int, group: int, span: Span, seen: int, polled: bool) -> None:
         tensor = span.tensor
         here = stage.writes.get(tensor)
         writes = list(self.past.get(tensor, []))
@@ -270,7 +273,6 @@ class _Walk:
             writes.append(here)
         if not writes:
             return  # a weight, this task's own page, or what the step is given
-        polled = self._polled(stage, group, tensor, layer)
         if polled and len(writes) < 2:
             return
         late = writes[-2 if polled else -1].touching(span) & ~seen & ~(1 << (stage.base + n))
