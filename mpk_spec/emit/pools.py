@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpk_spec.errors import UserError
-from mpk_spec.planner.plan import Group, Plan, Step, Template
+from mpk_spec.planner.plan import Group, Step, Template
 
 FROM_POOL = 0xFFFF  # `Entry.run` of a pool in a queue
 MOST_TASKS = 0xFFFE  # their numbers, and "no more", are 16 bits
@@ -49,15 +49,3 @@ def check_order(template: Template) -> None:
     for sm, queue in enumerate(template.queues):
         if [g for g, _ in queue] != sorted(g for g, _ in queue):
             raise UserError(f"stage '{template.name}': SM {sm} does not run its groups in their order")
-
-
-def check_defines(plan: Plan, defines: tuple[str, ...]) -> None:
-    """UserError for builds that record what a queue's tasks do, where tasks are in no queue."""
-    from mpk_spec.runtime.cuda_probe import CONFORM, PROFILE
-
-    pool = next(dynamic_groups(plan.steps["decode"]), None)
-    if pool and (recording := {CONFORM, PROFILE}.intersection(defines)):
-        raise UserError(
-            f"a kernel whose tasks are claimed at run time ('{pool[2].name}') cannot be built with {min(recording)}",
-            "plan it with `launch: static`",
-        )

@@ -67,8 +67,8 @@ class CudaBackend:
 
     def _compile(self, defines: tuple[str, ...], progress) -> bytes:
         from mpk_spec.emit.compiler import compile_kernel
-        from mpk_spec.emit.pools import check_defines
         from mpk_spec.planner.targets import find_target
+        from mpk_spec.runtime.cuda_probe import check_defines
 
         check_defines(self.plan, defines)
         if progress is not None:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpk_spec.emit.pools import dynamic_groups
 from mpk_spec.emit.source import Emitted
 from mpk_spec.errors import UserError
+from mpk_spec.planner.plan import Plan
 
 PROFILE, CONFORM, DELAYS, DEFECTS = "MPK_PROFILE", "MPK_CONFORM", "MPK_DELAYS", "MPK_DEFECTS"
 
@@ -52,6 +54,16 @@ def find_place(emitted: Emitted, group: str, stage: int = 0, task: int = 0) -> P
     if group not in names:
         raise UserError(f"stage {stage} has no group '{group}'", f"it has: {', '.join(names)}")
     return Place(stage, names.index(group), task)
+
+
+def check_defines(plan: Plan, defines: tuple[str, ...]) -> None:
+    """UserError for builds that record what a queue's tasks do, where tasks are in no queue."""
+    pool = next(dynamic_groups(plan.steps["decode"]), None)
+    if pool and (recording := {CONFORM, PROFILE}.intersection(defines)):
+        raise UserError(
+            f"a kernel whose tasks are claimed at run time ('{pool[2].name}') cannot be built with {min(recording)}",
+            "plan it with `launch: static`",
+        )
 
 
 class Probe:

@@ -184,8 +184,8 @@ class CudaRank:
 def compile_for(transport: str, emitted: Emitted, defines: tuple[str, ...]) -> Compiled:
     """The ranks' kernel, which needs no GPU yet. Raises UserError as `compile_kernel` does."""
     from mpk_spec.emit.compiler import compile_kernel
-    from mpk_spec.emit.pools import check_defines
     from mpk_spec.planner.targets import find_target
+    from mpk_spec.runtime.cuda_probe import check_defines
     from mpk_spec.runtime.nvshmem import find_headers, find_library
     from mpk_spec.runtime.transport import DEFINES, check_device_api
 
