@@ -18,7 +18,7 @@ KV_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 KV_MERGE = ("auto", "fused", "apart")
 KIB = 1024
 WHOLE_KERNEL: dict[str, tuple[Any, ...]] = {
-    "in_flight": tuple(n * KIB for n in (32, 48, 64)),
+    "in_flight": tuple(n * KIB for n in (32, 48, 64, 80, 96)),
     "in_flight_looking": tuple(n * KIB for n in (16, 32, 48)),
     "prefetch": tuple(n * KIB for n in (0, 64, 128, 256)),
     "crossing": ("event", "data"),

@@ -39,7 +39,7 @@ def test_the_knobs_of_a_plan():
     assert found["*", "crossing"] == ({"crossing": "event"}, {"crossing": "data"})
     assert {g for g, name in found if name == "grid"} == {"qkv", "o_add", "gate_up", "down_add", "head"}
     assert [c["prefetch"] for c in found["*", "prefetch"]] == [0, 65536, 131072, 262144]
-    assert [c["in_flight"] for c in found["*", "in_flight"]] == [32768, 49152, 65536]
+    assert [c["in_flight"] for c in found["*", "in_flight"]] == [32768, 49152, 65536, 81920, 98304]
     for (name, knob), choices in found.items():
         for choice in choices if knob == "grid" else ():
             made = planned({name: choice})  # none is refused
