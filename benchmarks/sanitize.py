@@ -36,9 +36,12 @@ KERNEL = "megakernel"  # the place of what the compiler put straight into it
 FLAGS = {"mpk::ptx::load_shared_flag", "mpk::ptx::store_shared_flag"}
 KNOWN = (  # (who writes, who reads)
     # a chunk of the ring, full: mbarrier with bytes expected. A load that several tasks share has no line of its own
-    ({"mpk::ptx::copy_to_shared"}, {"mpk::ptx::load_matrices", "mpk::Attention", KERNEL}),
+    (
+        {"mpk::ptx::copy_to_shared"},
+        {"mpk::ptx::load_matrices", "mpk::ptx::load_matrices_transposed", "mpk::Attention", KERNEL},
+    ),
     # stop, abort, progress for the watchdog, descriptors for the loader: volatile, one writer
-    (FLAGS, FLAGS | {KERNEL}),
+    (FLAGS, FLAGS),
     # a step, ready, or described for the loader: its descriptor
     (
         {"mpk::Scheduler::next_step", f"{KERNEL} in scheduler.cuh"},
