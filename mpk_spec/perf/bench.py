@@ -58,6 +58,8 @@ def bench(
     from mpk_spec.runtime.select import target_here
 
     target, gpu = target_here()
+    if settings.positions:
+        _check_memory(checkpoint, settings.positions)
     progress("measuring the ceiling of memory", 0, 0)
     ceiling = measure_ceiling(target)
     free_gpu()
@@ -84,6 +86,16 @@ def bench(
     result["rivals"] = _rivals(checkpoint, settings, progress)
     result["software"] = _software()
     return result
+
+
+def _check_memory(checkpoint: Checkpoint, positions: int) -> None:
+    """Before anything is measured, that the verdict can be found afterwards."""
+    from mpk_spec.testing.yardstick import need_memory
+
+    try:
+        need_memory(checkpoint, positions)
+    except UserError as error:
+        raise UserError(error.message, "--no-verdict measures without it") from None
 
 
 def _gpu(properties) -> dict[str, Any]:

@@ -164,6 +164,15 @@ def test_numbers_that_are_wrong_are_said_and_end_with_their_code(machine, capsys
     assert "Correctness: FAILED" in shown.out and "its speed says nothing" in shown.err
 
 
+def test_a_truth_that_has_no_room_is_said_before_anything_is_measured(machine, capsys):
+    machine.monkeypatch.setattr("mpk_spec.testing.yardstick.free_memory", lambda: 10**6)
+    assert main(ASK) == errors.EXIT_BAD_INPUT
+    shown = capsys.readouterr().err
+    assert "the truth, Hugging Face in float32, needs" in shown and "hint: --no-verdict measures without it" in shown
+    assert machine.order == []
+    assert main([*ASK, "--no-verdict"]) == errors.EXIT_OK
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
