@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from host_build import ON_HOST, built
 from tiny_specs import child
 
 from mpk_spec.emit import compiler
@@ -15,13 +14,11 @@ from mpk_spec.emit.pools import FROM_POOL, check_order
 from mpk_spec.emit.program import ENTRY, _program_dtype, tiles
 from mpk_spec.emit.source import EVENT_STRIDE, Emitted, emit
 from mpk_spec.errors import UserError
-from mpk_spec.paths import templates_dir
 from mpk_spec.planner import plan
 from mpk_spec.planner.targets import find_target
 from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS, PROFILE
 from mpk_spec.schema import load_spec
 
-ON_HOST = Path(__file__).parent / "on_host"
 LAYER = ("qkv", "o_add", "gate_up", "down_add")
 CASES = {"gate_up": ("gate_up",), "layer": LAYER, "all": (*LAYER, "head")}
 
@@ -189,28 +186,17 @@ constexpr mpk::u32 num_tasks[][groups] = {{{table(tasks)}}};
 @pytest.mark.parametrize("case", CASES)
 def test_all_roles_of_some_sms_run_all_tasks_once(case, tasks, tmp_path):
     """The kernel's loader, scheduler, signaller and worker loop on the host: two launches of the packed programs."""
-    compiler_ = shutil.which("g++")
-    if compiler_ is None:
-        pytest.skip("needs a C++ compiler: g++")
     one = made(case, "h100:3", tasks=tasks)
     (tmp_path / "plan.h").write_text(one.source.partition('#include "tasks/')[0] + tables(one))
     (tmp_path / "programs").write_bytes(one.programs.blob)
-    folders = [tmp_path, ON_HOST / "threads", templates_dir()]
-    command = [compiler_, "-O1", "-std=c++20", "-w", "-pthread", *(f"-I{f}" for f in folders), ON_HOST / "roles.cc"]
-    subprocess.run([*command, "-o", tmp_path / "roles"], check=True)
+    roles = built("roles.cc", tmp_path, tmp_path, ON_HOST / "threads", options=("-pthread",))
     count = 8 * sum(len(g.tasks) for s in one.step.stages for g in one.step.templates[s.template].groups)
     for seed in ("0", "1"):
-        ran = subprocess.run([tmp_path / "roles", tmp_path / "programs", seed], capture_output=True, text=True)
+        ran = subprocess.run([roles, tmp_path / "programs", seed], capture_output=True, text=True)
         assert (ran.returncode, ran.stdout) == (0, f"{count} tasks ran\n"), ran.stdout[-2000:]
 
 
 def test_loaders_share_pools_out_and_stream_what_workers_take(tmp_path):
     """The kernel's own code on the host: 1 to 30 SMs in random orders, tickets past 2^32, more SMs than tasks."""
-    compiler_ = shutil.which("g++")
-    if compiler_ is None:
-        pytest.skip("needs a C++ compiler: g++")
-    program = tmp_path / "pools"
-    command = [compiler_, "-O1", "-std=c++20", "-w", f"-I{ON_HOST}", f"-I{templates_dir()}", ON_HOST / "pools.cc"]
-    subprocess.run([*command, "-o", program], check=True)
-    ran = subprocess.run([program], capture_output=True, text=True)
+    ran = subprocess.run([built("pools.cc", tmp_path)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "188160 tasks claimed\n"), ran.stdout[-2000:]

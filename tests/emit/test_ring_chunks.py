@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from host_build import built
 from tiny_specs import child
 
 from mpk_spec.emit.program import _program_dtype
 from mpk_spec.emit.source import Emitted, emit
-from mpk_spec.paths import templates_dir
 from mpk_spec.planner import plan
 
-ON_HOST = Path(__file__).parent / "on_host"
 LONG = {"max_position_embeddings": 8192, "vocab_size": 256, "intermediate_size": 128}
 CASES = {  # splits, ranks, SMs
     "few SMs": (3, 1, "h100:4"),
@@ -83,11 +80,5 @@ def test_some_sm_has_a_part_of_the_cache_and_no_weights():
 
 def test_the_loader_streams_what_attention_takes(tmp_path):
     """The kernel's own code on the host: 1 to 16 tokens and heads, positions around the edges of blocks."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler: g++")
-    program = tmp_path / "ring_chunks"
-    command = [compiler, "-std=c++20", "-w", f"-I{ON_HOST}", f"-I{templates_dir()}", ON_HOST / "ring_chunks.cc"]
-    subprocess.run([*command, "-o", program], check=True)
-    ran = subprocess.run([program], capture_output=True, text=True)
+    ran = subprocess.run([built("ring_chunks.cc", tmp_path)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "110748 steps compared\n"), ran.stdout[-2000:]

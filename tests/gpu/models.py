@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from mpk_spec.errors import UserError
 from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS
 
 PROBED = (CONFORM, DELAYS, DEFECTS)
@@ -73,3 +78,16 @@ class Models:
 
 def ids_of(backend, count: int, salt: int = 0) -> list[int]:
     return [(17 + 31 * n + 7 * salt + n * n * 13) % backend.vocab_size for n in range(count)]
+
+
+def check_lost_signal(backend, prompt: list[int]) -> None:
+    """That an answer ends in time, and the report names who waits in vain for a signal of gate_up in stage 1."""
+    backend.reset()
+    began = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        list(backend.stream(prompt, max_new_tokens=5))
+    assert time.perf_counter() - began < backend.launcher.timeout_s + 3
+    said = error.value.message
+    assert said.startswith("the kernel was aborted: SM ")
+    report = re.search(r"stage 1 \(.*'down_add': event 'gate_up\.done.* of stage 1 stands at (\d+), wanted (\d+)", said)
+    assert report and int(report[1]) == int(report[2]) - 1, said

@@ -9,13 +9,7 @@
 #include <random>
 #include <vector>
 
-#define __device__
-#define __host__
-#define __constant__
-#define __shared__
-#define __forceinline__ inline
-#define __noinline__
-#define __align__(n) __attribute__((aligned(n)))
+#include "cuda.h"
 #define MPK_POOLS 4
 #include "runtime/program.cuh"
 

@@ -6,13 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#define __device__
-#define __host__
-#define __constant__
-#define __shared__
-#define __forceinline__ inline
-#define __noinline__
-#define __align__(n) __attribute__((aligned(n)))
+#include "cuda.h"
 #include "runtime/program.cuh"
 
 namespace plan {

@@ -12,16 +12,7 @@
 #include <thread>
 #include <vector>
 
-#define __device__
-#define __host__
-#define __constant__
-#define __shared__
-#define __global__
-#define __grid_constant__
-#define __launch_bounds__(...)
-#define __forceinline__ inline
-#define __noinline__
-#define __align__(n) __attribute__((aligned(n)))
+#include "cuda.h"
 #define MPK_DELAYS 1
 #include "plan.h"  // the generated source up to its tasks, and the tables below
 // namespace plan: num_sms, weight_bytes, groups, num_tasks[template][group], weight_of[template][group] (-1: none, -2: the cache)

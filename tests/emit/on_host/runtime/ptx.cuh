@@ -1,14 +1,9 @@
 // In place of cuda_templates/runtime/ptx.cuh where device code runs on the host, as the one thread of its warp and of its block.
 // Barriers of the ring count; what computes does nothing, since no number decides which chunks a task takes.
 #pragma once
+#include "cuda.h"
 #include "runtime/types.cuh"
 
-#define MPK_BULK_COPY 1
-#define MPK_MOVES_REGISTERS 1
-
-struct uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }

@@ -7,14 +7,9 @@
 #include <atomic>
 #include <cstring>
 
+#include "cuda.h"
 #include "runtime/types.cuh"
 
-#define MPK_BULK_COPY 1
-#define MPK_MOVES_REGISTERS 1
-
-struct uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
 
 namespace mpk::host {
 // Threads that meet, again and again.
