@@ -275,7 +275,7 @@ def trace(plan: Plan, options) -> None:
         check_layer(plan, options.layer)
     backend, _ = open_random(plan, options.seed, (PROFILE,))
     say(f"recording {RECORDED} tokens")
-    ranks = [common_clock(raw) for raw in record(backend, options.prompt, RECORDED)]
+    ranks = [common_clock(*raw) for raw in record(backend, options.prompt, RECORDED)]
     backend.close()
     ranks, clocks, _, shown = report(ranks, predict(plan, context=options.prompt))
     print(shown, flush=True)

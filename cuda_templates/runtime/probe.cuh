@@ -1,5 +1,6 @@
 // What builds for profiling and testing add to the runtime. Each macro is off by default, and then nothing of it is compiled:
-//   MPK_PROFILE  when each task asked, was ready, had seen its inputs, had its data, was done (TaskTimes)
+//   MPK_PROFILE  when each task asked, was ready, had seen its inputs, had its data, was done (TaskTimes), and when the loader
+//                asked memory for what (CopyTime)
 //   MPK_CONFORM  which counter values the waits saw and which the signals found (LogEntry), in the order it happened
 //   MPK_DELAYS   random pauses in scheduler, workers and loader, from a seed
 //   MPK_DEFECTS  mistakes chosen at launch, which comparison, conformance or watchdog must find
@@ -37,6 +38,14 @@ struct TaskTimes {
   u64 signalled;  // its signals are sent
 };
 
+// One copy of the loader.
+struct CopyTime {
+  u32 clock;  // the lower half of the SM's
+  u32 bytes;  // 0: there is none
+  u32 held;  // why it was not issued before: the ring was full, too much was in flight, or neither
+};
+enum Held : u32 { by_nothing, by_ring, by_flight };
+
 enum Kind : u32 { none, wait, start, signal };  // of a LogEntry; `none`: the log ends here
 
 struct LogEntry {
@@ -55,6 +64,8 @@ enum Defect : u32 { no_defect, dropped_signal, early_event, wrong_page, lost_res
 struct Probes {
   TaskTimes* times;  // [trace_steps][SM][stage][max_queue]
   LogEntry* log;  // [SM][num_logs][log_capacity]
+  CopyTime* copies;  // [SM][copy_capacity], a copy at its number from the launch's first, as often as that fits in
+  u64 copy_capacity;  // a power of two, no less than what is recorded
   u32 trace_step, trace_steps;  // steps that are recorded
   u32 log_capacity;
   u32 delay_seed;  // 0: no delays
@@ -128,6 +139,35 @@ struct ChunkWaits {
   __device__ __forceinline__ void end() {
 #if MPK_PROFILE
     total += ptx::cycles() - since;
+#endif
+  }
+};
+
+// The copies of one SM's loader.
+struct CopyLog {
+#if MPK_PROFILE
+  u32 held = by_nothing;
+#endif
+
+  // What the next copy waits for; the last that is said counts.
+  __device__ __forceinline__ void hold(Held why) {
+#if MPK_PROFILE
+    held = why;
+#endif
+  }
+  // Copy `number` of the launch, for a step.
+  template <class Params>
+  __device__ __forceinline__ void put(const Params& params, u32 step, u32 number, u32 bytes) const {
+#if MPK_PROFILE
+    const Probes& p = params.probes;
+    const u32 at = step - p.trace_step;  // wraps: later than any step before it
+    if (at < p.trace_steps)
+      p.copies[blockIdx.x * p.copy_capacity + (number & p.copy_capacity - 1)] = {static_cast<u32>(ptx::cycles()), bytes, held};
+#endif
+  }
+  __device__ __forceinline__ void let_go() {
+#if MPK_PROFILE
+    held = by_nothing;
 #endif
   }
 };

@@ -79,7 +79,7 @@ def recorded(
     with progress() as report, gpu_alone():
         backend = _open(model, size, weights, context, tokens, report, tp, layer)
         report("recording", 0, 0)
-        times = [common_clock(raw) for raw in record(backend, context, tokens)]
+        times = [common_clock(*raw) for raw in record(backend, context, tokens)]
         backend.close()
     return backend, times, predict(backend.plan, context=context)
 

@@ -14,13 +14,15 @@ from mpk_spec.errors import UserError
 from mpk_spec.files import write_aside
 from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.profiler.clock import Times
+from mpk_spec.profiler.stream import BIN_US, rate_of
 
 WORK, SIGNALS = 0, 1  # processes of a rank
 BEFORE_US, AFTER_US = 3.0, 4.0  # of what is around a layer, kept with it
 
 
 def chrome_trace(plan: Plan, step: Step, ranks: Sequence[Times], clocks: str = "", layer: int | None = None) -> str:
-    """All recorded steps of all ranks, by one clock. A task `group[n]` holds its phases; before it its `wait group[n]`.
+    """All recorded steps of all ranks, by one clock, and what each rank asks of its memory meanwhile. A task `group[n]`
+    holds its phases; before it its `wait group[n]`.
 
     `args`: step, stage, layer, the events waited for, the values looked for, and how long data was waited for. clocks:
     what it rests on that the ranks' times lie side by side; kept in the file. layer: only what `cut` leaves of the
@@ -34,6 +36,7 @@ def chrome_trace(plan: Plan, step: Step, ranks: Sequence[Times], clocks: str = "
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}})
             for sm in range(plan.num_sms):
                 events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": sm, "args": {"name": f"SM {sm}"}})
+        events += _memory(times, process(rank, WORK))
         signalled = np.full(plan.num_sms, -np.inf)
         for number in range(times.asked.shape[0]):
             events += ({**e, "pid": process(rank, e["pid"])} for e in _step(step, times, number, signalled))
@@ -60,7 +63,7 @@ def cut(events: list[dict], layer: int, number: int) -> list[dict]:
     return [
         e if e["ph"] == "M" else {**e, "ts": round(e["ts"] - begin, 3)}
         for e in events
-        if e["ph"] == "M" or (begin <= e["ts"] and e["ts"] + e["dur"] <= end)
+        if e["ph"] == "M" or (begin <= e["ts"] and e["ts"] + e.get("dur", 0) <= end)
     ]
 
 
@@ -79,6 +82,16 @@ def write_trace(path: Path, trace: str) -> None:
 def process(rank: int, kind: int) -> int:
     """The number of a rank's process for its `WORK` or its `SIGNALS`."""
     return 2 * rank + kind
+
+
+def _memory(times: Times, pid: int) -> Iterator[dict]:
+    """A counter: what the loaders ask memory for in each microsecond, if that was recorded."""
+    if times.copies is None:
+        return
+    begin, end = float(np.nanmin(times.asked)), float(np.nanmax(times.stored))
+    for n, gbps in enumerate(rate_of(times, begin, end)):
+        at = {"ts": round(begin + n * BIN_US, 3), "args": {"GB/s": round(float(gbps))}}
+        yield {"ph": "C", "name": "asked of memory", "pid": pid, **at}
 
 
 def _step(step: Step, times: Times, number: int, signalled: np.ndarray) -> Iterator[dict]:

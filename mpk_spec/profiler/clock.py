@@ -19,12 +19,24 @@ OFF_PATH = ("signal",)  # phases during which the SM's workers are with their ne
 
 
 @dataclass(frozen=True)
+class Copies:
+    """The copies of all SMs' loaders, `[copy]`. at: when each was issued, in microseconds; held: what it had waited
+    for, `cuda_probe.BY_RING` or `BY_FLIGHT`, or nothing.
+    """
+
+    at: np.ndarray
+    bytes: np.ndarray
+    held: np.ndarray
+
+
+@dataclass(frozen=True)
 class Times:
     """float64 `[step, SM, stage, place]`, NaN where the SM has no such task. Microseconds from the first record on.
 
     `seen`: the inputs are there, prepared; values that cross as data were looked at from `ready` on until then.
     `waited` is a duration, what the task waited for weights or the cache once it was ready, all before `computed`;
-    `opened` may come before that, where an attention takes its first keys ahead of its event.
+    `opened` may come before that, where an attention takes its first keys ahead of its event. `copies`: what the
+    loaders asked memory for, if that was recorded too.
     """
 
     asked: np.ndarray
@@ -35,11 +47,12 @@ class Times:
     computed: np.ndarray
     stored: np.ndarray
     signalled: np.ndarray
+    copies: Copies | None = None
 
     def shifted(self, us: float) -> Times:
         """The same by a clock that shows `us` less."""
-        moments = {f.name: getattr(self, f.name) - us for f in fields(self) if f.name != "waited"}
-        return replace(self, **moments)
+        moments = {f.name: getattr(self, f.name) - us for f in fields(self) if f.name not in ("waited", "copies")}
+        return replace(self, **moments, copies=self.copies and replace(self.copies, at=self.copies.at - us))
 
     def phases(self) -> np.ndarray:
         """`[PHASES, step, SM, stage, place]`: durations that add up to asked..signalled."""
@@ -55,8 +68,11 @@ class Times:
         )
 
 
-def common_clock(raw: np.ndarray) -> Times:
-    """`raw`: `cuda_probe.TIMES` `[step, SM, stage, place]`. Raises UserError where nothing was recorded."""
+def common_clock(raw: np.ndarray, copies: np.ndarray | None = None) -> Times:
+    """`raw`: `cuda_probe.TIMES` `[step, SM, stage, place]`; copies: `cuda_probe.COPIES` of the same steps.
+
+    Raises UserError where nothing was recorded.
+    """
     there = raw["signalled"] != 0
     if not there.any():
         raise UserError("the profile is empty: none of the steps to record was run", "run more tokens")
@@ -75,7 +91,7 @@ def common_clock(raw: np.ndarray) -> Times:
             cycles = np.where(cycles != 0, cycles, raw[other])
         return np.where(there, origin + (cycles - raw["asked"]).astype(np.float64) * us_per_cycle, np.nan)
 
-    return Times(
+    times = Times(
         asked=np.where(there, origin, np.nan),
         ready=at("ready", "asked"),
         seen=at("seen", "ready", "asked"),
@@ -85,6 +101,29 @@ def common_clock(raw: np.ndarray) -> Times:
         stored=at("stored", "signalled"),
         signalled=at("signalled", "asked"),
     )
+    return times if copies is None else replace(times, copies=_by_tasks(copies, raw, times))
+
+
+def _by_tasks(copies: np.ndarray, raw: np.ndarray, times: Times) -> Copies:
+    """Copies know the lower half of their SM's clock: they lie between what its tasks are known to have done before and
+    after them. Those before an SM's first task and after its last are left out.
+    """
+    found = []
+    for sm, own in enumerate(copies):
+        own = own[own["bytes"] != 0]
+        there = raw["signalled"][:, sm] != 0
+        cycles = np.concatenate([raw[name][:, sm][there] for name in ("asked", "signalled")])
+        us = np.concatenate([getattr(times, name)[:, sm][there] for name in ("asked", "signalled")])
+        if not len(cycles):
+            continue
+        order = np.argsort(cycles)
+        tasks = (cycles[order] - cycles[order[0]]).astype(np.int64)
+        apart = (own["clock"] - cycles[order[0]].astype(np.uint32)).view(np.int32).astype(np.int64)
+        inside = (apart >= 0) & (apart <= tasks[-1])
+        at = np.interp(apart[inside], tasks, us[order])
+        found.append((at, own["bytes"][inside].astype(np.float64), own["held"][inside]))
+    nothing = (np.zeros(0),) * 3
+    return Copies(*(np.concatenate(part) for part in zip(nothing, *found, strict=True)))
 
 
 def _rate(raw: np.ndarray, there: np.ndarray) -> float:

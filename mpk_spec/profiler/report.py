@@ -10,6 +10,7 @@ import numpy as np
 
 from mpk_spec.planner.report import table
 from mpk_spec.planner.simulate import Simulation
+from mpk_spec.profiler import stream
 from mpk_spec.profiler.clock import OFF_PATH, PHASES, Times
 from mpk_spec.profiler.measured import measured_steps
 
@@ -64,6 +65,7 @@ class Profile:
     rows: list[Row]
     critical: list[Critical]
     between_us: float  # of a token, on the average SM: between tasks, or without any
+    rates: list[stream.Rate]  # none where no copies were recorded
 
     @property
     def us(self) -> float:
@@ -76,7 +78,7 @@ class Profile:
             "us_per_token": [round(step.us, 3) for step in self.steps], "predicted_us": self.predicted.us,
             "rows": [asdict(row) for row in self.rows],
             "critical": [{**asdict(c), "us": c.us, "differs": c.differs} for c in self.critical],
-            "between_us": self.between_us,
+            "between_us": self.between_us, "memory": stream.data(self.rates),
         }  # fmt: skip
 
 
@@ -90,7 +92,8 @@ def profile_of(times: Times, predicted: Simulation) -> Profile:
     steps = measured_steps(times, predicted)
     rows, inside = _rows(times, steps)
     us = mean(step.us for step in steps)
-    return Profile(steps, predicted, rows, _critical(steps, predicted), us - inside)
+    rates = stream.rates(times, predicted.step, predicted.cost.stream_gbps)
+    return Profile(steps, predicted, rows, _critical(steps, predicted), us - inside, rates)
 
 
 def _rows(times: Times, steps: list[Simulation]) -> tuple[list[Row], float]:
@@ -152,7 +155,10 @@ def report(ranks: list[Times], predicted: Simulation) -> tuple[list[Times], str,
 
 def page(profile: Profile) -> str:
     """The report for people."""
-    return "\n\n".join([_head(profile), _phases(profile), path(profile)])
+    parts = [_head(profile), _phases(profile), path(profile)]
+    if profile.rates:
+        parts.append(stream.page(profile.rates, profile.predicted.cost.stream_gbps))
+    return "\n\n".join(parts)
 
 
 def page_of_ranks(profiles: list[Profile], clocks: Clocks, sums: Sums) -> str:

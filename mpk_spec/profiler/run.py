@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 WARM_UP = 8  # tokens before the first that is recorded
 
 
-def record(backend: CudaBackend, context: int, tokens: int) -> list[np.ndarray]:
-    """Every rank's `cuda_probe.TIMES` of `tokens` + 1 steps of one launch with about `context` cached positions.
+def record(backend: CudaBackend, context: int, tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Every rank's `cuda_probe.TIMES` and `COPIES` of `tokens` + 1 steps of one launch with about `context` cached
+    positions: what `common_clock` takes.
 
     `backend` must be built with `PROFILE`. Raises UserError where the steps do not fit the plan's context.
     """
@@ -31,7 +32,7 @@ def record(backend: CudaBackend, context: int, tokens: int) -> list[np.ndarray]:
     ids = backend.fill_cache(before)
     for _ in backend.stream(ids, max_new_tokens=made):
         pass
-    found = backend.times()
+    found = list(zip(backend.times(), backend.copies(), strict=True))
     backend.probe(None)
     backend.reset()  # what the cache was filled with was read by nobody
     return found

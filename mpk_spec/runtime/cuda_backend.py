@@ -159,6 +159,10 @@ class CudaBackend:
         """Of every rank the `cuda_probe.TIMES` that its probe has recorded."""
         return [self.launcher.probe.times()]
 
+    def copies(self) -> list[np.ndarray]:
+        """Of every rank the `cuda_probe.COPIES` of the same steps."""
+        return [self.launcher.probe.copies()]
+
     def reset(self) -> None:
         self._cached = []
 

@@ -21,10 +21,12 @@ TIMES_FIELDS = ("global_ns", "asked", "ready", "seen", "opened", "waited", "comp
 TIMES = np.dtype([(name, "<u8") for name in TIMES_FIELDS])
 LOG_FIELDS = ("kind", "step", "stage", "group", "task", "event", "value", "wanted", "clock")
 LOG = np.dtype([(name, "<u4") for name in LOG_FIELDS])
+COPIES = np.dtype([(name, "<u4") for name in ("clock", "bytes", "held")])
+BY_NOTHING, BY_RING, BY_FLIGHT = range(3)  # CopyTime.held
 WAIT, START, SIGNAL = 1, 2, 3  # LogEntry.kind
 LOGS = 2  # of an SM: the scheduler's, the workers'
 PROBES = np.dtype(
-    [("times", "<u8"), ("log", "<u8")]
+    [("times", "<u8"), ("log", "<u8"), ("copies", "<u8"), ("copy_capacity", "<u8")]
     + [
         (name, "<u4")
         for name in (
@@ -76,6 +78,8 @@ class Probe:
         self.emitted, self.trace_steps, self.log_entries = emitted, trace_steps, log_entries
         shape = (trace_steps, emitted.plan.num_sms, len(emitted.step.stages), emitted.programs.max_queue)
         self._times = torch.zeros(*shape, TIMES.itemsize, dtype=torch.uint8, device=device)
+        copies = 1 << (trace_steps * _most_copies(emitted) - 1).bit_length() if trace_steps else 0
+        self._copies = torch.zeros(emitted.plan.num_sms, copies, COPIES.itemsize, dtype=torch.uint8, device=device)
         self._log = torch.zeros(emitted.plan.num_sms, LOGS, log_entries, LOG.itemsize, dtype=torch.uint8, device=device)
         self.trace_step = 0  # the first step whose times are kept, counted as the launcher counts
         self.delay_seed = 0
@@ -87,6 +91,7 @@ class Probe:
         """The `PROBES` of a launch."""
         record = np.zeros((), PROBES)
         record["times"], record["log"] = self._times.data_ptr(), self._log.data_ptr()
+        record["copies"], record["copy_capacity"] = self._copies.data_ptr(), self._copies.shape[1]
         record["trace_step"], record["trace_steps"] = self.trace_step & 0xFFFFFFFF, self.trace_steps
         record["log_capacity"], record["delay_seed"] = self.log_entries, self.delay_seed
         record["defect"] = 0 if self.defect is None else 1 + KERNEL_DEFECTS.index(self.defect)
@@ -97,6 +102,11 @@ class Probe:
         """`TIMES` `[step, SM, stage, place in the SM's queue]` of the steps since the last `clear`."""
         raw = self._times.cpu().numpy()
         return raw.view(TIMES)[..., 0] if raw.size else np.zeros(raw.shape[:-1], TIMES)
+
+    def copies(self) -> np.ndarray:
+        """`COPIES` `[SM, copy]` of those steps, in no order; those of no bytes are none."""
+        raw = self._copies.cpu().numpy()
+        return raw.view(COPIES)[..., 0] if raw.size else np.zeros(raw.shape[:-1], COPIES)
 
     def log(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each SM the `LOG` entries of its scheduler and of its workers, in the order they were made.
@@ -115,5 +125,24 @@ class Probe:
         import torch
 
         self._times.zero_()
+        self._copies.zero_()
         self._log.zero_()
         torch.cuda.synchronize()
+
+
+def _most_copies(emitted: Emitted) -> int:
+    """How many copies the loader of an SM issues in a step, at most."""
+    step, states = emitted.step, emitted.plan.states
+    most = 1
+    for sm in range(emitted.plan.num_sms):
+        of_template = []
+        for template in step.templates:
+            tasks = [template.groups[g].tasks[t] for g, t in template.loads[sm]]
+            queued = [template.groups[g].tasks[t] for g, t in template.queues[sm]]
+            blocks = sum(
+                2 * -(-states[s.tensor].context // states[s.tensor].kv_block) * (s.hi - s.lo)
+                for t in queued for s in t.reads if s.tensor in states
+            )  # fmt: skip
+            of_template.append(sum(t.load_chunks for t in tasks) + blocks)
+        most = max(most, sum(of_template[stage.template] for stage in step.stages))
+    return most

@@ -154,6 +154,10 @@ class CudaRank:
         """`cuda_probe.TIMES` of what the probe has recorded."""
         return self.launcher.probe.times()
 
+    def copies(self) -> np.ndarray:
+        """`cuda_probe.COPIES` likewise."""
+        return self.launcher.probe.copies()
+
     def abort(self) -> None:
         """Called by another thread, when a rank is lost."""
         if self.launcher is not None:

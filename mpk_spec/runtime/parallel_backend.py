@@ -94,6 +94,9 @@ class ParallelBackend(CudaBackend):
     def times(self) -> list[np.ndarray]:
         return self.ranks.call("times")
 
+    def copies(self) -> list[np.ndarray]:
+        return self.ranks.call("copies")
+
     def _fill(self, seed: int) -> None:
         self.ranks.call("fill_cache", seed)
 

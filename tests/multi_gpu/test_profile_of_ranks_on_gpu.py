@@ -23,12 +23,12 @@ def test_the_clocks_of_ranks_that_share_a_gpu(monkeypatch):
     backend = open_here(2, monkeypatch, (PROFILE,))
     raw = record(backend, CONTEXT, TOKENS)
     backend.close()
-    zeros = [int(one["global_ns"][one["signalled"] != 0].min()) for one in raw]  # where each rank's times begin
+    zeros = [int(one["global_ns"][one["signalled"] != 0].min()) for one, _ in raw]  # where each rank's times begin
     predicted = simulate(backend.plan, context=CONTEXT)
-    _, clocks = align([common_clock(one) for one in raw], predicted.step)
+    _, clocks = align([common_clock(*one) for one in raw], predicted.step)
     assert 0 < clocks.within[1] < 5.0
     assert clocks.ahead[1] == pytest.approx((zeros[0] - zeros[1]) / 1e3, abs=clocks.within[1] + 0.1)
-    _, _, data, shown = report([common_clock(one) for one in raw], predicted)
+    _, _, data, shown = report([common_clock(*one) for one in raw], predicted)
     assert len(data["ranks"]) == 2 and all(len(one["us_per_token"]) == TOKENS for one in data["ranks"])
     rows = {row["name"]: row for row in data["sums"]["rows"]}
     assert {"gate_up", "qkv", "head", "next_ids"} == rows.keys()
