@@ -46,7 +46,7 @@ KNOWN = (  # (who writes, who reads)
     (
         {"mpk::Scheduler::next_step", f"{KERNEL} in scheduler.cuh"},
         {"mpk::Worker::Worker", "mpk::EmbeddingRow", "mpk::TokenLoop::prepare", "mpk::ChunkCursor::learn",
-         "mpk::ChunkCursor::point"},
+         "mpk::ChunkCursor::of_pages"},
     ),
 )  # fmt: skip
 

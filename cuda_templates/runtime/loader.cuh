@@ -8,8 +8,17 @@
 
 namespace mpk {
 
-// The next chunk to copy. Order of weights: block of tiles, chunk of K, tile of the block; so that activations are read once per
-// block. Order of the cache: pass of query rows, block of positions, keys before values.
+// Where a chunk is copied from.
+struct Chunk {
+  const u8* from;
+  u32 bytes;
+};
+
+// Of `a` < 2^21 the quotient, rounded down: a third of what an integer division takes.
+__device__ __forceinline__ u32 quotient(u32 a, u32 b) { return static_cast<u32>((a + 0.5f) * ptx::reciprocal(static_cast<float>(b))); }
+
+// The load that is streamed next, and how far it is worked out. Order of weights: block of tiles, chunk of K, tile of the block; so
+// that activations are read once per block. Order of the cache: pass of query rows, block of positions, keys before values.
 struct ChunkCursor {
   const Shared* shared;
   u32 step, stage, load = 0, load_end = 0;
@@ -19,20 +28,14 @@ struct ChunkCursor {
   u32 pool = 0;
 #endif
   u32 of_cache = 0;  // 0: a weight; else one more than the index into plan::cache_pages
-  i32 block = 0, block_end = 0, hi = 0, tile = 0;  // of the cache: first block of a pass, passes left, last block, this block
-  u32 chunk = 0;  // of the cache: 0 keys, 1 values
-  i32 next_page = 0;  // of the cache's block that comes after, asked for a block ahead
+  u32 next = 0, end = 0;  // chunks of the load: the first that is not worked out, and all
+  i32 lo = 0, hi = 0;  // tiles; of the cache: the split's first block, and how many blocks it has
   bool fenced = false;  // this step's copies see what those before it stored
   WeightTiles shape{};
   const u8* base = nullptr;
-  const u8* from = nullptr;
-  u32 bytes = 0;
 
   // Before the first chunk of the launch.
-  __device__ explicit ChunkCursor(const Shared& s) : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1) {
-    next_load();
-    point();
-  }
+  __device__ explicit ChunkCursor(const Shared& s) : shared(&s), step(s.params.first_step - 1), stage(plan::num_stages - 1) { next_load(); }
 
   __device__ void next_load() {
     while (load == load_end) {
@@ -51,12 +54,11 @@ struct ChunkCursor {
       return;
     }
 #endif
-    chunk = 0;
     if (it.what >= plan::num_weights) {
       of_cache = it.what - plan::num_weights + 1;
       waits = true;
       base = cache_of_head(*shared, plan::cache_pages[of_cache - 1], it.lo);
-      block = tile = it.hi;
+      lo = it.hi;
       return;
     }
     begin_weight(it);
@@ -66,30 +68,25 @@ struct ChunkCursor {
     of_cache = 0;
     shape = plan::weight_tiles[it.what];
     base = shared->params.weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
-    block = it.lo;
+    lo = it.lo;
     hi = it.hi;
-    block_end = min_of(block + tiles_per_block, hi);
-    tile = block;
+    next = 0;
+    end = (hi - lo) * shape.chunks_per_tile;
   }
 
 #if MPK_POOLS
   // The next task of the pool.
   __device__ void begin_claimed(u32 task) {
     unclaimed = false;
-    chunk = 0;
     const u16* tiles = plan::pool_tiles + plan::pools[pool].tile + task;
     begin_weight({plan::pools[pool].weight, tiles[0], tiles[1]});
-    point();
   }
   __device__ void leave_pool() {
     ++load;
     next_load();
-    point();
   }
   // Whether no more chunks come of a claimed task than a block has tiles.
-  __device__ __forceinline__ bool at_end_of_claimed() const {
-    return in_pool && block_end == hi && chunk + 1 == shape.chunks_per_tile;
-  }
+  __device__ __forceinline__ bool at_end_of_claimed() const { return in_pool && end - next <= tiles_per_block; }
 #endif
 
   // Whether what comes next has to be learned or claimed first.
@@ -111,58 +108,35 @@ struct ChunkCursor {
     fenced = true;
     const CachePages& pages = plan::cache_pages[of_cache - 1];
     const Step& now = shared->step[step % 2];
+    const i32 blocks = ceil_div(now.position, pages.block), splits = pages.splits;
     waits = false;
-    hi = ceil_div(now.position, pages.block);
-    block_end = ceil_div(now.tokens * pages.group, CachePages::rows);
-    if (tile >= hi || block_end == 0)
-      next_load();
-    else
-      next_page = page_of(*shared, tile);
-    point();
-  }
-  __device__ __forceinline__ i32 block_after() const {
-    const i32 next = tile + plan::cache_pages[of_cache - 1].splits;
-    return next < hi ? next : block;
+    hi = blocks > lo ? ceil_div(blocks - lo, splits) : 0;
+    next = 0;
+    end = 2 * hi * ceil_div(now.tokens * pages.group, CachePages::rows);
+    if (end == 0) next_load();
   }
 
-  __device__ void point() {
-    if (stands()) return;
-    if (of_cache) {
-      const CachePages& pages = plan::cache_pages[of_cache - 1];
-      if (chunk == 0) {
-        const bool wrong = probe::planted(shared->params, probe::wrong_page);  // every second page is the one before it
-        const i32 page = wrong ? page_of(*shared, tile & ~1) : next_page;
-        from = base + page_offset(*shared, pages, plan::stage_layer[stage], page);
-        next_page = page_of(*shared, block_after());
-      } else {
-        from += pages.half_bytes();
-      }
-      bytes = min_of(pages.block, shared->step[step % 2].position - tile * pages.block) * pages.row_bytes;
-      return;
-    }
-    const u32 at = chunk * shape.chunk_bytes;
-    from = base + static_cast<u64>(tile) * shape.tile_bytes + at;
-    bytes = min_of(shape.chunk_bytes, shape.tile_bytes - at);
+  // Chunk `index` of the load.
+  __device__ __forceinline__ Chunk chunk(u32 index) const { return of_cache ? of_pages(index) : of_weight(index); }
+  __device__ __forceinline__ Chunk of_weight(u32 index) const {
+    const u32 per_block = tiles_per_block * shape.chunks_per_tile, block = end <= per_block ? 0 : quotient(index, per_block);
+    const u32 inside = index - block * per_block, first = lo + block * tiles_per_block;
+    const u32 tiles = min_of<u32>(tiles_per_block, hi - first), chunk = quotient(inside, tiles);
+    const u32 tile = first + inside - chunk * tiles, at = chunk * shape.chunk_bytes;
+    return {base + static_cast<u64>(tile) * shape.tile_bytes + at, min_of(shape.chunk_bytes, shape.tile_bytes - at)};
   }
-
-  __device__ void advance() {
-    of_cache ? advance_in_cache() : advance_in_weights();
-    point();
+  __device__ __forceinline__ Chunk of_pages(u32 index) const {
+    const CachePages& pages = plan::cache_pages[of_cache - 1];
+    const u32 inside = index - quotient(index, 2 * hi) * 2 * hi, block = lo + inside / 2 * pages.splits;
+    const bool wrong = probe::planted(shared->params, probe::wrong_page);  // every second page is the one before it
+    const i32 page = page_of(*shared, wrong ? block & ~1u : block);
+    return {base + page_offset(*shared, pages, plan::stage_layer[stage], page) + inside % 2 * pages.half_bytes(),
+            min_of(pages.block, shared->step[step % 2].position - block * pages.block) * pages.row_bytes};
   }
-  __device__ void advance_in_weights() {
-    if (++tile < block_end) return;
-    tile = block;
-    if (++chunk < shape.chunks_per_tile) return;
-    chunk = 0;
-    block = tile = block_end;
-    block_end = min_of(block + tiles_per_block, hi);
-    if (block >= hi) next_load();
-  }
-  __device__ void advance_in_cache() {
-    if (++chunk < 2) return;
-    chunk = 0;
-    tile = block_after();
-    if (tile == block && --block_end == 0) next_load();
+  // Past `count` chunks.
+  __device__ __forceinline__ void advance(u32 count) {
+    next += count;
+    if (next == end) next_load();
   }
 };
 
@@ -230,92 +204,153 @@ struct Claims {
 };
 #endif
 
-// While the ring is full, the loader asks for the chunks that come next to be brought into L2, no faster than memory could
-// deliver them and only once all that it copies has arrived: a stall of the workers then leaves memory no more idle.
-struct Scout {
-  ChunkCursor at;
-  u32 ahead = 0;  // chunks from the loader's cursor to this one
-  u32 since;
+// The copies that come next, numbered from the first of the launch: lane n % lanes has number n. Many are worked out at once, while
+// none can be issued: a warp that worked out one after the other would hardly keep up with memory.
+struct Upcoming {
+  static constexpr u32 lanes = num_pools ? 4 : warp_size;  // what is worked out of a pool is claimed
 
-  __device__ Scout(const ChunkCursor& cursor) : at(cursor), since(ptx::clock()) {}
+  u32 lane;
+  u32 first = 0, known = 0;  // number of the first that is not issued, and how many are worked out from there on
+  u32 sought = 0;  // how many of these were brought into L2
+  Chunk chunk{};  // this lane's
+  u32 step = 0;
 
-  __device__ __forceinline__ void loaded() { ahead -= ahead != 0; }
-
-  __device__ __forceinline__ void look(const ChunkCursor& cursor, bool all_landed, u32 lane) {
-    if (ahead == plan::prefetch_chunks || !all_landed || ptx::clock() - since < plan::prefetch_clocks) return;
-    if (ahead == 0) at = cursor;
-    if (at.waits) {
-      if (!at.described()) return;
-      at.learn();
+  // Whether this lane has the copy that comes `place` after the first.
+  __device__ __forceinline__ bool has(u32 place) const { return lane == (first + place) % lanes; }
+  __device__ __forceinline__ bool has_many() const { return known > lanes / 2; }
+  __device__ void add(ChunkCursor& cursor) {
+    const u32 offset = (lane - first - known) % lanes, count = min_of(lanes - known, cursor.end - cursor.next);
+    if (lane < lanes && offset < count) {
+      chunk = cursor.chunk(cursor.next + offset);
+      step = cursor.step;
     }
-    if (at.stands()) return;
-    if (lane == 0) ptx::prefetch_l2(at.from, at.bytes);
-    at.advance();
-    ++ahead;
-    since = ptx::clock();
+    __syncwarp();
+    known += count;
+    cursor.advance(count);
+  }
+  __device__ __forceinline__ void pass() {
+    ++first;
+    --known;
+    sought -= sought != 0;
   }
 };
 
-// Whether the next copy has to wait for one of the `issued` before it. Values that workers look for come through the same
-// queues as these, so there are fewer of these under way until the workers have seen them. Lanes may differ for a moment.
-__device__ __forceinline__ bool too_many_in_flight(Shared& shared, u32 issued) {
-  u32 most = copies_in_flight;
-  if constexpr (copies_while_looking < copies_in_flight)
-    if (ptx::load_shared_flag(&shared.looking)) most = copies_while_looking;
-  if (issued < most) return false;
-  const u32 oldest = issued - most;
-  return !ptx::barrier_test(&shared.full[oldest % ring_slots], oldest / ring_slots % 2);
-}
+// One warp, whose lanes take all branches together. While it can issue nothing it works out what comes, then looks into L2, then
+// sleeps. All lanes test the same barrier: 53 cycles on a Hopper GPU, and 12 more for each other one that lanes test at once. How
+// long a copy takes from being possible to being issued, and what a loader that waits reads of shared memory, where workers wait
+// behind it, both can be measured in milliseconds a token.
+struct Loader {
+  const Params& params;
+  Shared& shared;
+  u8* ring;
+  u32 lane;
+  ChunkCursor cursor;
+  Upcoming next;
+  u32 slot = 0, parity = 0;  // of the next copy
+  u32 since;  // the last prefetch
+  probe::CopyLog log;
+#if MPK_POOLS
+  Claims claims;
+#endif
 
-// Run by one warp.
-__device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 lane) {
-  const plan::Program& program = shared.program;
-  if (program.load_begin[plan::num_templates] == 0) return;  // this SM's tasks read neither
-  ChunkCursor cursor(shared);
-  Scout scout(cursor);
-  u32 slot = 0, parity = 0, issued = 0;
-  bool going = true;
+  __device__ Loader(const Params& p, Shared& s, u8* to, u32 l)
+      : params(p), shared(s), ring(to), lane(l), cursor(s), next{l}, since(ptx::clock())
 #if MPK_POOLS
-  Claims claims(params, shared, lane);
+      , claims(p, s, l)
 #endif
-  while (going) {
-    while (going && cursor.stands()) {
+  {}
+
+  __device__ void run() {
+    while (true) {
+      if (!may_go()) {
+        if (work_out()) continue;
+        if (next.known && has_room()) {
+          log.hold(probe::by_flight);
+          while (too_many_in_flight()) {}  // a copy that was issued always lands
+          __syncwarp();
+        } else {
+          log.hold(probe::by_ring);
+          if (__any_sync(all_lanes, leaving(shared))) break;
 #if MPK_POOLS
-      if (cursor.unclaimed) {
-        going = claims.next(cursor);
-        continue;
+          if (cursor.unclaimed && next.known == 0 && !claims.next(cursor)) break;
+#endif
+          seek();
+          continue;
+        }
       }
-#endif
-      going = !__any_sync(all_lanes, leaving(shared));
-      if (__all_sync(all_lanes, cursor.described())) cursor.learn();
+      issue();
     }
-    while (going && !ptx::barrier_try(&shared.empty[slot], parity ^ 1)) {
-      going = !leaving(shared);
-      const u32 newest = issued - 1;  // the ring is full, so something was issued
-      const bool landed = ptx::barrier_try(&shared.full[newest % ring_slots], newest / ring_slots % 2);
-      scout.look(cursor, __all_sync(all_lanes, landed), lane);
-    }
-    if (!__all_sync(all_lanes, going)) break;
-    while (too_many_in_flight(shared, issued)) {}  // a copy that was issued always lands
-    __syncwarp();
-    probe::pause(params, probe::loading, issued);
-#if MPK_POOLS
-    claims.look(cursor);
-#endif
-    ptx::copy_to_shared(ring + slot * plan::slot_bytes, cursor.from, cursor.bytes, &shared.full[slot], lane);
-    ++issued;
+    // Shared memory must not be given back while copies are on their way.
+    for (u32 before = min_of<u32>(next.first, copies_in_flight); before; --before)
+      while (!has_landed(before)) {}
+  }
+
+ private:
+  __device__ __forceinline__ void issue() {
+    probe::pause(params, probe::loading, next.first);
+    const bool mine = next.has(0);
+    ptx::copies_to_shared(ring + slot * plan::slot_bytes, next.chunk.from, next.chunk.bytes, &shared.full[slot], lane, mine);
+    if (mine) log.put(params, next.step, next.first, next.chunk.bytes);
+    log.let_go();
+    next.pass();
     if (++slot == ring_slots) {
       slot = 0;
       parity ^= 1;
     }
-    cursor.advance();
-    scout.loaded();
-    __syncwarp();
   }
-  // Shared memory must not be given back while copies are on their way.
-  const u32 open = min_of<u32>(issued, copies_in_flight);
-  for (u32 i = issued - open; i < issued; ++i)
-    while (!ptx::barrier_try(&shared.full[i % ring_slots], i / ring_slots % 2)) {}
+
+  // Whether there is a copy that can be issued now.
+  __device__ __forceinline__ bool may_go() {
+    if (next.known == 0) return false;
+    const bool room = ptx::barrier_test(&shared.empty[slot], parity ^ 1), free = !too_many_in_flight();
+    return __all_sync(all_lanes, room & free);
+  }
+  // Whether the ring has room for it.
+  __device__ __forceinline__ bool has_room() { return __all_sync(all_lanes, ptx::barrier_test(&shared.empty[slot], parity ^ 1)); }
+
+  // Works out more copies, if there are few and if it is known what comes.
+  __device__ __forceinline__ bool work_out() {
+    if (next.has_many()) return false;
+    if (cursor.waits && __all_sync(all_lanes, cursor.described())) cursor.learn();
+    if (cursor.stands()) return false;
+#if MPK_POOLS
+    claims.look(cursor);
+#endif
+    next.add(cursor);
+    return true;
+  }
+
+  // While the ring is full, what comes next is brought into L2, no faster than memory could deliver it and only once all copies
+  // have arrived: a stall of the workers then leaves memory no more idle.
+  __device__ __forceinline__ void seek() {
+    if (next.sought >= min_of(next.known, plan::prefetch_chunks)) {
+      ptx::barrier_try(&shared.empty[slot], parity ^ 1);  // sleeps for a while
+      return;
+    }
+    if (!__all_sync(all_lanes, ptx::clock() - since >= plan::prefetch_clocks && has_landed(1))) return;
+    if (next.has(next.sought)) ptx::prefetch_l2(next.chunk.from, next.chunk.bytes);
+    ++next.sought;
+    since = ptx::clock();
+  }
+
+  // Whether the copy `before` the next one has landed. Of one before the first of the launch it says yes.
+  __device__ __forceinline__ bool has_landed(u32 before) {
+    const bool round_before = slot < before;
+    return ptx::barrier_test(&shared.full[slot - before + (round_before ? ring_slots : 0)], parity ^ round_before);
+  }
+  // Whether the next copy has to wait for one before it. Values that workers look for come through the same queues as these, so
+  // there are fewer of these under way until the workers have seen them. Lanes may differ for a moment.
+  __device__ __forceinline__ bool too_many_in_flight() {
+    u32 most = copies_in_flight;
+    if constexpr (copies_while_looking < copies_in_flight)
+      if (ptx::load_shared_flag(&shared.looking)) most = copies_while_looking;
+    return !has_landed(most);
+  }
+};
+
+__device__ void run_loader(const Params& params, Shared& shared, u8* ring, u32 lane) {
+  if (shared.program.load_begin[plan::num_templates] == 0) return;  // this SM's tasks read neither weights nor the cache
+  Loader(params, shared, ring, lane).run();
 }
 
 }  // namespace mpk

@@ -74,7 +74,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 // --- copies ----------------------------------------------------------------------------------------------------------
 
-// Starts a copy of `bytes` (a multiple of 16) to shared memory that completes on `bar`. Called by all lanes of one warp.
+// Starts a copy of `bytes` (a multiple of 16) to shared memory that completes on `bar`. Called by all lanes of one warp, for one copy.
 __device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 bytes, u64* bar, u32 lane) {
 #if MPK_BULK_COPY
   if (lane == 0) {
@@ -89,6 +89,20 @@ __device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 b
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                  ::"r"(shared_address(static_cast<u8*>(to) + at)), "l"(static_cast<const u8*>(from) + at) : "memory");
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+#endif
+}
+
+// Of each lane of one warp that is `mine` a copy of its own, as `copy_to_shared` starts one.
+__device__ __forceinline__ void copies_to_shared(void* to, const void* from, u32 bytes, u64* bar, u32 lane, bool mine) {
+#if MPK_BULK_COPY
+  copy_to_shared(to, from, bytes, bar, mine ? 0 : 1);
+#else
+  for (u32 lanes = __ballot_sync(all_lanes, mine); lanes; lanes &= lanes - 1) {
+    const int whose = __ffs(lanes) - 1;
+    copy_to_shared(reinterpret_cast<void*>(__shfl_sync(all_lanes, reinterpret_cast<u64>(to), whose)),
+                   reinterpret_cast<const void*>(__shfl_sync(all_lanes, reinterpret_cast<u64>(from), whose)),
+                   __shfl_sync(all_lanes, bytes, whose), reinterpret_cast<u64*>(__shfl_sync(all_lanes, reinterpret_cast<u64>(bar), whose)), lane);
+  }
 #endif
 }
 
@@ -383,6 +397,11 @@ __device__ __forceinline__ float widen_bf16(u16 x) { return __uint_as_float(stat
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * 1.4426950408889634f); }

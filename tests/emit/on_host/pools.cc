@@ -5,7 +5,6 @@
 // Prints what goes wrong, then how many tasks were claimed.
 #include <algorithm>
 #include <cstdio>
-#include <map>
 #include <random>
 #include <vector>
 
@@ -43,11 +42,7 @@ u32 claimed, wrong;
 std::vector<u32> events;
 u8 weights[4 << 20];
 
-struct Chunk {
-  const u8* from;
-  u32 bytes;
-  bool operator==(const Chunk&) const = default;
-};
+bool operator==(const Chunk& a, const Chunk& b) { return a.from == b.from && a.bytes == b.bytes; }
 
 std::vector<Chunk> chunks_of(u32 weight, i32 lo, i32 hi, u32 layer) {
   const WeightTiles& w = plan::weight_tiles[weight];
@@ -72,17 +67,15 @@ struct Sm {
   Shared shared{};
   ChunkCursor* cursor = nullptr;
   Claims* claims = nullptr;
-  Scout* scout = nullptr;
+  std::vector<Chunk> coming;  // worked out, not yet streamed
   std::vector<Chunk> ring;  // streamed, not yet taken
-  u32 streamed = 0;
-  std::map<u32, const void*> sought;  // by number of the chunk: what is brought into L2
   // The workers' place.
   u32 group = 0, taken = 0, task = 0;  // group: of all steps
   bool running = false;
   std::vector<Chunk> needs;
   size_t used = 0;
 
-  ~Sm() { delete cursor, delete claims, delete scout; }
+  ~Sm() { delete cursor, delete claims; }
 
   void begin(u32 number, const std::vector<u32>& counters) {
     const bool own = number % 2;
@@ -93,7 +86,6 @@ struct Sm {
     cursor = new ChunkCursor(shared);
     for (u32 lane = 1; lane < warp_size; ++lane) Claims(shared.params, shared, lane);  // their part of the first tickets
     claims = new Claims(shared.params, shared, 0);
-    scout = new Scout(*cursor);
   }
   void write_program(bool own) {
     const u16 n = own;
@@ -108,25 +100,22 @@ struct Sm {
     for (u32 t = 0; t < 4; ++t) shared.program.load_begin[t] = begin[t];
   }
 
-  // What run_loader does until it waits. False: it would wait.
+  // A turn of run_loader. False: it would wait.
   bool load() {
-    if (cursor->stands()) {
-      if (claims->told - shared.claims_taken >= claims_kept) return false;
-      if (!claims->next(*cursor)) ++wrong, std::printf("left a pool\n");
+    bool moved = false;
+    if (!coming.empty() && ring.size() < plan::ring_slots) {
+      ring.push_back(coming[0]);
+      coming.erase(coming.begin());
+      moved = true;
+    }
+    if (coming.size() < Upcoming::lanes && !cursor->stands()) {
+      claims->look(*cursor);
+      coming.push_back(cursor->chunk(cursor->next));
+      cursor->advance(1);
       return true;
     }
-    if (ring.size() == plan::ring_slots) {
-      host::prefetched = nullptr;
-      scout->look(*cursor, true, 0);
-      if (host::prefetched) sought[streamed + scout->ahead - 1] = host::prefetched;
-      return false;
-    }
-    claims->look(*cursor);
-    ring.push_back({cursor->from, cursor->bytes});
-    if (sought.count(streamed) && sought[streamed] != cursor->from) ++wrong, std::printf("something else is sought in L2\n");
-    sought.erase(streamed++);
-    cursor->advance();
-    scout->loaded();
+    if (moved || !cursor->stands() || !coming.empty() || claims->told - shared.claims_taken >= claims_kept) return moved;
+    if (!claims->next(*cursor)) ++wrong, std::printf("left a pool\n");
     return true;
   }
 

@@ -49,14 +49,15 @@ std::vector<u32> streamed(ChunkCursor& cursor, u32 step) {
       cursor.learn();
       continue;
     }
+    const Chunk chunk = cursor.chunk(cursor.next);
     const u8* from = cursor.of_cache ? cache : weights;
     const u32 size = cursor.of_cache ? sizeof(cache) : sizeof(weights);
-    if (cursor.bytes == 0 || cursor.bytes % 16 || cursor.bytes > plan::slot_bytes || cursor.from < from ||
-        cursor.from + cursor.bytes > from + size)
-      ++wrong, std::printf("%u bytes from %td\n", cursor.bytes, cursor.from - from);
+    if (chunk.bytes == 0 || chunk.bytes % 16 || chunk.bytes > plan::slot_bytes || chunk.from < from ||
+        chunk.from + chunk.bytes > from + size)
+      ++wrong, std::printf("%u bytes from %td\n", chunk.bytes, chunk.from - from);
     const u32 first = plan::stage_template[cursor.stage] ? 3 : 0;
     ++chunks[loads_of[cursor.stage] + cursor.load - 1 - first];
-    cursor.advance();
+    cursor.advance(1);
   }
   return chunks;
 }

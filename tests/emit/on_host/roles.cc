@@ -120,11 +120,11 @@ void run_sm(const Params& params, u32 number) {
   gridDim.x = plan::num_sms;
   Shared& shared = shared_state();
   for (threadIdx.x = 0; threadIdx.x < block_threads; ++threadIdx.x) set_up(params, shared);
-  // The loader's lanes go together; else a lane for each word of a descriptor, and for each signal.
-  const u32 lanes[4] = {1, step_words, 1, 8};
+  // The loader's lanes have a copy each; else a lane for each word of a descriptor, and for each signal.
+  const u32 lanes[4] = {Upcoming::lanes, step_words, 1, 8};
   host::Warp warps[4 + worker_warps];
   warps[0].size = 1, host::warp = &warps[0];
-  for (u32 lane = 1; lane < warp_size; ++lane) Claims(params, shared, lane);  // their part of the first tickets
+  for (u32 lane = Upcoming::lanes; lane < warp_size; ++lane) Claims(params, shared, lane);  // their part of the first tickets
   host::workers.size = worker_warps;
   std::vector<std::thread> threads;
   for (u32 w = 0; w < 4 + worker_warps; ++w) {

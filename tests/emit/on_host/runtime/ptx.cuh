@@ -31,8 +31,9 @@ inline void barrier_wait(u64* bar, u32, const u32*) { host::taken += bar >= host
 inline void barrier_arrive(u64* bar) { host::freed += bar >= host::empty && bar < host::end; }
 inline bool barrier_try(u64*, u32) { return true; }
 inline bool barrier_test(u64*, u32) { return true; }
-inline void copy_to_shared(void*, const void*, u32, u64*, u32) {}
+inline void copies_to_shared(void*, const void*, u32, u64*, u32, bool) {}
 inline void prefetch_l2(const void* from, u32) { host::prefetched = from; }
+inline float reciprocal(float x) { return 1.f / x; }
 inline void fence_copies() {}
 inline void fence_block() {}
 inline u32 claim(u32* p) { return (*p)++; }

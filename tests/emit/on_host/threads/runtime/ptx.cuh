@@ -91,13 +91,14 @@ inline void barrier_wait(u64* bar, u32 parity, const u32* flag) {
   while (!barrier_try(bar, parity) && !load(flag)) {}
 }
 inline void fence_barrier_init() {}
-inline void copy_to_shared(void* to, const void* from, u32 bytes, u64* bar, u32 lane) {
-  if (lane) return;
+inline void copies_to_shared(void* to, const void* from, u32 bytes, u64* bar, u32, bool mine) {
+  if (!mine) return;
   std::memcpy(to, from, bytes);
   barrier_arrive(bar);
 }
 inline void prefetch_l2(const void*, u32) {}
 inline void fence_block() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
+inline float reciprocal(float x) { return 1.f / x; }
 inline void fence_copies() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 inline void red_release(u32* p, u32 by) { __atomic_add_fetch(p, by, __ATOMIC_ACQ_REL); }
 inline u32 add_release(u32* p, u32 by) { return __atomic_fetch_add(p, by, __ATOMIC_ACQ_REL); }
