@@ -15,7 +15,7 @@ from tiny_specs import child, spec_of
 
 from mpk_spec.planner import plan
 from mpk_spec.planner.plan import Plan, Span, Task, Template, Wait
-from mpk_spec.planner.verify import PlanError, verify
+from mpk_spec.planner.verify import PlanError, data, verify
 
 LAYERS = 30
 STAGES = (1, LAYERS // 2, LAYERS - 1)  # of layers that follow one
@@ -234,6 +234,17 @@ def test_other_ranks_do_not_know_what_the_one_that_ends_a_step_knows():
     for group in [g.name for g in template_of(found, "decode", 0).groups]:
         found = edit_template(found, "decode", 0, lambda t, group=group: edit_tasks(t, group, early))
     assert "and nothing makes it wait for its writer decode, head, next_ids[0]" in refused(found)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_an_sm_knows_when_the_next_step_begins(tp, monkeypatch):
+    """On one GPU that begins when all of this one is done; of several ranks one says so, of its own tasks."""
+    walks = []
+    run = data._Walk.run
+    monkeypatch.setattr(data._Walk, "run", lambda walk: (run(walk), walks.append(walk)))
+    verify(of_ranks(tp))
+    everything = (1 << walks[-1].end) - (1 << walks[-1].end // 2)  # of the second of two steps
+    assert all(done & everything == everything for done in walks[-1].done) == (tp == 1)
 
 
 def test_parts_of_other_ranks_are_looked_at_after_an_event_of_theirs():
