@@ -33,18 +33,19 @@ class CostModel:
     """One event, from the producer's signal to the consumer's seeing it; measured: 0.66 (H100), 0.62 (H200)."""
     peer_hop_us: float
     """One flag to a peer GPU through its pointer; measured: 1.23 (two H200s)."""
-    data_hop_us: float = 0.68
+    data_hop_us: float = 0.51
     """Values that cross as data, from the last one's being stored to its being seen by the last of its readers, ready
     for its tensor cores; or from a reader's SM being free, if that is later. Of values that are taken as they are;
     fitted, as all that is called so: to milliseconds a token of five models and contexts on an H200, see
     benchmarks/decode.md (`mpk-spec tune --calibrate` fits them to one model's recording)."""
-    norm_hop_us: float = 1.05
+    norm_hop_us: float = 0.785
     """The same of rows that are normalised: sums over warps and a barrier more."""
-    merge_hop_us: float = 1.12
+    merge_hop_us: float = 0.84
     """The same of an attention's splits, which are merged."""
-    attend_hop_us: float = 1.02
-    """The same of an attention's own queries and keys, which are turned."""
-    busy_look_bytes: float = 8500.0
+    attend_hop_us: float = 1.6
+    """The same of an attention's own queries and keys, which are turned; from recordings of Qwen3-8B, less what reading
+    the clocks adds."""
+    busy_look_bytes: float = 10900.0
     """Weights on their way to an SM that values wait behind, where a layer does not fit the ring; fitted. They take as
     long as memory needs for them: longer on an H100 than on an H200."""
     look_gbps: float = 40.0
@@ -66,12 +67,12 @@ class CostModel:
     """Rate of one SM for activations beyond those, from L2 while it computes; assumed (5.3 TB/s over 132 SMs)."""
     start_us: float = 0.1
     """Fetch a task's description and turn to it; assumed."""
-    refill_us: float = 1.29
+    refill_us: float = 1.19
     """From a freed ring stage to its next bytes' arrival, memory having been idle; fitted. The wait for weights of
     Qwen3-8B's o_add, whose ring is too small for it, said 1.6 with 48 KiB in flight (an H100 and an H200)."""
-    pair_us: float = 0.265
+    pair_us: float = 0.278
     """Per pair of chunks that a linear's inner loop takes at once, or a single one, beside reading bytes; fitted."""
-    kept_us: float = 0.19
+    kept_us: float = 0.186
     """The same of a group whose tasks keep their sums in registers; fitted."""
     turn_us: float = 0.1
     """For another chunk of K: its activations, and the sums so far of all its pairs; assumed."""
@@ -84,12 +85,15 @@ class CostModel:
     """Part of the data sheet's tensor throughput that a task reaches; assumed; matters for prefill only."""
     tflops: float = 989.0
     """bf16 tensor throughput of all SMs; data sheet."""
-    attend_us: float = 0.49
+    attend_us: float = 0.455
     """Of an attention's task, whatever it reads: the sums of its warps together; fitted."""
-    kv_block_us: float = 0.48
+    kv_block_us: float = 0.455
     """One block of one KV head, for all its query heads, beside its coming through the ring; fitted."""
     row_op_us: float = 0.5
     """Arithmetic of a task that streams nothing (a norm, a reduction, an argmax slice); assumed."""
+    sample_us: float = 6.5
+    """The task that ends a step: from its values seen to the next id's and the next step's description being stored;
+    from recordings of Qwen3-8B, less what reading the clocks adds."""
     memory_us: float = 1.01
     """From an SM's asking memory for weights to their coming while all ask: what it takes in that time must be on its
     way. With `stream_share` fitted to 32, 48 and 64 KiB in flight, 84, 97.4 and 100 % of an H200's rate."""
@@ -98,10 +102,11 @@ class CostModel:
     that the rate is kept while others wait. Measured: with 80 KiB instead of 64 on an H200 Qwen3-32B is 0.8 %
     faster, narrower models are no slower; 64 KiB on an H100."""
     spread: float = 0.025
-    """Difference in speed between the two groups of SMs; measured on one H100."""
-    chance: float = 0.05
-    """How far a task's stream may run ahead or lag by chance (DRAM refresh, neighbours), as a part of its time, drawn
-    from a fixed hash; fitted to the measured 8B steps with rings of 98 and 172 KB, with and without attention."""
+    """Difference in speed between the two groups of SMs; measured on one H100. None was found on an H200."""
+    chance_us: float = 0.22
+    """How far a task that streams for a microsecond may run ahead or lag by chance (DRAM refresh, neighbours), drawn from
+    a fixed hash; it grows with the square root of that time. Measured: a standard deviation of 0.13 us, whether a task
+    takes 8, 20, 42 or 113 us (8B and 32B on an H200, from layer to layer)."""
     catch_up: float = 1.25
     """How much more than its even part of the bandwidth an SM can draw while others wait; assumed."""
 
@@ -154,12 +159,13 @@ def cost_model(target: str | Target, overrides: dict[str, Any] | None = None) ->
 
 
 OF_TARGET: dict[str, dict[str, float]] = {
+    "h200": {"spread": 0.0},
     # The reference runs tasks as torch calls: tens of microseconds each, no events; all assumed.
     "cpu": {
         "reduce_us": 10.0, "signal_us": 0.0, "activation_us": 10.0, "activation_gbps": 10.0, "start_us": 5.0,
         "data_hop_us": 0.0, "norm_hop_us": 0.0, "merge_hop_us": 0.0, "attend_hop_us": 0.0,
         "refill_us": 0.1, "pair_us": 0.0, "kept_us": 0.0, "turn_us": 0.0, "block_us": 0.0, "consume_gbps": 40.0,
-        "attend_us": 0.0, "kv_block_us": 10.0, "row_op_us": 20.0, "spread": 0.0, "chance": 0.0,
+        "attend_us": 0.0, "kv_block_us": 10.0, "row_op_us": 20.0, "sample_us": 20.0, "spread": 0.0, "chance_us": 0.0,
     },
 }  # fmt: skip
 """What differs from the constants above. What was measured on this machine lies in `calibration_file`."""
@@ -216,6 +222,8 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6)
     if blocks:  # a split of an attention without any does nothing
         compute += cost.attend_us + blocks * cost.kv_block_us
+    elif ends_step(group):
+        compute += cost.sample_us
     elif not attention and not task.load_chunks:
         compute += cost.row_op_us
     looked = looks(step, task)
@@ -230,6 +238,11 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
         _finish(plan, step, task, cost),
         cost.signal_us if task.signals else 0.0,
     )
+
+
+def ends_step(group: Group) -> bool:
+    """Whether its one task samples, and so ends a step."""
+    return any(node.op in ("sample", "argmax_reduce") for node in group.nodes)
 
 
 def look_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int) -> float:

@@ -16,6 +16,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 from typing import Literal
 
 from mpk_spec.errors import UserError, did_you_mean
@@ -411,8 +412,8 @@ class _Machine:
     def _stream(self, number: int, sm: int, task: ReadyTask, ready: float, computed: float, claimed: float | None):
         """Advances the SM's stream over the task's bytes; returns when the workers have consumed them."""
         size, ring = task.cost.streamed, self.plan.ring_bytes
-        chance = _chance(number, task)
-        per_byte = (1 + self.cost.chance * chance) / self.rates[sm]
+        even = size / self.rates[sm]
+        per_byte = (even + self.cost.chance_us * sqrt(even) * _chance(number, task)) / size
         lo = self.position[sm]
         hi = lo + size
         arrival = self.arrival[sm]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mpk_spec.files import make_folder, write_aside
-from mpk_spec.planner.cost import CostModel, beside_hop_us, calibration_file, kv_of, read_calibration
+from mpk_spec.planner.cost import CostModel, beside_hop_us, calibration_file, ends_step, kv_of, read_calibration
 from mpk_spec.planner.plan import Group, Task
 from mpk_spec.planner.simulate import Ran, Simulation
 from mpk_spec.planner.task_shape import looks, looks_of, loop_of
@@ -55,7 +55,8 @@ def fit(steps: list[Simulation]) -> list[Fit]:
         activation,
         reduce,
         _median("signal_us", (t.ran.done - t.ran.stored for t in every)),
-        _median("row_op_us", _row_ops(every, before, after)),
+        _median("row_op_us", _row_ops((t for t in every if not ends_step(t.group)), before, after)),
+        _median("sample_us", _row_ops((t for t in every if ends_step(t.group)), before, after)),
         *_work(("pair_us", "turn_us", "block_us", "kept_us"), _linears(path), cost),
         *_attentions(path, before, after),
     ]
@@ -137,7 +138,7 @@ def _hops(path: list[_Timed]) -> Iterator[tuple[str, list[_Timed]]]:
         yield name, [t for t in path if t.looks and looks_of(t.group) == kind]
 
 
-def _row_ops(tasks: list[_Timed], before: float, after: float) -> Iterator[float]:
+def _row_ops(tasks: Iterable[_Timed], before: float, after: float) -> Iterator[float]:
     """Arithmetic of tasks that stream nothing, without what lies `before` (unless they look) and `after` it."""
     for t in tasks:
         if not t.task.load_chunks and t.blocks is None:

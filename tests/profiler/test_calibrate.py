@@ -59,10 +59,10 @@ def test_so_are_those_of_events():
         assert found[name].samples >= 8
 
 
-def recorded(made, context=CONTEXT, **constants):
+def recorded(made, context=CONTEXT, tokens=1, **constants):
     """Steps of a GPU with TRUE, or other `constants`."""
-    true = simulate(made, context=context, cost=replace(cost_model("h100"), **(TRUE | constants), chance=0.0))
-    return profile_of(common_clock(times_of(true, steps=2)), simulate(made, context=context)).steps
+    true = simulate(made, context=context, cost=replace(cost_model("h100"), **(TRUE | constants), chance_us=0.0))
+    return profile_of(common_clock(times_of(true, steps=tokens + 1)), simulate(made, context=context)).steps
 
 
 def test_so_are_those_of_rows_on_their_own():
@@ -70,6 +70,14 @@ def test_so_are_those_of_rows_on_their_own():
     made = plan(load_spec("gemma3"), size="270m", target="h100", context=512, verified=False)
     found = {one.name: one for one in fit(recorded(made))}
     assert found["row_op_us"].value == pytest.approx(TRUE["row_op_us"], rel=0.15)
+
+
+def test_so_is_that_of_a_steps_end():
+    """One task a token."""
+    made = plan(load_spec("qwen3"), size="tiny", target="h100", context=256, verified=False)
+    found = {one.name: one for one in fit(recorded(made, 128, tokens=8, sample_us=4.2))}
+    assert found["sample_us"].value == pytest.approx(4.2, rel=0.15) and found["sample_us"].samples == 8
+    assert "sample_us" not in {one.name for one in fit(recorded(made, 128, tokens=2))}
 
 
 def tasks_of(context, /, settings, **constants):

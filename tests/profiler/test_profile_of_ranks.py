@@ -21,7 +21,7 @@ from mpk_spec.profiler.report import report
 from mpk_spec.profiler.sums import predicted_sums, sums_of
 from mpk_spec.schema import load_spec
 
-COST = replace(cost_model("h100"), chance=0.0, spread=0.0)
+COST = replace(cost_model("h100"), chance_us=0.0, spread=0.0)
 
 
 @pytest.fixture(scope="module", params=["data", "event"])
