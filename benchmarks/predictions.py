@@ -4,8 +4,8 @@ python benchmarks/predictions.py            # per cent that each prediction is o
 python benchmarks/predictions.py --fit      # constants from the runs marked `fitted` alone, and what all then get
 
 Recordings are not what is fitted: their clocks make a small model's token up to 17 % longer. What is measured here has
-all in it, so that only a few constants can be told apart; hops are scaled as one, but for attention's, which comes from a
-recording, as `sample_us` does. Gauss-Newton on the relative errors, each constant held near its value by TRUST.
+all in it, so that only a few constants can be told apart; hops are scaled as one, but for attention's, which comes from
+a recording, as `sample_us` does. Gauss-Newton on the relative errors, each constant held near its value by TRUST.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ class CostModel:
     spread: float = 0.025
     """Difference in speed between the two groups of SMs; measured on one H100. None was found on an H200."""
     chance_us: float = 0.22
-    """How far a task that streams for a microsecond may run ahead or lag by chance (DRAM refresh, neighbours), drawn from
-    a fixed hash; it grows with the square root of that time. Measured: a standard deviation of 0.13 us, whether a task
-    takes 8, 20, 42 or 113 us (8B and 32B on an H200, from layer to layer)."""
+    """How far a task that streams for a microsecond may run ahead or lag by chance (DRAM refresh, neighbours), drawn
+    from a fixed hash; it grows with the square root of that time. Measured: a standard deviation of 0.13 us by that
+    rule, whether a task takes 8, 20, 42 or 113 us (8B and 32B on an H200, from layer to layer)."""
     catch_up: float = 1.25
     """How much more than its even part of the bandwidth an SM can draw while others wait; assumed."""
 

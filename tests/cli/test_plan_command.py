@@ -102,7 +102,7 @@ def test_measured_constants_are_used_and_announced(capsys, own_cache):
     before, _ = run(capsys, *TINY)
     path = own_cache / "calibration" / "cpu.json"
     path.parent.mkdir(parents=True)
-    path.write_text('{"row_op_us": 5000}')
+    path.write_text('{"sample_us": 5000}')
     after, err = run(capsys, *TINY)
     assert err == f"predicting with the constants measured for cpu: {path}\n"
     assert before.splitlines()[3] != after.splitlines()[3]

@@ -300,7 +300,7 @@ def test_one_layer_of_all_ranks_is_written(script, parsed, monkeypatch, tmp_path
     simulation = simulate(plan, context=128)
     backend = SimpleNamespace(plan=plan, emitted=SimpleNamespace(step=simulation.step), close=lambda: None)
     monkeypatch.setattr(script, "open_random", lambda *asked: (backend, None))
-    raw = [times_of(simulation, tick_ns=1, seed=rank) for rank in range(tp)]
+    raw = [(times_of(simulation, tick_ns=1, seed=rank), None) for rank in range(tp)]
     monkeypatch.setattr("mpk_spec.profiler.run.record", lambda *asked: raw)
     script.trace(plan, options)
     said = capsys.readouterr().out

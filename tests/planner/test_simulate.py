@@ -218,7 +218,7 @@ def test_groups_and_utilisation():
     "constants",
     [{"hop_us": 2.0}, {"signal_us": 3.0}, {"activation_us": 3.0}, {"consume_gbps": 20.0}, {"spread": 0.1},
      {"attend_us": 3.0}, {"start_us": 2.0}, {"reduce_us": 2.0}, {"pair_us": 2.0}, {"turn_us": 4.0}, {"block_us": 30.0},
-     {"stream_gbps": 2000.0}, {"chance_us": 1.5}, {"kv_block_us": 3.0}, {"row_op_us": 30.0}],
+     {"stream_gbps": 2000.0}, {"chance_us": 1.5}, {"kv_block_us": 3.0}, {"sample_us": 30.0}],
 )  # fmt: skip
 def test_every_constant_acts(constants):
     plan = shapes.make()
