@@ -46,7 +46,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.target} {self.spec} {self.size} at {self.position}" + (f", tp {self.tp}" if self.tp > 1 else "")
+        more = (f", tp {self.tp}" if self.tp > 1 else "") + (f", step {self.step}" if self.step else "")
+        return f"{self.target} {self.spec} {self.size} at {self.position}{more}"
 
 
 RUNS = (

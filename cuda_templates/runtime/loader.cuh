@@ -14,7 +14,7 @@ struct Chunk {
   u32 bytes;
 };
 
-// Of `a` < 2^21 the quotient, rounded down: a third of what an integer division takes.
+// Of `a` < 2^21 the quotient, rounded down, without an integer division: that would take 139 cycles on a Hopper GPU.
 __device__ __forceinline__ u32 quotient(u32 a, u32 b) { return static_cast<u32>((a + 0.5f) * ptx::reciprocal(static_cast<float>(b))); }
 
 // The load that is streamed next, and how far it is worked out. Order of weights: block of tiles, chunk of K, tile of the block; so
@@ -248,7 +248,6 @@ struct Loader {
   Upcoming next;
   u32 slot = 0, parity = 0;  // of the next copy
   u32 since;  // the last prefetch
-  probe::CopyLog log;
 #if MPK_POOLS
   Claims claims;
 #endif
@@ -265,11 +264,9 @@ struct Loader {
       if (!may_go()) {
         if (work_out()) continue;
         if (next.known && has_room()) {
-          log.hold(probe::by_flight);
           while (too_many_in_flight()) {}  // a copy that was issued always lands
           __syncwarp();
         } else {
-          log.hold(probe::by_ring);
           if (__any_sync(all_lanes, leaving(shared))) break;
 #if MPK_POOLS
           if (cursor.unclaimed && next.known == 0 && !claims.next(cursor)) break;
@@ -290,8 +287,7 @@ struct Loader {
     probe::pause(params, probe::loading, next.first);
     const bool mine = next.has(0);
     ptx::copies_to_shared(ring + slot * plan::slot_bytes, next.chunk.from, next.chunk.bytes, &shared.full[slot], lane, mine);
-    if (mine) log.put(params, next.step, next.first, next.chunk.bytes);
-    log.let_go();
+    if (mine) probe::note_copy(params, next.step, next.first, next.chunk.bytes);
     next.pass();
     if (++slot == ring_slots) {
       slot = 0;

@@ -42,9 +42,7 @@ struct TaskTimes {
 struct CopyTime {
   u32 clock;  // the lower half of the SM's
   u32 bytes;  // 0: there is none
-  u32 held;  // why it was not issued before: the ring was full, too much was in flight, or neither
 };
-enum Held : u32 { by_nothing, by_ring, by_flight };
 
 enum Kind : u32 { none, wait, start, signal };  // of a LogEntry; `none`: the log ends here
 
@@ -143,34 +141,16 @@ struct ChunkWaits {
   }
 };
 
-// The copies of one SM's loader.
-struct CopyLog {
+// Puts down copy `number` of the launch of one SM's loader, for a step.
+template <class Params>
+__device__ __forceinline__ void note_copy(const Params& params, u32 step, u32 number, u32 bytes) {
 #if MPK_PROFILE
-  u32 held = by_nothing;
+  const Probes& p = params.probes;
+  const u32 at = step - p.trace_step;  // wraps: later than any step before it
+  if (at < p.trace_steps)
+    p.copies[blockIdx.x * p.copy_capacity + (number & p.copy_capacity - 1)] = {static_cast<u32>(ptx::cycles()), bytes};
 #endif
-
-  // What the next copy waits for; the last that is said counts.
-  __device__ __forceinline__ void hold(Held why) {
-#if MPK_PROFILE
-    held = why;
-#endif
-  }
-  // Copy `number` of the launch, for a step.
-  template <class Params>
-  __device__ __forceinline__ void put(const Params& params, u32 step, u32 number, u32 bytes) const {
-#if MPK_PROFILE
-    const Probes& p = params.probes;
-    const u32 at = step - p.trace_step;  // wraps: later than any step before it
-    if (at < p.trace_steps)
-      p.copies[blockIdx.x * p.copy_capacity + (number & p.copy_capacity - 1)] = {static_cast<u32>(ptx::cycles()), bytes, held};
-#endif
-  }
-  __device__ __forceinline__ void let_go() {
-#if MPK_PROFILE
-    held = by_nothing;
-#endif
-  }
-};
+}
 
 constexpr u32 hand_overs = 4;  // tasks that may be under way between scheduler, workers and the warp that signals
 

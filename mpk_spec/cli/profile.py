@@ -40,7 +40,8 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
-    """Record what every task of a few tokens waited for and did, beside what the simulation predicts.
+    """Record what every task of a few tokens waited for and did, beside what the simulation predicts, and what memory
+    was asked for meanwhile.
 
     Runs the kernel's profiling build, which reads the clocks at every task and is 2 to 17 % slower, most of all where
     tasks are short: small models. Needs a GPU. Of several ranks also what their sums cost beyond what the weights

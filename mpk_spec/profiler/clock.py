@@ -20,13 +20,10 @@ OFF_PATH = ("signal",)  # phases during which the SM's workers are with their ne
 
 @dataclass(frozen=True)
 class Copies:
-    """The copies of all SMs' loaders, `[copy]`. at: when each was issued, in microseconds; held: what it had waited
-    for, `cuda_probe.BY_RING` or `BY_FLIGHT`, or nothing.
-    """
+    """The copies of all SMs' loaders, `[copy]`. at: when each was issued, in microseconds."""
 
     at: np.ndarray
     bytes: np.ndarray
-    held: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,8 @@ def _by_tasks(copies: np.ndarray, raw: np.ndarray, times: Times) -> Copies:
         apart = (own["clock"] - cycles[order[0]].astype(np.uint32)).view(np.int32).astype(np.int64)
         inside = (apart >= 0) & (apart <= tasks[-1])
         at = np.interp(apart[inside], tasks, us[order])
-        found.append((at, own["bytes"][inside].astype(np.float64), own["held"][inside]))
-    nothing = (np.zeros(0),) * 3
+        found.append((at, own["bytes"][inside].astype(np.float64)))
+    nothing = (np.zeros(0),) * 2
     return Copies(*(np.concatenate(part) for part in zip(nothing, *found, strict=True)))
 
 

@@ -71,10 +71,9 @@ def _most(times: Times, step: Step, names: list[str], number: int, begin: float,
             for place, (group, _) in enumerate(queue):
                 asked, stored = times.asked[number, sm, stage, place], times.stored[number, sm, stage, place]
                 if np.isfinite(asked) and np.isfinite(stored):
-                    span = np.clip(np.array((asked, stored)) - begin, 0, bins * BIN_US) / BIN_US
                     row = working[names.index(template.groups[group].name)]
-                    row[int(span[0])] += 1
-                    row[int(span[1])] -= 1
+                    for moment, by in ((asked, 1), (stored, -1)):
+                        row[min(bins, max(0, int((moment - begin) / BIN_US)))] += by
     return np.cumsum(working, 1)[:, :bins].argmax(0)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from mpk_spec.emit.pools import dynamic_groups
 from mpk_spec.emit.source import Emitted
 from mpk_spec.errors import UserError
-from mpk_spec.planner.plan import Plan
+from mpk_spec.planner.cost import kv_of
+from mpk_spec.planner.plan import Plan, Task, Template
 
 PROFILE, CONFORM, DELAYS, DEFECTS = "MPK_PROFILE", "MPK_CONFORM", "MPK_DELAYS", "MPK_DEFECTS"
 
@@ -21,9 +22,9 @@ TIMES_FIELDS = ("global_ns", "asked", "ready", "seen", "opened", "waited", "comp
 TIMES = np.dtype([(name, "<u8") for name in TIMES_FIELDS])
 LOG_FIELDS = ("kind", "step", "stage", "group", "task", "event", "value", "wanted", "clock")
 LOG = np.dtype([(name, "<u4") for name in LOG_FIELDS])
-COPIES = np.dtype([(name, "<u4") for name in ("clock", "bytes", "held")])
-BY_NOTHING, BY_RING, BY_FLIGHT = range(3)  # CopyTime.held
+COPIES = np.dtype([(name, "<u4") for name in ("clock", "bytes")])
 WAIT, START, SIGNAL = 1, 2, 3  # LogEntry.kind
+QUERY_ROWS = 8  # CachePages::rows
 LOGS = 2  # of an SM: the scheduler's, the workers'
 PROBES = np.dtype(
     [("times", "<u8"), ("log", "<u8"), ("copies", "<u8"), ("copy_capacity", "<u8")]
@@ -131,18 +132,17 @@ class Probe:
 
 
 def _most_copies(emitted: Emitted) -> int:
-    """How many copies the loader of an SM issues in a step, at most."""
-    step, states = emitted.step, emitted.plan.states
-    most = 1
-    for sm in range(emitted.plan.num_sms):
-        of_template = []
-        for template in step.templates:
-            tasks = [template.groups[g].tasks[t] for g, t in template.loads[sm]]
-            queued = [template.groups[g].tasks[t] for g, t in template.queues[sm]]
-            blocks = sum(
-                2 * -(-states[s.tensor].context // states[s.tensor].kv_block) * (s.hi - s.lo)
-                for t in queued for s in t.reads if s.tensor in states
-            )  # fmt: skip
-            of_template.append(sum(t.load_chunks for t in tasks) + blocks)
-        most = max(most, sum(of_template[stage.template] for stage in step.stages))
-    return most
+    """How many copies the loader of an SM issues in a step of one token, at most."""
+    plan, step = emitted.plan, emitted.step
+
+    def copies(task: Task) -> int:
+        caches = [emitted.layout.caches[s.tensor] for s in task.reads if s.tensor in emitted.layout.caches]
+        passes = max((-(-cache.group // QUERY_ROWS) for cache in caches), default=0)
+        return task.load_chunks + 2 * passes * kv_of(plan, step, task, None, plan.context)[0]
+
+    def of_template(template: Template, sm: int) -> int:
+        return sum(copies(template.groups[g].tasks[t]) for g, t in template.queues[sm])
+
+    return max(
+        1, *(sum(of_template(step.templates[s.template], sm) for s in step.stages) for sm in range(plan.num_sms))
+    )

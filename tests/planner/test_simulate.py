@@ -232,6 +232,12 @@ def test_so_do_those_of_small_tasks_and_of_values_that_cross_as_data(constants):
     assert predicted(plan, **constants).us > predicted(plan).us + 1
 
 
+def test_so_does_that_of_rows_on_their_own():
+    """Gemma has norms behind its products."""
+    made = make_plan(load_spec("gemma3"), size="270m", target="h100", context=512, verified=False)
+    assert predicted(made, row_op_us=30.0).us > predicted(made).us + 1
+
+
 @settings(max_examples=15, deadline=None)
 @given(small_ring=st.integers(2, 20), more=st.integers(1, 20))
 def test_a_larger_ring_is_never_slower(small_ring, more):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from tiny_specs import child
 
 from mpk_spec.emit.source import emit
 from mpk_spec.errors import UserError
@@ -32,7 +33,12 @@ def fields(text: str, struct: str) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(
     ("struct", "dtype"),
-    [("TaskTimes", cuda_probe.TIMES), ("LogEntry", cuda_probe.LOG), ("Probes", cuda_probe.PROBES)],
+    [
+        ("TaskTimes", cuda_probe.TIMES),
+        ("CopyTime", cuda_probe.COPIES),
+        ("LogEntry", cuda_probe.LOG),
+        ("Probes", cuda_probe.PROBES),
+    ],
 )
 def test_structures_have_the_same_fields(struct, dtype):
     assert fields(header("probe.cuh"), struct) == [(n, dtype[n].itemsize) for n in dtype.names]
@@ -95,6 +101,36 @@ def test_what_the_kernel_wrote_is_read(probe):
     assert waits["step"].tolist() == [0, 4] and len(none) == 0 and works["kind"].tolist() == [cuda_probe.START]
     probe.clear()
     assert not probe.times()["signalled"].any() and all(len(part) == 0 for pair in probe.log() for part in pair)
+
+
+def test_there_is_room_for_all_copies_of_the_recorded_steps(probe):
+    assert probe.record()["copy_capacity"] == probe.copies().shape[1] == 2 ** (probe.copies().shape[1].bit_length() - 1)
+    made = probe.emitted
+    weights = sum(
+        made.step.templates[s.template].groups[g].tasks[t].load_chunks
+        for s in made.step.stages
+        for g, t in made.step.templates[s.template].queues[0]
+    )
+    assert weights * probe.trace_steps <= probe.copies().shape[1]
+    raw = probe._copies.numpy().view(cuda_probe.COPIES)[..., 0]
+    raw["bytes"][1, 5] = 4096
+    assert probe.copies()["bytes"].sum() == probe.copies()["bytes"][1, 5] == 4096
+    probe.clear()
+    assert not probe.copies()["bytes"].any()
+
+
+def test_copies_of_the_cache_count_by_passes_and_blocks():
+    """16 query heads of a KV head are two passes of 8; a split reads every second of the blocks, keys and values."""
+    assert f"rows = {cuda_probe.QUERY_ROWS};" in header("program.cuh")
+
+    def most(context: int) -> int:
+        config = {**load_spec("qwen3").sizes["tiny"].config, "num_attention_heads": 16, "num_key_value_heads": 1}
+        rules = [{"set": {"attend": {"kv_splits": 2}}}]
+        spec = child("qwen3", config, schedule=rules)
+        return cuda_probe._most_copies(emit(plan(spec, size="tiny", target="h100:1", context=context, verified=False)))
+
+    layers = 3
+    assert most(256) - most(128) == layers * 2 * 2 * 2  # one SM has both splits: two blocks more
 
 
 def test_a_full_log_is_no_evidence(probe):
