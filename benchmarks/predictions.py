@@ -22,7 +22,7 @@ from mpk_spec.planner.cost import CostModel, cost_model
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.schema import load_spec
 
-CEILING_GBPS = {"h100": 3137.0, "h200": 4686.0}  # of the machines of RUNS, measured beside them
+CEILING_GBPS = {"h100": 3137.0, "h200": 4592.0}  # of the machines of RUNS, measured beside them
 HOPS = ("data_hop_us", "norm_hop_us", "merge_hop_us")
 FITTED = ("busy_look_bytes", "kept_us", "pair_us", "refill_us", "attend_us", "kv_block_us")
 ROOM = 0.01  # relative error that counts as much as a constant that is TRUST off
@@ -32,8 +32,8 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token: on H200s the kernel of step 24 in decode.md, of `step` 19 where that was not timed on a
-    machine as fast, 2026-11-30; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md."""
+    """Milliseconds a token: on H200s the kernel of step 25 in decode.md, 2026-11-30; on H100s that of step 16,
+    2026-11-25. See h100.md, h200.md and tensor_parallel.md. The constants now in use were fitted to step 24."""
 
     target: str
     spec: str
@@ -42,20 +42,19 @@ class Run:
     position: int = 128
     tp: int = 1
     fitted: bool = False
-    step: int | None = None
 
     @property
     def name(self) -> str:
-        more = (f", tp {self.tp}" if self.tp > 1 else "") + (f", step {self.step}" if self.step else "")
-        return f"{self.target} {self.spec} {self.size} at {self.position}{more}"
+        degree = f", tp {self.tp}" if self.tp > 1 else ""
+        return f"{self.target} {self.spec} {self.size} at {self.position}{degree}"
 
 
 RUNS = (
-    Run("h200", "smollm2", "135m", 0.2802, fitted=True), Run("h200", "qwen3", "0.6b", 0.4372, fitted=True),
-    Run("h200", "llama3", "1b", 0.6169), Run("h200", "qwen3", "1.7b", 0.878, step=19),
-    Run("h200", "qwen3", "8b", 3.426, fitted=True), Run("h200", "qwen3", "8b", 3.627, position=4096, step=19),
-    Run("h200", "qwen3", "8b", 4.444, position=32768, fitted=True), Run("h200", "qwen3", "32b", 14.189, fitted=True),
-    Run("h200", "qwen3", "8b", 1.8925, tp=2, step=19), Run("h200", "qwen3", "32b", 7.559, tp=2, step=19),
+    Run("h200", "smollm2", "135m", 0.283, fitted=True), Run("h200", "qwen3", "0.6b", 0.434, fitted=True),
+    Run("h200", "llama3", "1b", 0.607), Run("h200", "qwen3", "1.7b", 0.864), Run("h200", "qwen3", "8b", 3.439, fitted=True),
+    Run("h200", "qwen3", "8b", 3.602, position=4096), Run("h200", "qwen3", "8b", 4.490, position=32768, fitted=True),
+    Run("h200", "qwen3", "32b", 14.467, fitted=True), Run("h200", "qwen3", "8b", 1.900, tp=2),
+    Run("h200", "qwen3", "32b", 7.731, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
     Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998),
     Run("h100", "qwen3", "8b", 5.236, position=4096), Run("h100", "qwen3", "8b", 6.863, position=32768),

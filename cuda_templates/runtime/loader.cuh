@@ -211,7 +211,7 @@ struct Upcoming {
 
   u32 lane;
   u32 first = 0, known = 0;  // number of the first that is not issued, and how many are worked out from there on
-  u32 sought = 0;  // how many of these were brought into L2
+  u32 sought = 0;  // how many of these are in L2, or passed over
   Chunk chunk{};  // this lane's
   u32 step = 0;
 
@@ -316,16 +316,18 @@ struct Loader {
     return true;
   }
 
-  // While the ring is full, what comes next is brought into L2, no faster than memory could deliver it and only once all copies
-  // have arrived: a stall of the workers then leaves memory no more idle.
+  // While the ring is full, what comes later is brought into L2, not much faster than memory could deliver it: a stall of the
+  // workers then leaves memory no more idle. L2 takes from memory on behalf of all SMs nearly as much as it can give them, so only
+  // every `prefetch_every`th chunk comes from there afterwards, and the ones between keep memory busy.
   __device__ __forceinline__ void seek() {
-    if (next.sought >= min_of(next.known, plan::prefetch_chunks)) {
+    const u32 place = next.sought + (plan::prefetch_every - (next.first + next.sought) % plan::prefetch_every) % plan::prefetch_every;
+    if (place >= min_of(next.known, plan::prefetch_chunks * plan::prefetch_every)) {
       ptx::barrier_try(&shared.empty[slot], parity ^ 1);  // sleeps for a while
       return;
     }
-    if (!__all_sync(all_lanes, ptx::clock() - since >= plan::prefetch_clocks && has_landed(1))) return;
-    if (next.has(next.sought)) ptx::prefetch_l2(next.chunk.from, next.chunk.bytes);
-    ++next.sought;
+    if (!__all_sync(all_lanes, ptx::clock() - since >= plan::prefetch_clocks)) return;
+    if (next.has(place)) ptx::prefetch_l2(next.chunk.from, next.chunk.bytes);
+    next.sought = place + 1;
     since = ptx::clock();
   }
 

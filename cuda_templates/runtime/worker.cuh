@@ -214,7 +214,6 @@ struct Worker : Progress {
   __device__ __forceinline__ bool sees_landed(LaneChunk at) const {
     return ptx::barrier_test(&shared.full[at.slot], at.parity);
   }
-  __device__ __forceinline__ bool chunks_landed(LaneChunk at) const { return __all_sync(all_lanes, sees_landed(at)); }
   __device__ __forceinline__ void wait_chunks(LaneChunk at) {
     waits.begin();
     wait_barrier(shared, &shared.full[at.slot], at.parity);

@@ -213,26 +213,46 @@ struct Linear {
     int chunk, count;
   };
 
+  // Weights that were taken out of the ring ahead: the pair that comes next and perhaps the one after it.
+  struct Held {
+    Pair pair{}, second{};
+    int pairs = 0;
+
+    // Of a task's first block, before its values are waited for: meanwhile the ring has room for as many more, and late tasks would
+    // have to wait for these anyway. Nothing where registers are short.
+    __device__ __forceinline__ void take(Worker& w, int tiles) {
+      if (!MPK_MOVES_REGISTERS) return;
+      const int count = min_of(2, tiles);
+      w.wait_chunks(w.chunk_of_lane(count));
+      pair.load(w, 0, count);
+      pairs = 1;
+      if (Shape::one_pair) return;
+      const Following next = following(0, 0, tiles, 0);
+      if (next.count == 0) return;
+      w.wait_chunks(w.chunk_of_lane(next.count));
+      second.load(w, next.chunk, next.count);
+      pairs = 2;
+    }
+  };
+
   static __device__ __forceinline__ void run_one(Worker& w, const Entry& entry) {
     const int lo = entry.lo, hi = entry.hi;  // once, not again after every barrier
     Panel panel = panel_from(0, panel_chunks_of(1));
-    Pair pair{};
-    // Weights that are there already are taken before the values are waited for.
-    const int first = min_of(2, hi - lo);
-    bool loaded = MPK_MOVES_REGISTERS && w.chunks_landed(w.chunk_of_lane(first));  // elsewhere registers are short
-    if (loaded) pair.load(w, 0, first);
     Block block{lo, min_of(tiles_per_block, hi - lo)};
+    Held held;
+    held.take(w, block.tiles);
     typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
     Epilogue::load_early(w, block, early);
     if (!Prologue::prepare(w, entry, panel)) Prologue::fill(w, panel);
     w.sync();
     w.mark_seen();
+    w.waits = {};  // for weights before the values count as the wait for these
     typename Ending<Epilogue>::Kept kept{};
     while (true) {
       if constexpr (Shape::one_pair)
-        one_pair(w, block.tiles, panel, pair, loaded);
+        one_pair(w, block.tiles, panel, held);
       else
-        one_token(w, block.tiles, hi - block.first - block.tiles, panel, pair, loaded);
+        one_token(w, block.tiles, hi - block.first - block.tiles, panel, held);
       w.sync();
       Ending<Epilogue>::finish(w, block, early, kept);
       block.first += block.tiles;
@@ -245,8 +265,10 @@ struct Linear {
     if (w.lane == 0) w.shared.mark_waited(w.waits);
   }
 
-  // A task of one or two tiles: the chains stay in registers. `loaded`: whether the pair holds the first chunks.
-  static __device__ __forceinline__ void one_pair(Worker& w, int tiles, Panel& panel, Pair& pair, bool loaded) {
+  // A task of one or two tiles: the chains stay in registers.
+  static __device__ __forceinline__ void one_pair(Worker& w, int tiles, Panel& panel, Held& held) {
+    Pair& pair = held.pair;
+    bool loaded = held.pairs != 0;
     Chain even{}, odd{};
     u32 a[per_warp][4] = {};
 #pragma unroll (Shape::chunks <= 4 ? Shape::chunks : 1)
@@ -282,10 +304,9 @@ struct Linear {
       ptx::load_shared_16(a[j], row + j * worker_warps * 64, w.lane < 4 && Shape::has_block(w, chunk, j));
   }
 
-  // `loaded`: whether the pair holds the first chunks; then, those of the block that follows, of `rest` tiles with all that
-  // come after. Between chunks the chains lie behind the partial sums.
-  static __device__ __forceinline__ void one_token(
-      Worker& w, int tiles, int rest, Panel& panel, Pair& pair, bool& loaded) {
+  // In the end `held` has what has landed of the block that follows, of `rest` tiles with all that come after. Between chunks the
+  // chains lie behind the partial sums.
+  static __device__ __forceinline__ void one_token(Worker& w, int tiles, int rest, Panel& panel, Held& held) {
     float* partial = partials_of_lane(w);
     Chain* chains = reinterpret_cast<Chain*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 8 + w.lane / 4;
     static_assert(worker_warps * (block_rows * 4 + tiles_per_block * 8 * sizeof(Chain)) <= partial_bytes);
@@ -298,11 +319,14 @@ struct Linear {
       for (int t = 0; t < tiles; t += 2) {
         const int count = min_of(2, tiles - t);
         if (w.thread == 0) w.shared.mark_opened();
-        if (!loaded) {
+        if (held.pairs == 0) {
           w.wait_chunks(w.chunk_of_lane(count));
-          pair.load(w, chunk, count);
+          held.pair.load(w, chunk, count);
         }
-        loaded = add_one_token(w, chunk, a, pair, count, chains + t * 8, partial + t * tile_rows, following(chunk, t, tiles, rest));
+        const bool both = held.pairs == 2;
+        const Following next = both ? Following{0, 0} : following(chunk, t, tiles, rest);
+        held.pairs = add_one_token(w, chunk, a, held.pair, count, chains + t * 8, partial + t * tile_rows, next);
+        if (both) held.pair = held.second, held.pairs = 1;
         if (w.thread == 0) w.shared.mark_used();
       }
     }

@@ -9,12 +9,15 @@ from mpk_spec.emit.program import Programs, check_one_schedule, pack_programs
 from mpk_spec.emit.tasks import HEADERS, HEADERS_OF_RANKS, TaskType, identifier, task_type
 from mpk_spec.errors import UserError
 from mpk_spec.paths import templates_dir
+from mpk_spec.planner.cost import layer_bytes
 from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.planner.targets import find_target
 
 EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow the signals of another
 MAX_SLOTS = 64
-PREFETCH_CLOCKS_PER_KIB = 64  # one SM's share of memory's rate, about; faster prefetching slows the copies of others
+L2_GBPS = 6000  # that SMs get out of L2 (measured on an H200), where what comes from memory goes through as well
+MOST_PASSED_OVER = 4
+PREFETCH_CLOCKS = 1.6  # of one byte, times memory's GB/s for each SM: 1.25 times an SM's share at 2 GHz
 MAX_RANKS = 8  # of one host; a task's signals to all of them fit one warp
 
 
@@ -96,6 +99,20 @@ def slots(plan: Plan, layout: Layout) -> tuple[int, int]:
     return min(plan.ring_bytes // size, MAX_SLOTS), size
 
 
+def prefetch_every(plan: Plan) -> int:
+    """1: the chunks that come next are brought into L2 while the ring is full; n: every nth of them.
+
+    As many as L2 gives the SMs without taking from what memory gives them. A layer has to be as long as what they
+    reach over: where it is shorter, the next wait comes before they were of use.
+    """
+    if plan.prefetch_bytes == 0:
+        return 1
+    spare = 1 - find_target(plan.target).stream_gbps / L2_GBPS
+    wanted = round(1 / spare) if spare > 1 / MOST_PASSED_OVER else MOST_PASSED_OVER
+    share = layer_bytes(plan.weights) // plan.num_sms
+    return max(1, min(wanted, share // plan.prefetch_bytes))
+
+
 def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], programs: Programs) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -109,7 +126,8 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
     return environment.get_template("megakernel.cu.j2").render(
         plan=plan, target=find_target(plan.target), groups=tasks, num_stages=len(step.stages),
         headers=[f"tasks/{name}.cuh" for name in headers], ring_slots=ring_slots, slot_bytes=slot_bytes,
-        prefetch_chunks=plan.prefetch_bytes // slot_bytes, prefetch_clocks=PREFETCH_CLOCKS_PER_KIB * slot_bytes // 1024,
+        prefetch_chunks=plan.prefetch_bytes // slot_bytes, prefetch_every=prefetch_every(plan),
+        prefetch_clocks=round(PREFETCH_CLOCKS * slot_bytes * plan.num_sms / find_target(plan.target).stream_gbps),
         copies_in_flight=max(1, min(ring_slots, plan.in_flight_bytes // slot_bytes)),
         copies_while_looking=max(1, plan.in_flight_looking_bytes // slot_bytes), num_events=len(programs.events),
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,

@@ -71,12 +71,10 @@ def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
 
 
 def _usual_prefetch(scheduler: Scheduler, ring: int) -> int:
-    """None with several ranks, where it costs 1 % (Qwen3-8B, two H200s), and none where a layer's cache, half full,
-    is more than the rings hold: SMs that are done with theirs would take from the others' rate (Qwen3-8B at 32768:
-    0.9 %)."""
-    model = scheduler.model
-    cached = sum(s.kv_heads * 2 * s.row_bytes * s.batch * s.context / 2 for s in model.states.values())
-    return PREFETCH_BYTES if model.tp == 1 and cached / scheduler.target.num_sms <= ring else 0
+    """None where a layer's cache, half full, is more than the rings hold: SMs that are done with theirs would take from
+    the others' rate (Qwen3-8B at 32768: 0.9 %)."""
+    cached = sum(s.kv_heads * 2 * s.row_bytes * s.batch * s.context / 2 for s in scheduler.model.states.values())
+    return PREFETCH_BYTES if cached / scheduler.target.num_sms <= ring else 0
 
 
 def _whole_chunks(

@@ -182,12 +182,17 @@ constexpr mpk::u32 num_tasks[][groups] = {{{table(tasks)}}};
 """
 
 
-@pytest.mark.parametrize("tasks", [None, 2], ids=["as planned", "few tasks"])
+@pytest.mark.parametrize(("tasks", "every"), [(None, 1), (2, 3)], ids=["as planned", "few tasks"])
 @pytest.mark.parametrize("case", CASES)
-def test_all_roles_of_some_sms_run_all_tasks_once(case, tasks, tmp_path):
-    """The kernel's loader, scheduler, signaller and worker loop on the host: two launches of the packed programs."""
+def test_all_roles_of_some_sms_run_all_tasks_once(case, tasks, every, tmp_path):
+    """The kernel's loader, scheduler, signaller and worker loop on the host: two launches of the packed programs.
+
+    every: of the chunks to come, which ones go to L2 ahead."""
     one = made(case, "h100:3", tasks=tasks)
-    (tmp_path / "plan.h").write_text(one.source.partition('#include "tasks/')[0] + tables(one))
+    source = one.source.partition('#include "tasks/')[0]
+    assert source.count("prefetch_every = 1;") == 1
+    source = source.replace("prefetch_every = 1;", f"prefetch_every = {every};")
+    (tmp_path / "plan.h").write_text(source + tables(one))
     (tmp_path / "programs").write_bytes(one.programs.blob)
     roles = built("roles.cc", tmp_path, tmp_path, ON_HOST / "threads", options=("-pthread",))
     count = 8 * sum(len(g.tasks) for s in one.step.stages for g in one.step.templates[s.template].groups)

@@ -319,10 +319,20 @@ def test_limits_of_the_loader_follow_from_the_layers_size(size, both):
     assert (made.in_flight_bytes, made.in_flight_looking_bytes) == tuple(n * 1024 for n in both)
 
 
-@pytest.mark.parametrize(("context", "tp", "kib"), [(4096, 1, 128), (8192, 1, 128), (32768, 1, 0), (4096, 2, 0)])
+@pytest.mark.parametrize(("context", "tp", "kib"), [(4096, 1, 128), (8192, 1, 128), (32768, 1, 0), (4096, 2, 128)])
 def test_nothing_is_prefetched_beside_a_cache_that_rings_do_not_hold(context, tp, kib):
     made = planned(spec_of("qwen3"), target="h200", context=context, size="8b", tp=tp, verified=False)
     assert made.prefetch_bytes == kib * 1024
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "every"),
+    [("0.6b", "h200", 1), ("1.7b", "h200", 4), ("8b", "h200", 4), ("8b", "h100", 2), ("8b", "a100", 1), ("8b", "b200", 4)],
+)
+def test_chunks_that_memory_brings_lie_between_those_from_l2(size, target, every):
+    """As many as memory is slower than L2; none where a layer (0.6b) is shorter than what is fetched ahead would reach."""
+    made = planned(spec_of("qwen3"), target=target, context=512, size=size, verified=False)
+    assert _constants(made)["prefetch_every"] == every
 
 
 ALONE = {"*": {"fuse": False}, "attend": {"fuse": CACHE}}  # each operator a task of its own

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 236abbcc47e5c536: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 747c190518fc7344: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -10,8 +10,9 @@ constexpr mpk::u32 ring_slots = 54;
 constexpr mpk::u32 slot_bytes = 4096;
 constexpr mpk::u32 copies_in_flight = 12;
 constexpr mpk::u32 copies_while_looking = 12;
-constexpr mpk::u32 prefetch_chunks = 0;
-constexpr mpk::u32 prefetch_clocks = 256;
+constexpr mpk::u32 prefetch_chunks = 32;
+constexpr mpk::u32 prefetch_every = 1;
+constexpr mpk::u32 prefetch_clocks = 275;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;

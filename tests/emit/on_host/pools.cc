@@ -19,7 +19,7 @@ using mpk::u64;
 using mpk::u8;
 
 constexpr u32 shared_limit = 232448, ring_slots = 6, slot_bytes = 1024;
-constexpr u32 copies_in_flight = 3, copies_while_looking = 2, prefetch_chunks = 5, prefetch_clocks = 0;
+constexpr u32 copies_in_flight = 3, copies_while_looking = 2, prefetch_chunks = 5, prefetch_every = 3, prefetch_clocks = 0;
 constexpr u32 num_stages = 5, num_layers = 5, num_templates = 3, num_weights = 4, num_events = 1, event_stride = 32;
 using Program = mpk::SmProgram<num_templates, 1, 6, 1, 1>;
 const u8 stage_template[num_stages] = {0, 1, 1, 1, 2}, stage_layer[num_stages] = {0, 1, 2, 3, 3};

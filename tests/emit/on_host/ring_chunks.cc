@@ -16,7 +16,7 @@ using mpk::u8;
 
 constexpr u32 block = 64, dim = 32, most_group = 16, splits_of[] = {1, 2, 3, 5}, max_blocks = 5000;
 constexpr u32 shared_limit = 232448, ring_slots = 8, slot_bytes = 8192;
-constexpr u32 copies_in_flight = 3, copies_while_looking = 2, prefetch_chunks = 0, prefetch_clocks = 0;
+constexpr u32 copies_in_flight = 3, copies_while_looking = 2, prefetch_chunks = 0, prefetch_every = 1, prefetch_clocks = 0;
 constexpr u32 num_stages = 3, num_layers = 3, num_templates = 2, num_weights = 1;
 using Program = mpk::SmProgram<num_templates, 2, 4, 1, 1>;
 const u8 stage_template[num_stages] = {0, 1, 0}, stage_layer[num_stages] = {0, 1, 2};

@@ -32,7 +32,7 @@ struct Global {
   u32 events[counters * plan::event_stride];
   i32 pages[plan::pages];
   u32 done[launches * steps][plan::num_stages][plan::groups][most_tasks];
-  u32 wrong, tasks;
+  u32 wrong, tasks, sought;
   u8 weights[plan::weight_bytes], cache[plan::cache_bytes];
 };
 Global* global;
@@ -115,6 +115,26 @@ void run_task(Progress& progress, u32, u32 entry) { run_task_as<0, Stub>(progres
 
 namespace mpk {
 
+// Of what is to be copied, every `prefetch_every`th is brought into L2 before, once, and not from further ahead than was planned.
+void check_prefetches() {
+  u32 copies = 0, last = 0;
+  for (size_t i = 0; i < host::asked.size(); ++i) {
+    if (host::asked[i].copied) {
+      ++copies;
+      continue;
+    }
+    u32 number = copies;
+    size_t at = i;
+    while (++at < host::asked.size() && !(host::asked[at].copied && host::asked[at].from == host::asked[i].from))
+      number += host::asked[at].copied;
+    __atomic_add_fetch(&global->sought, 1, __ATOMIC_ACQ_REL);
+    if (at == host::asked.size()) continue;  // the launch ended before
+    if (number % plan::prefetch_every || number - copies >= plan::prefetch_chunks * plan::prefetch_every || (last && number <= last))
+      complain("copy %u brought into L2 before copy %u, after %u\n", number, copies, last);
+    last = number;
+  }
+}
+
 void run_sm(const Params& params, u32 number) {
   blockIdx.x = number;
   gridDim.x = plan::num_sms;
@@ -140,6 +160,7 @@ void run_sm(const Params& params, u32 number) {
       });
   }
   for (std::thread& t : threads) t.join();
+  check_prefetches();
 }
 
 // As Launcher.start does.
@@ -192,6 +213,7 @@ int main(int, char** words) {
         for (u32 t = 0; t < plan::num_tasks[plan::stage_template[stage]][g]; ++t)
           if (global->done[step][stage][g][t] != 1 && global->wrong < 20)
             complain("step %u, stage %u, group %u, task %u ran %u times\n", step, stage, g, t, global->done[step][stage][g][t]);
+  if (plan::prefetch_chunks && !global->sought) complain("nothing was brought into L2\n");
   std::printf("%u tasks ran\n", global->tasks);
   return global->wrong != 0;
 }

@@ -6,6 +6,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <mutex>
+#include <vector>
 
 #include "cuda.h"
 #include "runtime/types.cuh"
@@ -40,6 +42,18 @@ inline void rest() { usleep(50); }  // where a GPU would look again at once: the
 inline thread_local Warp* warp;
 inline thread_local u32 lane;
 inline Meeting workers;
+
+// What the loader asked for, in order.
+struct Asked {
+  const void* from;
+  bool copied;  // else brought into L2
+};
+inline std::vector<Asked> asked;
+inline void note(const void* from, bool copied) {
+  static std::mutex one;
+  const std::lock_guard<std::mutex> held(one);
+  asked.push_back({from, copied});
+}
 }  // namespace mpk::host
 
 inline thread_local mpk::host::Dim threadIdx;
@@ -93,10 +107,11 @@ inline void barrier_wait(u64* bar, u32 parity, const u32* flag) {
 inline void fence_barrier_init() {}
 inline void copies_to_shared(void* to, const void* from, u32 bytes, u64* bar, u32, bool mine) {
   if (!mine) return;
+  host::note(from, true);
   std::memcpy(to, from, bytes);
   barrier_arrive(bar);
 }
-inline void prefetch_l2(const void*, u32) {}
+inline void prefetch_l2(const void* from, u32) { host::note(from, false); }
 inline void fence_block() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline void fence_copies() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
