@@ -51,10 +51,10 @@ class Run:
 
 RUNS = (
     Run("h200", "smollm2", "135m", 0.283, fitted=True), Run("h200", "qwen3", "0.6b", 0.434, fitted=True),
-    Run("h200", "llama3", "1b", 0.607), Run("h200", "qwen3", "1.7b", 0.864), Run("h200", "qwen3", "8b", 3.439, fitted=True),
-    Run("h200", "qwen3", "8b", 3.602, position=4096), Run("h200", "qwen3", "8b", 4.490, position=32768, fitted=True),
-    Run("h200", "qwen3", "32b", 14.467, fitted=True), Run("h200", "qwen3", "8b", 1.900, tp=2),
-    Run("h200", "qwen3", "32b", 7.731, tp=2),
+    Run("h200", "llama3", "1b", 0.607), Run("h200", "qwen3", "1.7b", 0.864),
+    Run("h200", "qwen3", "8b", 3.439, fitted=True), Run("h200", "qwen3", "8b", 3.602, position=4096),
+    Run("h200", "qwen3", "8b", 4.490, position=32768, fitted=True), Run("h200", "qwen3", "32b", 14.467, fitted=True),
+    Run("h200", "qwen3", "8b", 1.900, tp=2), Run("h200", "qwen3", "32b", 7.731, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
     Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998),
     Run("h100", "qwen3", "8b", 5.236, position=4096), Run("h100", "qwen3", "8b", 6.863, position=32768),

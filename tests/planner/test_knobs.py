@@ -327,10 +327,17 @@ def test_nothing_is_prefetched_beside_a_cache_that_rings_do_not_hold(context, tp
 
 @pytest.mark.parametrize(
     ("size", "target", "every"),
-    [("0.6b", "h200", 1), ("1.7b", "h200", 4), ("8b", "h200", 4), ("8b", "h100", 2), ("8b", "a100", 1), ("8b", "b200", 4)],
+    [
+        ("0.6b", "h200", 1),
+        ("1.7b", "h200", 4),
+        ("8b", "h200", 4),
+        ("8b", "h100", 2),
+        ("8b", "a100", 1),
+        ("8b", "b200", 4),
+    ],
 )
 def test_chunks_that_memory_brings_lie_between_those_from_l2(size, target, every):
-    """As many as memory is slower than L2; none where a layer (0.6b) is shorter than what is fetched ahead would reach."""
+    """So many that L2 has something to give besides; none where a layer (0.6b) is shorter than what they reach over."""
     made = planned(spec_of("qwen3"), target=target, context=512, size=size, verified=False)
     assert _constants(made)["prefetch_every"] == every
 
