@@ -30,8 +30,9 @@ class Copies:
 class Times:
     """float64 `[step, SM, stage, place]`, NaN where the SM has no such task. Microseconds from the first record on.
 
-    `seen`: the inputs are there, prepared; values that cross as data were looked at from `ready` on until then.
-    `waited` is a duration, what the task waited for weights or the cache once it was ready, all before `computed`;
+    `seen`: the inputs are there, prepared; values that cross as data were looked at from `ready` on until then. In that
+    time a linear also waits for its first weights, before it looks. `waited` is a duration, what the task waited for
+    weights or the cache after that (attention: once it was ready), all before `computed`;
     `opened` may come before that, where an attention takes its first keys ahead of its event. `copies`: what the
     loaders asked memory for, if that was recorded too.
     """

@@ -228,7 +228,8 @@ def path(profile: Profile) -> str:
     rows.append(["token", "", *[""] * 3, f"{total:.1f}", f"{profile.predicted.us:.1f}", "", ""])
     title = (
         "critical path of a token in us, measured and predicted; hop: an event on its way, or values until all,\n"
-        "stored by others, are seen and prepared; data: weights or the cache are late"
+        "stored by others, are seen and prepared (a linear's first weights come before these); data: weights or the\n"
+        "cache are late afterwards"
     )
     headers = ["operator", "a layer", "work", "data", "hop", "measured", "predicted", "apart", ""]
     return title + "\n" + table(headers, rows, frozenset({"operator"}))
