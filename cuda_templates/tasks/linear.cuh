@@ -1,6 +1,6 @@
 // Matrix product with a packed weight: [tokens, K] x [rows, K]^T for 1-16 tokens, on the tensor cores.
 //
-// Shared memory: the ring (weights), activations 33 KB, partial sums 12 KB. Registers: at most 168.
+// Shared memory: the ring (weights), activations 33 KB, partial sums 12 KB. Registers: at most 216 where warpgroups move them, else 168.
 //
 // A weight tile is 8 rows, stored as chunks of `tile_k` columns, each chunk as [tile_k / 32][4][8][8]: core matrices that
 // ldmatrix (and wgmma without swizzle) reads. The 8 warps share each chunk by blocks of 32 columns. Several tokens are the 16
