@@ -16,7 +16,7 @@ from mpk_spec.planner.targets import find_target
 EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow the signals of another
 MAX_SLOTS = 64
 L2_GBPS = 6000  # that SMs get out of L2 (measured on an H200), where what comes from memory goes through as well
-MOST_PASSED_OVER = 4
+MOST_APART = 4  # chunks that are fetched ahead: the loader knows 17 to 32 of those to come
 PREFETCH_CLOCKS = 1.6  # of one byte, times memory's GB/s for each SM: 1.25 times an SM's share at 2 GHz
 MAX_RANKS = 8  # of one host; a task's signals to all of them fit one warp
 
@@ -108,7 +108,7 @@ def prefetch_every(plan: Plan) -> int:
     if plan.prefetch_bytes == 0:
         return 1
     spare = 1 - find_target(plan.target).stream_gbps / L2_GBPS
-    wanted = round(1 / spare) if spare > 1 / MOST_PASSED_OVER else MOST_PASSED_OVER
+    wanted = round(1 / spare) if spare > 1 / MOST_APART else MOST_APART
     share = layer_bytes(plan.weights) // plan.num_sms
     return max(1, min(wanted, share // plan.prefetch_bytes))
 

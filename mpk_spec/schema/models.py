@@ -257,7 +257,9 @@ class Settings(Section):
         default=None, description="for '*' alone: the same while an SM's workers look for values; at most in_flight"
     )
     prefetch: BytesOrAuto | None = Field(
-        default=None, description="for '*' alone: bytes that each SM brings into L2 while its ring is full; 0: none"
+        default=None,
+        description="for '*' alone: bytes that each SM brings into L2 while its ring is full, of the next 17 to 32 "
+        "chunks; 0: none",
     )
     crossing: Literal["event", "data", "auto"] | None = Field(
         default=None,
