@@ -26,12 +26,7 @@ struct AttentionMerge {
     const bool whole = panel.hi == Heads * HeadDim;
     const int live = seen(w, 0);
     if (!whole || w.tokens > 1 || live > few) return false;
-    switch (live) {
-      case 1: merge_few<1>(w, panel); break;
-      case 2: merge_few<2>(w, panel); break;
-      case 3: merge_few<3>(w, panel); break;
-      default: merge_few<few>(w, panel);
-    }
+    merge_live<1>(w, panel, live);
     return true;
   }
 
@@ -59,12 +54,19 @@ struct AttentionMerge {
   // Bytes from there to the head's statistics: maximum and sum of weights.
   static __device__ __forceinline__ u32 to_stats(int feature) { return (HeadDim - feature % HeadDim) * 4; }
 
-  // One token, few splits: all is asked for at once. While a split's statistics are missing only those are looked at again:
+  template <int Live>
+  static __device__ __forceinline__ void merge_live(const Worker& w, const Panel& panel, int live) {
+    if constexpr (Live < min_of(few, Splits))
+      if (live > Live) return merge_live<Live + 1>(w, panel, live);
+    merge_few<Live>(w, panel);
+  }
+
+  // One token, few splits: all is asked for at once, or what registers hold. While a split's statistics are missing only those are looked at again:
   // its values are dozens of times as many bytes, and looks at them, by all SMs, would keep L2 from the weights.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
     constexpr int per_thread = ceil_div(Heads * HeadDim / 4, worker_threads);
-    constexpr int at_once = min_of(per_thread, MPK_MOVES_REGISTERS ? 4 : 2);
+    constexpr int at_once = min_of(per_thread, MPK_MOVES_REGISTERS && Live <= 2 ? 4 : 2);
     const int count = (panel.hi - panel.lo) / 4;
     const u8* row_begin = Source::at(w, 0, 0);
 #pragma unroll 1

@@ -18,6 +18,7 @@ from mpk_spec.planner.kv_splits import Attended
 from mpk_spec.planner.targets import find_target
 from mpk_spec.runtime.cuda_probe import CONFORM, DEFECTS, DELAYS, PROFILE
 from mpk_spec.schema import load_spec
+from mpk_spec.tuner.space import with_rules
 
 pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC: pip install mpk-spec[cuda]")
 
@@ -106,6 +107,16 @@ def test_a_model_without_a_cache_compiles():
 @pytest.mark.parametrize("context", [256, 4096])  # readers merge attention's splits, or tasks of their own
 def test_a_real_size_compiles_without_spills(context):
     check(compiled(*REAL[0], "h100", context=context).report, "h100")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [2, 4])
+def test_readers_that_merge_wide_rows_compile_without_spills(splits):
+    """o_add's first weights are in registers while it merges 4096 features of each split."""
+    spec = with_rules(load_spec("qwen3"), {"attend": {"kv_splits": splits, "kv_merge": "fused"}})
+    made = emit(plan(spec, size="8b", target="h100", context=512, verified=False))
+    assert any("AttentionMerge<" in task.source for task in made.tasks)
+    check(compiler.compile_kernel(made.plan.name, made.source, find_target("h100").arch).report, "h100")
 
 
 @pytest.mark.exhaustive

@@ -169,7 +169,9 @@ def test_what_is_made_of_values_that_are_looked_at():
     made = plan_of(load_spec("qwen3"), size="8b", target="h100", context=512, verified=False)
     found = {g.name: looks_of(g) for t in made.steps["decode"].templates for g in t.groups}
     assert found["qkv"] == found["gate_up"] == "norm" and found["attend"] == "attend"
-    assert found["o_add"] == "merge" and found["down_add"] == found["next_ids"] == "plain"
+    assert found["o_add"] == found["down_add"] == found["next_ids"] == "plain"
+    split = plan_of(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
+    assert {looks_of(g) for g in split.steps["decode"].templates[1].groups if g.name == "o_add"} == {"merge"}
 
 
 def test_a_wide_input_takes_longer():

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 747c190518fc7344: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan b96d56b16472a487: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"
@@ -28,8 +28,8 @@ static_assert(sizeof(Program) == 228, "the host packs programs as the kernel rea
 __constant__ const mpk::u8 stage_template[num_stages] = {0, 1, 1, 2};
 __constant__ const mpk::u8 stage_layer[num_stages] = {0, 1, 2, 2};
 __constant__ const mpk::u32 event_total[num_templates][num_events] = {
-    {2, 24, 32, 0, 0, 24, 24},  // y.0
-    {2, 24, 32, 0, 0, 24, 24},  // y.1
+    {4, 24, 32, 0, 0, 24, 24},  // y.0
+    {4, 24, 32, 0, 0, 24, 24},  // y.1
     {0, 0, 0, 66, 1, 0, 0},  // head
 };
 __constant__ const mpk::u8 event_from_peers[num_events] = {0, 1, 0, 1, 0, 1, 0};
@@ -42,7 +42,7 @@ __constant__ const mpk::WeightTiles weight_tiles[5] = {
     {405504ull, 0ull, 1536, 1536, 1},  // head
 };
 __constant__ const mpk::CachePages cache_pages[1] = {
-    {0ull, 1, 64, 64, 2, 4},  // kv
+    {0ull, 1, 64, 64, 4, 4},  // kv
 };
 
 }  // namespace plan
@@ -67,49 +67,49 @@ namespace mpk {
 // y.0: qkv
 using qkv_0 = Linear<
     Tiles<96, 192, 96, 1>,
-    RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<84480ull, 96, float, 6144ull, of_layer>>>,
-    Store<1, Part<Turns<66048ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
-          Part<Turns<51712ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
-          Part<Turns<74240ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
+    RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
+          Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
+          Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
 
 // y.0: attend, y.1: attend
 using attend_1 = Attention<
-    AttentionShape<4, 1, 32, 2, 64>,
-    Turns<66048ull, 128, bf16, 4096ull, of_layer>, Turns<51712ull, 32, bf16, 1024ull, of_layer>, Turns<74240ull, 32, bf16, 1024ull, of_layer>,
+    AttentionShape<4, 1, 32, 4, 64>,
+    Turns<100864ull, 128, bf16, 4096ull, of_layer>, Turns<86528ull, 32, bf16, 1024ull, of_layer>, Turns<109056ull, 32, bf16, 1024ull, of_layer>,
     HeadNorms<Vector<556288ull, 256ull>, Vector<557056ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
-    Turns<16896ull, 272, float, 17408ull, of_layer>, 0.1767766952966369f>;
+    Turns<16896ull, 544, float, 34816ull, of_layer>, 0.1767766952966369f>;
 
 // y.0: o_add, y.1: o_add
 using o_add_2 = Linear<
     Tiles<128, 96, 128, 1>,
-    AttentionMerge<Turns<16896ull, 272, float, 17408ull, of_layer>, 4, 32, 2, 64>,
+    AttentionMerge<Turns<16896ull, 544, float, 34816ull, of_layer>, 4, 32, 4, 64>,
     Store<1, Part<Inbox<0ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 256, 96, 1>,
-    RmsNorm<SumRow<Turns<84480ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<53760ull, 96, float, 6144ull, of_layer>>>,
-    GatedAct<Silu, Turns<76288ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
+    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
+    GatedAct<Silu, Turns<111104ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
 using down_add_4 = Linear<
     Tiles<128, 96, 128, 1>,
-    Plain<Turns<76288ull, 128, bf16, 4096ull, of_layer>>,
+    Plain<Turns<111104ull, 128, bf16, 4096ull, of_layer>>,
     Store<1, Part<Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>, 96, NoVector>>>;
 
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 192, 96, 1>,
-    RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<84480ull, 96, float, 6144ull, of_layer>>>,
-    Store<1, Part<Turns<66048ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
-          Part<Turns<51712ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
-          Part<Turns<74240ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
+          Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
+          Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
 
 // head: head
 using head_6 = Linear<
     Tiles<96, 258, 96, 1>,
-    RmsNorm<SumRow<Turns<53760ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     StoreBest<Tensor<0ull, 258, float>, 258, NoVector, Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, 515, 258>>;
 
 // head: next_ids
