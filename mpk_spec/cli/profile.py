@@ -13,9 +13,11 @@ from mpk_spec.cli.options import Ranks, Size, Unbuilt, Weights
 from mpk_spec.errors import UserError
 
 if TYPE_CHECKING:
+    from mpk_spec.planner.plan import Plan
     from mpk_spec.planner.simulate import Simulation
     from mpk_spec.profiler.clock import Times
     from mpk_spec.runtime.cuda_backend import CudaBackend
+    from mpk_spec.weights import Checkpoint
 
 ROOM = 16  # positions past the context and the recorded tokens, for those before and after
 
@@ -76,23 +78,25 @@ def recorded(
     from mpk_spec.profiler.clock import common_clock
     from mpk_spec.profiler.run import record
     from mpk_spec.runtime.cuda_device import gpu_alone
+    from mpk_spec.runtime.cuda_probe import PROFILE
+    from mpk_spec.runtime.parallel_backend import open_kernel
 
     with progress() as report, gpu_alone():
-        backend = _open(model, size, weights, context, tokens, report, tp, layer)
+        plan, checkpoint = planned(model, size, weights, context, tokens, report, tp, layer)
+        backend = open_kernel(plan, checkpoint, report, defines=(PROFILE,))
         report("recording", 0, 0)
         times = [common_clock(*raw) for raw in record(backend, context, tokens)]
         backend.close()
     return backend, times, predict(backend.plan, context=context)
 
 
-def _open(
-    model: str, size: str | None, weights: str | None, context: int, tokens: int, report, tp: int, layer: int | None
-) -> CudaBackend:
-    """Built to record times, for a context with room for what is recorded."""
+def planned(
+    model: str, size: str | None, weights: str | None, context: int, tokens: int, report, tp: int = 1,
+    layer: int | None = None,
+) -> tuple[Plan, Checkpoint]:  # fmt: skip
+    """For this machine's GPU and a context with room for what is recorded."""
     from mpk_spec.cli.target import open_target
     from mpk_spec.profiler.chrome import check_layer
-    from mpk_spec.runtime.cuda_probe import PROFILE
-    from mpk_spec.runtime.parallel_backend import open_kernel
     from mpk_spec.runtime.select import plan_for_gpu
 
     target = open_target(model, report, size=size, weights=weights)
@@ -102,4 +106,4 @@ def _open(
     plan = plan_for_gpu(target.spec, target.size, target.checkpoint, room, tp)
     if layer is not None:
         check_layer(plan, layer)
-    return open_kernel(plan, target.checkpoint, report, defines=(PROFILE,))
+    return plan, target.checkpoint

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mpk_spec.cli.options import Size, Unbuilt, Weights
 from mpk_spec.errors import UserError
-
-if TYPE_CHECKING:
-    from mpk_spec.planner.cost import CostModel
-    from mpk_spec.profiler.calibrate import Fit
 
 
 def command(
@@ -41,7 +36,8 @@ def command(
         typer.Option("-o", "--output", metavar="FILE", help="Write a spec there that extends SPEC with the rules."),
     ] = None,
     stream_gbps: Annotated[
-        float | None, typer.Option(min=1, metavar="GBPS", help="A measured ceiling, as 'bench' prints it.")
+        float | None,
+        typer.Option(min=1, metavar="GBPS", help="Calibrating: the ceiling of memory, not measured then."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -53,9 +49,10 @@ def command(
     are kept: the same command goes on where it was stopped.
 
     With --calibrate it fits the cost model's constants instead, into a file per GPU in the cache folder, which 'plan',
-    'profile' and 'bench' read. What it fits is a profile, whose clocks are part of the times: of a small model it makes
-    predictions that are too slow for the kernel without them.
+    'profile' and 'bench' read: what fits a profile, and of that the part that is left without its clocks, which is
+    found by timing the kernel that reads none. The ceiling of memory is measured too.
     """
+    from mpk_spec.cli.calibrate import fit_constants
     from mpk_spec.cli.search import Asked, search
 
     if calibrate:
@@ -67,39 +64,3 @@ def command(
     if stream_gbps is not None:
         raise UserError("--stream-gbps is a constant of the cost model", "it goes with --calibrate")
     search(Asked(model, size, weights, context or 128, tokens or 48, limit, output, as_json))
-
-
-def fit_constants(
-    model: str, size: str | None, weights: str | None, context: int, tokens: int, stream_gbps: float | None,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """`--calibrate`: a profile, the constants that fit it, and how well they predict it."""
-    from mpk_spec.cli.profile import recorded
-    from mpk_spec.planner.simulate import predict
-    from mpk_spec.profiler.calibrate import fit, save
-    from mpk_spec.profiler.report import path, profile_of
-
-    backend, (times,), predicted = recorded(model, size, weights, context, tokens)
-    before = profile_of(times, predicted)
-    fits = fit(before.steps)
-    kept = save(backend.plan.target, fits, **({"stream_gbps": stream_gbps} if stream_gbps else {}))
-    after = profile_of(times, predict(backend.plan, context=context))
-    if as_json:
-        print(json.dumps({fit.name: fit.value for fit in fits}, indent=2))
-        return
-    print(page(fits, predicted.cost), end="\n\n")
-    now = after.predicted.ms
-    print(f"a token takes {before.us / 1e3:.4f} ms, predicted {predicted.ms:.4f} ms before and {now:.4f} ms now")
-    print(path(after), end="\n\n")
-    print(kept)
-
-
-def page(fits: list[Fit], cost: CostModel) -> str:
-    """A table: constant, as it was, as measured, the middle half of the samples."""
-    from mpk_spec.planner.report import table
-
-    rows = [
-        [f.name, f"{getattr(cost, f.name):.3f}", f"{f.value:.3f}", f"{f.low:.3f} to {f.high:.3f}", f.samples]
-        for f in fits
-    ]
-    return table(["constant", "was", "now", "middle half", "samples"], rows, frozenset({"constant"}))

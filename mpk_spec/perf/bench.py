@@ -77,7 +77,7 @@ def bench(
         "target": target.name, "gpu": _gpu(gpu),
         "ceiling": ceiling.data(), "bytes_per_token": bytes_per_token(plan, settings.context),
         "ours": {"description": description, **_ours(backend, settings, progress)},
-        "simulation": _predicted(plan, settings.context),
+        "simulation": _predicted(plan, settings.context, ceiling.gbps),
     }  # fmt: skip
     if settings.positions:
         result["verdict"] = _verdict(backend, checkpoint, settings.positions, progress)
@@ -128,12 +128,14 @@ def _ours(backend: CudaBackend, settings: Settings, progress: Progress) -> dict[
     return {**times.data(), "prompt_tokens": prompt, "first_token_s": round(first, 5)}
 
 
-def _predicted(plan: Plan, context: int) -> dict[str, Any]:
-    from mpk_spec.planner.cost import read_calibration
-    from mpk_spec.planner.simulate import predict
+def _predicted(plan: Plan, context: int, gbps: float) -> dict[str, Any]:
+    """With the memory of this run, whatever the constants know of it."""
+    from mpk_spec.planner.cost import cost_model, read_calibration
+    from mpk_spec.planner.simulate import simulate
 
-    found = predict(plan, context=context)
-    return {"ms": round(found.ms, 5), "calibrated": read_calibration(plan.target) is not None}
+    known = read_calibration(plan.target)
+    found = simulate(plan, context=context, cost=cost_model(plan.target, (known or {}) | {"stream_gbps": gbps}))
+    return {"ms": round(found.ms, 5), "calibrated": known is not None}
 
 
 def _verdict(backend: CudaBackend, checkpoint: Checkpoint, positions: int, progress: Progress) -> dict[str, Any]:

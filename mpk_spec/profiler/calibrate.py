@@ -9,12 +9,13 @@ ones change nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mpk_spec.errors import UserError
 from mpk_spec.files import make_folder, write_aside
 from mpk_spec.planner.cost import CostModel, beside_hop_us, calibration_file, ends_step, kv_of, read_calibration
 from mpk_spec.planner.plan import Group, Task
@@ -25,6 +26,7 @@ from mpk_spec.profiler.work import Sample, fitted
 MANY_BLOCKS = 4  # KV blocks of a task that tells what one takes
 FEW = 8  # samples below which a constant is left as it is
 LEAST_US = 0.01
+LEAST_PART, EXACT = 0.1, 0.002  # of what was recorded, that reading no clocks leaves; and how exactly it is found
 HOPS = {"plain": "data_hop_us", "norm": "norm_hop_us", "merge": "merge_hop_us", "attend": "attend_hop_us"}
 
 
@@ -61,6 +63,30 @@ def fit(steps: list[Simulation]) -> list[Fit]:
         *_attentions(path, before, after),
     ]
     return [one for one in found if one is not None]
+
+
+def without_clocks(fits: list[Fit], predicted_us: Callable[[dict[str, float]], float], us: float) -> float:
+    """The part of what was recorded that makes a token take `us`, as it does where no clocks are read; at most 1.
+
+    Each of the constants holds the reading of a clock or two, so each counts with this part. predicted_us: of constants
+    by name. Raises UserError where even `LEAST_PART` of them takes longer.
+    """
+
+    def apart(part: float) -> float:
+        return predicted_us({one.name: one.value * part for one in fits}) - us
+
+    lo, hi = LEAST_PART, 1.0
+    if apart(hi) <= 0:
+        return hi
+    if (over := apart(lo)) > 0:
+        raise UserError(
+            f"a token takes {us:.0f} us; with next to nothing but memory {us + over:.0f} are predicted",
+            "another ceiling of memory: --stream-gbps; or more --tokens",
+        )
+    while hi - lo > EXACT:
+        middle = (lo + hi) / 2
+        lo, hi = (lo, middle) if apart(middle) > 0 else (middle, hi)
+    return hi
 
 
 def save(target: str, fits: Iterable[Fit], **given: float) -> Path:

@@ -10,9 +10,9 @@ import pytest
 from profiler.synthetic import times_of
 
 from mpk_spec import errors
+from mpk_spec.cli.calibrate import Measured, fit_constants
 from mpk_spec.cli.main import main
 from mpk_spec.cli.search import planner
-from mpk_spec.cli.tune import fit_constants
 from mpk_spec.errors import MpkSpecError
 from mpk_spec.planner import plan
 from mpk_spec.planner.cost import calibration_file, cost_model, read_calibration
@@ -166,18 +166,23 @@ def test_the_spec_itself_is_not_overwritten(machine, capsys, tmp_path):
 
 
 def test_calibration_says_what_it_predicted_and_what_it_predicts_now(tmp_path, monkeypatch, capsys):
-    """Of a GPU whose hops take twice as long as the constants say."""
+    """Of a GPU whose hops take longer than the constants say, and longer still where clocks are read."""
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
     made = plan(load_spec("qwen3"), size="0.6b", target="h100", context=256, verified=False)
-    slow = {f"{kind}_hop_us": 2.5 for kind in ("data", "norm", "merge", "attend")}
-    true = simulate(made, context=128, cost=cost_model("h100", slow))
-    recorded = (SimpleNamespace(plan=made), [common_clock(times_of(true))], simulate(made, context=128))
-    monkeypatch.setattr("mpk_spec.cli.profile.recorded", lambda *asked: recorded)
+
+    def true(hop_us: float):
+        slow = {f"{kind}_hop_us": hop_us for kind in ("data", "norm", "merge", "attend")}
+        return simulate(made, context=128, cost=cost_model("h100", {"stream_gbps": 3100.0} | slow))
+
+    found = Measured(made, common_clock(times_of(true(2.5))), true(2.0).us, 3100.0)
+    monkeypatch.setattr("mpk_spec.cli.calibrate.measured", lambda *asked: found)
     fit_constants("qwen3", "0.6b", None, 128, 2, None, False)
     said = capsys.readouterr().out
-    measured, before, now = (float(x) for x in re.findall(r"(\d+\.\d{4}) ms", said))
-    assert measured > 1.1 * before and now == pytest.approx(measured, rel=0.02)
+    clocked, plain, before, now = (float(x) for x in re.findall(r"(\d+\.\d{4}) ms", said))
+    assert clocked == pytest.approx(true(2.5).ms, rel=0.02) and plain == pytest.approx(found.us / 1e3, abs=1e-4)
+    assert clocked > plain > 1.1 * before and now == pytest.approx(plain, rel=0.003)
     was = f"{cost_model('h100').norm_hop_us:.3f}"
-    assert re.search(rf"^norm_hop_us +{re.escape(was)} +2\.\d+ ", said, re.MULTILINE)
+    assert re.search(rf"^norm_hop_us +{re.escape(was)} +[12]\.\d+ +2\.\d+ ", said, re.MULTILINE)
     assert re.search(r"^down_add .* \+?-?[012] %$", said, re.MULTILINE)  # nothing marked as differing
-    assert str(calibration_file("h100")) in said and read_calibration("h100")["norm_hop_us"] > 2
+    known = read_calibration("h100")
+    assert str(calibration_file("h100")) in said and 1.5 < known["norm_hop_us"] < 2.3 and known["stream_gbps"] == 3100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -34,3 +35,17 @@ def test_the_profile_of_a_tiny_model(gpu, capsys, tmp_path):
     names = {e["name"] for e in events if e.get("cat") == "task"}
     assert {"qkv[0]", "attend[0]", "o_add[0]", "gate_up[0]", "down_add[0]", "head[0]", "next_ids[0]"} <= names
     assert len({e["args"]["step"] for e in events if e.get("cat") == "task"}) == 7
+
+
+def test_a_calibration_predicts_the_kernel_that_reads_no_clocks(gpu, capsys, tmp_path, monkeypatch):
+    from mpk_spec.cli.main import main
+    from mpk_spec.planner.cost import read_calibration
+
+    monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
+    assert main(["tune", "qwen3", "--size", "tiny", "--weights", "random:0", "-c", "100", "--calibrate"]) == 0
+    said = capsys.readouterr().out
+    clocked, plain, _, now = (float(ms) for ms in re.findall(r"(\d+\.\d{4}) ms", said))
+    assert 0.005 < plain < clocked < 1.0
+    assert now == pytest.approx(plain, rel=0.02)
+    known = read_calibration(gpu)
+    assert known["stream_gbps"] > 1000 and 0 < known["norm_hop_us"] < 10

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from profiler.synthetic import times_of
 from tiny_specs import child, spec_of
 
-from mpk_spec.cli.tune import page
+from mpk_spec.cli.calibrate import page
+from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
 from mpk_spec.planner.cost import calibration_file, cost_model, read_calibration
 from mpk_spec.planner.simulate import simulate
-from mpk_spec.profiler.calibrate import fit, save
+from mpk_spec.profiler.calibrate import fit, save, without_clocks
 from mpk_spec.profiler.clock import common_clock
 from mpk_spec.profiler.report import profile_of
 from mpk_spec.profiler.work import Sample, fitted
@@ -104,6 +106,23 @@ def test_few_blocks_of_positions_leave_what_one_takes(measured):
     assert "kv_block_us" not in {one.name for one in fit(measured)}
 
 
+def test_of_times_that_clocks_made_longer_a_part_is_left(made):
+    """A kernel whose constants are those of TRUE, less a quarter: the recording has a quarter too much."""
+    found = fit(recorded(made))
+    less = {name: us * 0.75 for name, us in TRUE.items()}
+    us = simulate(made, context=CONTEXT, cost=cost_model("h100", less)).us
+
+    def predicted(constants: dict[str, float]) -> float:
+        return simulate(made, context=CONTEXT, cost=cost_model("h100", constants)).us
+
+    part = without_clocks(found, predicted, us)
+    assert part == pytest.approx(0.75, abs=0.03)
+    assert predicted({one.name: one.value * part for one in found}) == pytest.approx(us, rel=0.002)
+    assert without_clocks(found, predicted, 2 * predicted({one.name: one.value for one in found})) == 1.0
+    with pytest.raises(UserError, match=r"a token takes 100 us; with next to nothing but memory \d+ are predicted"):
+        without_clocks(found, predicted, 100.0)
+
+
 def test_the_planner_reads_what_was_saved(measured, made, tmp_path, monkeypatch):
     monkeypatch.setenv("MPK_SPEC_CACHE", str(tmp_path))
     calibration_file("h100").parent.mkdir(parents=True)
@@ -141,8 +160,11 @@ def test_several_models_count_in_parts_of_their_tokens(measured):
 
 
 def test_the_table(measured):
-    text = page(fit(measured), cost_model("h100"))
-    assert "norm_hop_us" in text and f"{cost_model('h100').norm_hop_us:.3f}" in text
+    found = fit(measured)
+    text = page(found, 0.5, cost_model("h100"))
+    (norm,) = (one for one in found if one.name == "norm_hop_us")
+    was = cost_model("h100").norm_hop_us
+    assert re.search(rf"^norm_hop_us +{was:.3f} +{norm.value / 2:.3f} +{norm.value:.3f} ", text, re.MULTILINE)
 
 
 def test_what_samples_do_not_tell_apart_stays_near_what_is_known():
