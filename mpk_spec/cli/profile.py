@@ -45,7 +45,7 @@ def command(
     """Record what every task of a few tokens waited for and did, beside what the simulation predicts, and what memory
     was asked for meanwhile.
 
-    Runs the kernel's profiling build, which reads the clocks at every task and is 2 to 17 % slower, most of all where
+    Runs the kernel's profiling build, which reads the clocks at every task and is 2 to 25 % slower, most of all where
     tasks are short: small models. Needs a GPU. Of several ranks also what their sums cost beyond what the weights
     hide; the trace has every rank's SMs.
     """
