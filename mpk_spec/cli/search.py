@@ -134,8 +134,9 @@ def page(run: Search, best: Trial, gain: Gain | None, asked: Asked) -> str:
         return text + f"the plan without rules is the best of {len(rows)}: there is nothing to write"
     said = f"best: {shown(best.rules)}: {_gained(gain, asked.context)}"
     if not gain.is_real:
+        why = "within the noise" if gain.after < gain.before else "in turn with the plan it is no faster"
         left = f" and {asked.output} is not written" if asked.output else ""
-        return text + f"{said}: within the noise, so it is not recommended{left}"
+        return text + f"{said}: {why}, so it is not recommended{left}"
     where = f"the rules are in {asked.output}" if asked.output else f"schedule:\n{rule(best.plan, best.rules)}".rstrip()
     return f"{text}{said}\n\n{where}"
 
@@ -154,7 +155,7 @@ def _gained(gain: Gain, context: int) -> str:
     saved = gain.before - gain.after
     return (
         f"{gain.after:.4f} ms per token at context {context}, {gain.before:.4f} without, "
-        f"{saved:.4f} (+-{gain.error:.4f}) or {saved / gain.before:.2%} less"
+        f"{abs(saved):.4f} (+-{gain.error:.4f}) or {abs(saved) / gain.before:.2%} {'less' if saved > 0 else 'more'}"
     )
 
 

@@ -113,6 +113,14 @@ def test_what_is_within_the_noise_is_not_recommended(machine, monkeypatch, capsy
     )
 
 
+def test_what_is_slower_in_turn_is_said_so(machine, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.GpuMeasurer, "in_turn", lambda self, plans, n: [(5.0, 5.1)] * 6)
+    assert main(ASK) == errors.EXIT_OK
+    shown = capsys.readouterr().out
+    assert "5.1000 ms per token at context 128, 5.0000 without, 0.1000 (+-0.0000) or 2.00% more" in shown
+    assert "in turn with the plan it is no faster, so it is not recommended" in shown and "schedule:" not in shown
+
+
 def test_where_nothing_is_better(machine, capsys):
     machine.gain = 0.0
     assert main(ASK) == errors.EXIT_OK
