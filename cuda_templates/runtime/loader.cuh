@@ -29,9 +29,9 @@ struct ChunkCursor {
 #endif
   u32 of_cache = 0;  // 0: a weight; else one more than the index into plan::cache_pages
   u32 next = 0, end = 0;  // chunks of the load: the first that is not worked out, and all
-  i32 lo = 0, hi = 0;  // tiles; of the cache: the split's first block, and how many blocks it has
+  i32 lo = 0, hi = 0;  // rows; of the cache: the split's first block, and how many blocks it has
   bool fenced = false;  // this step's copies see what those before it stored
-  WeightTiles shape{};
+  WeightRows shape{};
   const u8* base = nullptr;
 
   // Before the first chunk of the launch.
@@ -66,20 +66,20 @@ struct ChunkCursor {
 
   __device__ __forceinline__ void begin_weight(const Load& it) {
     of_cache = 0;
-    shape = plan::weight_tiles[it.what];
+    shape = plan::weight_rows[it.what];
     base = shared->params.weights + shape.offset + shape.layer_stride * plan::stage_layer[stage];
     lo = it.lo;
     hi = it.hi;
     next = 0;
-    end = (hi - lo) * shape.chunks_per_tile;
+    end = tiles_of(hi - lo) * shape.chunks_per_tile;
   }
 
 #if MPK_POOLS
   // The next task of the pool.
   __device__ void begin_claimed(u32 task) {
     unclaimed = false;
-    const u16* tiles = plan::pool_tiles + plan::pools[pool].tile + task;
-    begin_weight({plan::pools[pool].weight, tiles[0], tiles[1]});
+    const u32* rows = plan::pool_rows + plan::pools[pool].row + task;
+    begin_weight({plan::pools[pool].weight, static_cast<i32>(rows[0]), static_cast<i32>(rows[1])});
   }
   __device__ void leave_pool() {
     ++load;
@@ -120,10 +120,11 @@ struct ChunkCursor {
   __device__ __forceinline__ Chunk chunk(u32 index) const { return of_cache ? of_pages(index) : of_weight(index); }
   __device__ __forceinline__ Chunk of_weight(u32 index) const {
     const u32 per_block = tiles_per_block * shape.chunks_per_tile, block = end <= per_block ? 0 : quotient(index, per_block);
-    const u32 inside = index - block * per_block, first = lo + block * tiles_per_block;
-    const u32 tiles = min_of<u32>(tiles_per_block, hi - first), chunk = quotient(inside, tiles);
-    const u32 tile = first + inside - chunk * tiles, at = chunk * shape.chunk_bytes;
-    return {base + static_cast<u64>(tile) * shape.tile_bytes + at, min_of(shape.chunk_bytes, shape.tile_bytes - at)};
+    const u32 inside = index - block * per_block, first = lo + block * block_rows;
+    const u32 tiles = min_of<u32>(tiles_per_block, tiles_of(hi - first)), chunk = quotient(inside, tiles);
+    const u32 row = first + (inside - chunk * tiles) * tile_rows, rows = min_of<u32>(tile_rows, hi - row);
+    const u32 at = chunk * shape.chunk_row_bytes;
+    return {base + static_cast<u64>(row) * shape.row_bytes + at * rows, min_of(shape.chunk_row_bytes, shape.row_bytes - at) * rows};
   }
   __device__ __forceinline__ Chunk of_pages(u32 index) const {
     const CachePages& pages = plan::cache_pages[of_cache - 1];

@@ -14,7 +14,7 @@ namespace mpk {
 constexpr u32 num_pools = MPK_POOLS;
 constexpr u16 from_pool = 0xffff;  // of Entry::run
 
-// One task of one SM's queue. `lo`, `hi`: weight tiles, or what the task's header says. `share`: its part of a published value.
+// One task of one SM's queue. `lo`, `hi`: rows of a weight, or what the task's header says. `share`: its part of a published value.
 // Or, with `from_pool` for `run`, those that the SM claims from pool `lo`; among these, one with it says that it was the last.
 struct Entry {
   u16 run;  // the generated switch's case
@@ -29,7 +29,7 @@ struct Entry {
   i32 share_lo, share_hi;
 };
 
-// What a task takes through the ring: the weight tiles [lo, hi) of plan::weight_tiles[what]; or, for `what` beyond these, of
+// What a task takes through the ring: the rows [lo, hi) of plan::weight_rows[what]; or, for `what` beyond these, of
 // plan::cache_pages the keys and values that split `hi` of KV head `lo` reads. A weight with `lo` < 0 is that of pool `hi`.
 struct Load {
   u32 what;
@@ -51,11 +51,12 @@ constexpr int tile_rows = 8;  // rows of a weight that one multiplication takes
 constexpr int tiles_per_block = MPK_MOVES_REGISTERS ? 8 : 4;
 constexpr int block_rows = tile_rows * tiles_per_block;
 
-// Where a group's packed weight lies, and how its tiles are cut into chunks.
-struct WeightTiles {
+// Where a group's packed weight lies, and how its rows are cut into chunks: bytes of a row, and what of these is in a chunk at most.
+struct WeightRows {
   u64 offset, layer_stride;
-  u32 tile_bytes, chunk_bytes, chunks_per_tile;
+  u32 row_bytes, chunk_row_bytes, chunks_per_tile;
 };
+__device__ __forceinline__ int tiles_of(int rows) { return ceil_div(rows, tile_rows); }
 
 // Keys and values of one state: where they lie, and how an attention reads them: split s the blocks b of positions with
 // b % splits == s, all of them once for every `rows` of its tokens x group query rows. A page is one block of one KV head,
@@ -79,9 +80,9 @@ struct CachePages {
 };
 
 // Tasks of one group of a stage's template that SMs claim at run time. Their entries lie once for all SMs, behind the SMs'
-// programs, from `first` on. The tiles of task i lie between elements `tile` + i and `tile` + i + 1 of plan::pool_tiles.
+// programs, from `first` on. The rows of task i lie between elements `row` + i and `row` + i + 1 of plan::pool_rows.
 struct Pool {
-  u32 weight, tasks, first, tile;
+  u32 weight, tasks, first, row;
 };
 
 template <int templates, int entries, int loads, int waits, int signals>

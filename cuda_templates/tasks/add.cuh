@@ -20,8 +20,8 @@ struct AddResidual {
   static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early& early) {
     block.each<tile_rows>(w, [&](u32 i) {
       const auto at = Block::place<tile_rows>(i, w.tokens);
-      const int row = (block.first + at.tile) * tile_rows + at.row;
-      if (row >= Out::features) return;
+      const int row = block.first + at.tile * tile_rows + at.row;
+      if (row >= block.end) return;
       const float product = block.sum(w, at.tile, at.row, at.token);
       Early residual = early;
       if (i != w.thread) ask(w, block, i, residual);
@@ -35,8 +35,8 @@ struct AddResidual {
   // Asks for result `i`'s residual. Where it crosses as data it may not be there yet, which is looked at when it is needed.
   static __device__ __forceinline__ void ask(const Worker& w, const Block& block, u32 i, Early& early) {
     const auto at = Block::place<tile_rows>(i, w.tokens);
-    const int row = (block.first + at.tile) * tile_rows + at.row;
-    if (row >= Out::features) return;
+    const int row = block.first + at.tile * tile_rows + at.row;
+    if (row >= block.end) return;
     early.from = Residual::at(w, at.token, row);
     Residual::look(early.from, early.bits);
   }

@@ -96,9 +96,9 @@ struct StoreBest : Store<1, Part<Logits, Rows, Bias>> {
   static __device__ __forceinline__ void finish_one(const Worker& w, const Block& block, Best& kept) {
     if (w.thread >= block.tiles * tile_rows) return;
     const auto at = Block::place<tile_rows>(w.thread, 1);
-    const int row = (block.first + at.tile) * tile_rows + at.row;
+    const int row = block.first + at.tile * tile_rows + at.row;
     const OwnIds<Valid, RankStride> ids(w);
-    if (row >= Rows) return;
+    if (row >= block.end) return;
     const float value = block.sum(w, at.tile, at.row, 0) + Bias::load(w, row);
     Logits::store(w, 0, row, value);
     if (row < ids.end) kept.consider(as_stored<typename Logits::type>(value), ids.first + row);
@@ -123,7 +123,7 @@ struct StoreBest : Store<1, Part<Logits, Rows, Bias>> {
     w.sync();
     for (u32 token = w.warp; token < w.tokens; token += worker_warps) {
       const Best best =
-          ids.template best_of<Logits>(w, token, entry.lo * tile_rows, entry.hi * tile_rows, w.lane, warp_size);
+          ids.template best_of<Logits>(w, token, entry.lo, entry.hi, w.lane, warp_size);
       if (w.lane == 0) store_pair<Pairs>(w, token, entry.task, best.pair());
     }
   }

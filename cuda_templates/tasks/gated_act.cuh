@@ -1,4 +1,4 @@
-// Epilogue of two linears whose rows are interleaved by fours (4 of the gate, 4 of up): fn(gate) * up, in float32.
+// Epilogue of two linears whose rows are interleaved by twos (2 of the gate, 2 of up): fn(gate) * up, in float32.
 #pragma once
 #include "tasks/linear.cuh"
 
@@ -33,10 +33,11 @@ struct GatedAct {
   static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early&) {
     block.each<features>(w, [&](u32 i) {
       const auto at = Block::place<features>(i, w.tokens);
-      const int feature = (block.first + at.tile) * features + at.row;
-      const float gate = block.sum(w, at.tile, at.row, at.token) + GateBias::load(w, feature);
-      const float up = block.sum(w, at.tile, at.row + features, at.token) + UpBias::load(w, feature);
-      if (feature < Out::features) Out::store(w, at.token, feature, Fn::apply(gate) * up);
+      const int feature = block.first / 2 + at.tile * features + at.row, row = at.row / 2 * 4 + at.row % 2;
+      if (feature * 2 >= block.end) return;
+      const float gate = block.sum(w, at.tile, row, at.token) + GateBias::load(w, feature);
+      const float up = block.sum(w, at.tile, row + 2, at.token) + UpBias::load(w, feature);
+      Out::store(w, at.token, feature, Fn::apply(gate) * up);
     });
   }
 };

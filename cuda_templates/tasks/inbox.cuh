@@ -188,7 +188,7 @@ struct ForPeers<Store<Groups, Parts...>> {
 template <u64 Offset, int Features, u64 Slot, u64 Copy, Turn When, int Rows, class Bias>
 struct ForPeers<Store<1, Part<Inbox<Offset, Features, Slot, Copy, When>, Rows, Bias>>> {
   static __device__ __forceinline__ Outgoing of(const Worker& w, const Entry& entry) {
-    return Inbox<Offset, Features, Slot, Copy, When>::outgoing(w, entry.lo * tile_rows, min_of(entry.hi * tile_rows, Rows));
+    return Inbox<Offset, Features, Slot, Copy, When>::outgoing(w, entry.lo, entry.hi);
   }
 };
 

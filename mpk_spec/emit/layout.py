@@ -1,32 +1,34 @@
 """Where weights lie in the GPU's memory: packed products, small vectors, the embedding table; rope tables; the cache.
 
-Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by fours
-(interleave). A tile is `tile_rows` packed rows, cut along K into chunks of `tile_k`; a chunk is
-`[tile_rows / 8][tile_k / 8][8][8]` bf16, which is what one bulk copy fetches and `ldmatrix` reads.
+Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by
+`INTERLEAVE` (interleave). Each task's rows are cut into tiles of `tile_rows`, the last of which may have less, and
+tiles along K into chunks of `tile_k`. A chunk is `[rows of the tile][tile_k]` bf16, what one bulk copy fetches. Of row
+r the 16 bytes number p lie in place `p ^ (r & mix)`, so that the eight rows of which `ldmatrix` reads one piece
+each are in different banks; r counts from the weight's first row, so that a tile may begin anywhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mpk_spec.errors import UserError
 from mpk_spec.ops.linear import K_BLOCK
-from mpk_spec.planner.plan import Plan
+from mpk_spec.planner.plan import Group, Plan, Task
 
 ALIGN = 256
-INTERLEAVE = 4  # rows of one linear before those of the next
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The weight of one group. Offsets and strides in bytes; `rows` counts padding up to whole tiles."""
+    """The weight of one group. Offsets and strides in bytes. cuts: the first row of each task, and the end."""
 
     group: str
     weights: tuple[str, ...]
     layout: str
     groups: int
     rows: int
-    used_rows: int
+    cuts: tuple[int, ...]
     k: int
     tile_rows: int
     tile_k: int
@@ -34,12 +36,22 @@ class Packed:
     layer_stride: int  # 0: not per layer
 
     @property
-    def tile_bytes(self) -> int:
-        return self.tile_rows * self.k * 2
+    def row_bytes(self) -> int:
+        return self.k * 2
+
+    @property
+    def chunk_row_bytes(self) -> int:
+        return self.tile_k * 2
 
     @property
     def chunk_bytes(self) -> int:
+        """At most."""
         return self.tile_rows * self.tile_k * 2
+
+    @property
+    def mix(self) -> int:
+        """`Tiles::mix` of the kernel."""
+        return 7 if self.k % 64 == 0 and self.tile_k % 64 == 0 else 3
 
     @property
     def chunks_per_tile(self) -> int:
@@ -98,7 +110,8 @@ class Layout:
 def lay_out(plan: Plan) -> Layout:
     layers = max((s.layer + 1 for s in plan.steps["decode"].stages if s.layer is not None), default=1)
     cursor = _Cursor(layers)
-    packed = {p.group: _packed(plan, p, cursor) for p in plan.packings}
+    groups = {g.name: g for t in plan.steps["decode"].templates for g in t.groups}
+    packed = {p.group: _packed(plan, p, groups[p.group], cursor) for p in plan.packings}
     in_tiles = {name for p in packed.values() for name in p.weights}
     flat = {}
     for weight in plan.weights.values():
@@ -145,21 +158,34 @@ class _Cursor:
         return offset, stride if per_layer else 0
 
 
-def _packed(plan: Plan, packing, cursor: _Cursor) -> Packed:
+def rows_of(task: Task, packing) -> tuple[int, int]:
+    """The packed rows of a linear's task."""
+    per_feature = len(packing.weights) if packing.layout == "interleave" else 1
+    lo, hi = task.out
+    return lo * per_feature, hi * per_feature
+
+
+def _cuts(group: Group, packing, rows: int) -> tuple[int, ...]:
+    found = sorted({rows_of(task, packing) for task in group.tasks})
+    if found[0][0] != 0 or found[-1][1] != rows or any(a[1] != b[0] for a, b in pairwise(found)):
+        raise UserError(f"the tasks of '{group.name}' do not divide its {rows} rows")
+    return (*(lo for lo, _ in found), rows)
+
+
+def _packed(plan: Plan, packing, group: Group, cursor: _Cursor) -> Packed:
     weights = [plan.weights[n] for n in packing.weights]
     for weight in weights:
         if weight.storage or weight.dtype != "bf16":
             raise UserError(f"the CUDA kernel reads bf16 weights, '{weight.name}' is {weight.storage or weight.dtype}")
-    k, used = weights[0].shape[-1], sum(w.shape[-2] for w in weights)
+    k, rows = weights[0].shape[-1], sum(w.shape[-2] for w in weights)
     if k % K_BLOCK:
         raise UserError(
             f"the CUDA kernel multiplies in blocks of {K_BLOCK} columns, the weights of '{packing.group}' have {k}"
         )
-    rows = -(-used // packing.tile_rows) * packing.tile_rows
     offset, stride = cursor.take(rows * k * 2, weights[0].per_layer)
     return Packed(
-        packing.group, packing.weights, packing.layout, packing.groups, rows, used, k, packing.tile_rows,
-        packing.tile_k, offset, stride,
+        packing.group, packing.weights, packing.layout, packing.groups, rows, _cuts(group, packing, rows), k,
+        packing.tile_rows, packing.tile_k, offset, stride,
     )  # fmt: skip
 
 

@@ -10,13 +10,12 @@ from mpk_spec.planner.plan import Group, Step, Template
 
 FROM_POOL = 0xFFFF  # `Entry.run` of a pool in a queue
 MOST_TASKS = 0xFFFE  # their numbers, and "no more", are 16 bits
-MOST_TILES = 0xFFFF
 
 
 @dataclass(frozen=True)
 class ClaimPool:
     """A dynamic group of a template. Its tasks' entries lie once, behind all SMs' programs, from `first` on; where its
-    tasks' tiles begin, and the last one's end, is in `Programs.pool_tiles` from `tile` on."""
+    tasks' rows begin, and the last one's end, is in `Programs.pool_rows` from `row` on."""
 
     template: int
     group: int
@@ -24,7 +23,7 @@ class ClaimPool:
     weight: int
     tasks: int
     first: int
-    tile: int
+    row: int
 
 
 def dynamic_groups(step: Step) -> Iterator[tuple[int, int, Group]]:

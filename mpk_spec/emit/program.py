@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from mpk_spec.emit.layout import Layout
-from mpk_spec.emit.pools import FROM_POOL, MOST_TASKS, MOST_TILES, ClaimPool, check_order, dynamic_groups
+from mpk_spec.emit.layout import Layout, rows_of
+from mpk_spec.emit.pools import FROM_POOL, MOST_TASKS, ClaimPool, check_order, dynamic_groups
 from mpk_spec.errors import UserError
 from mpk_spec.planner.crossing import further_back
 from mpk_spec.planner.plan import Group, Plan, Step, Task
@@ -58,7 +58,7 @@ class Programs:
     sampling_sm: int
     from_peers: frozenset[str]  # events that every rank's tasks signal on every rank
     pools: tuple[ClaimPool, ...] = ()
-    pool_tiles: tuple[int, ...] = ()  # of each pool's tasks the first tiles, and the end of the last one's
+    pool_rows: tuple[int, ...] = ()  # of each pool's tasks the first rows, and the end of the last one's
 
 
 def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]]) -> Programs:
@@ -82,7 +82,7 @@ def pack_programs(plan: Plan, step: Step, layout: Layout, runs: list[list[int]])
     whole = blob.tobytes() + np.array(pools.entries, ENTRY).tobytes()
     return Programs(
         Sizes(*most, dtype.itemsize), whole, events, totals, longest, _sampling_sm(step), crossing(plan, step),
-        tuple(pools.found), tuple(pools.tiles),
+        tuple(pools.found), tuple(pools.rows),
     )  # fmt: skip
 
 
@@ -144,25 +144,25 @@ class _PoolDraft(_Draft):
     def __init__(self, step: Step, runs, number: dict[str, int], layout: Layout, streamed: dict[str, int]):
         super().__init__(number, layout)
         self.found: list[ClaimPool] = []
-        self.tiles: list[int] = []
+        self.rows: list[int] = []
         self.numbers: dict[tuple[int, int], int] = {}  # (template, group) -> the pool's
         self._known: dict[tuple, int] = {}
         for t, g, group in dynamic_groups(step):
             self.numbers[t, g] = len(self.found)
             self.found.append(
-                ClaimPool(t, g, group.name, streamed[group.name], len(group.tasks), len(self.entries), len(self.tiles))
+                ClaimPool(t, g, group.name, streamed[group.name], len(group.tasks), len(self.entries), len(self.rows))
             )
             self.further = cache(partial(further_back, step, t))
             for task in group.tasks:
                 self._entry(group, task, runs[t][g], g)
-            self.tiles += self._tiles(group)
+            self.rows += self._rows(group)
 
-    def _tiles(self, group: Group) -> list[int]:
-        found = [tiles(task, self.layout.packed[group.name]) for task in group.tasks]
+    def _rows(self, group: Group) -> list[int]:
+        found = [rows_of(task, self.layout.packed[group.name]) for task in group.tasks]
         if any(here[1] != after[0] for here, after in pairwise(found)):
             raise UserError(f"the tasks of '{group.name}', claimed at run time, do not follow each other")
-        if len(found) > MOST_TASKS or found[-1][1] > MOST_TILES:
-            raise UserError(f"'{group.name}' is claimed at run time in {len(found)} tasks of {found[-1][1]} tiles")
+        if len(found) > MOST_TASKS:
+            raise UserError(f"'{group.name}' is claimed at run time in {len(found)} tasks, {MOST_TASKS} at most can be")
         return [lo for lo, _ in found] + [found[-1][1]]
 
     def _place(self, whole: list, part: list) -> int:
@@ -216,19 +216,10 @@ class _SmDraft(_Draft):
                 record[name][: len(rows)] = rows
 
 
-def tiles(task: Task, packed) -> tuple[int, int]:
-    """The weight tiles of a linear's task."""
-    per_feature = len(packed.weights) if packed.layout == "interleave" else 1
-    lo, hi = (x * per_feature for x in task.out)
-    if lo % packed.tile_rows:
-        raise UserError(f"task {task.index} of '{packed.group}' starts inside a tile of {packed.tile_rows} rows")
-    return lo // packed.tile_rows, -(-hi // packed.tile_rows)
-
-
 def bounds(group: Group, task: Task, layout: Layout) -> tuple[int, int]:
     """`Entry.lo` and `Entry.hi`, as the task's header reads them."""
     if group.task == "linear":
-        return tiles(task, layout.packed[group.name])
+        return rows_of(task, layout.packed[group.name])
     if group.task == "attention":
         return task.index // group.kv_splits, task.k[0]
     if group.task == "attention_merge":

@@ -91,7 +91,7 @@ def _layers(step: Step) -> list[int]:
 
 def slots(plan: Plan, layout: Layout) -> tuple[int, int]:
     """(slots of the ring, bytes of one): the plan's ring, cut as finely as the largest chunk allows."""
-    weights = (min(p.chunk_bytes, p.tile_bytes) for p in layout.packed.values())
+    weights = (p.chunk_bytes for p in layout.packed.values())
     largest = max([*weights, *(c.chunk_bytes for c in layout.caches.values())])
     if largest > plan.chunk_bytes:
         raise UserError(f"a chunk of {largest} bytes exceeds the plan's {plan.chunk_bytes}")
@@ -133,8 +133,8 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
         sizes=programs.sizes, templates=[t.name for t in step.templates],
         stage_template=[s.template for s in step.stages], stage_layer=_layers(step), num_layers=layout.layers,
-        event_total=programs.event_total, weight_tiles=list(layout.packed.values()),
+        event_total=programs.event_total, weight_rows=list(layout.packed.values()),
         cache_pages=list(layout.caches.values()),
         from_peers=[int(name in programs.from_peers) for name in programs.events],
-        pools=programs.pools, pool_tiles=programs.pool_tiles,
+        pools=programs.pools, pool_rows=programs.pool_rows,
     )  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from mpk_spec.emit.layout import Layout
-from mpk_spec.emit.program import ROW_TASKS, tiles
+from mpk_spec.emit.program import ROW_TASKS
 from mpk_spec.errors import UserError
 from mpk_spec.ops import all_ops
 from mpk_spec.planner.cost import experts_of
@@ -123,8 +124,8 @@ class _Writer:
         linears = [n for n in self.group.nodes if n.op == "linear"]
         first, last = (self.group.nodes.index(n) for n in (linears[0], linears[-1]))
         packed = self.layout.packed[self.group.name]
-        most = max(hi - lo for lo, hi in (tiles(task, packed) for task in self.group.tasks))
-        shape = f"Tiles<{packed.k}, {packed.used_rows}, {packed.tile_k}, {most}>"
+        most = max(-(-(hi - lo) // packed.tile_rows) for lo, hi in pairwise(packed.cuts))
+        shape = f"Tiles<{packed.k}, {packed.rows}, {packed.tile_k}, {most}>"
         prologue = self.prologue(list(self.group.nodes[:first]), linears[0].inputs[0])
         epilogue = self.epilogue(list(self.group.nodes[last + 1 :]), linears, packed)
         return f"Linear<\n    {shape},\n    {prologue},\n    {epilogue}>"
@@ -182,7 +183,7 @@ class _Writer:
             return f"GatedAct<{fn}, {self.tensor(nodes[0].output, write=True)}, {biases[0]}, {biases[1]}>"
         if ops == ["argmax_partial"] and len(linears) == 1:
             logits, pairs = self.tensor(linears[0].output, write=True), self.tensor(nodes[0].output, write=True)
-            return f"StoreBest<{logits}, {packed.used_rows}, {biases[0]}, {pairs}, {self.ids(nodes[0])}>"
+            return f"StoreBest<{logits}, {packed.rows}, {biases[0]}, {pairs}, {self.ids(nodes[0])}>"
         raise Refused(self.group, f"no epilogue does {' and '.join(ops)} here")
 
     # sums over ranks

@@ -9,7 +9,10 @@ from pydantic import Field
 from mpk_spec.ops.base import Axis, Expr, Op, OpError, Ref, TensorType, WeightRef, register
 
 ROW_TILE = 8
-"""Rows of a weight that one tensor core instruction takes; tasks own whole row tiles."""
+"""Rows of a weight that one tensor core instruction takes: a tile. A task's last tile may have less."""
+
+INTERLEAVE = 2
+"""Rows of a gate before those of what it gates, where they alternate; tasks do not divide them."""
 
 K_BLOCK = 32
 """Columns of a weight that one warp multiplies at a time."""

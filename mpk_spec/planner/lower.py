@@ -13,10 +13,9 @@ from itertools import pairwise
 
 from mpk_spec.ops import all_ops
 from mpk_spec.ops.base import Axis, TensorType
-from mpk_spec.ops.linear import ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
-from mpk_spec.planner.schedule import Scheduler, Settings
+from mpk_spec.planner.schedule import Scheduler, Settings, linear_granule
 from mpk_spec.planner.tile import outputs
 
 
@@ -56,7 +55,7 @@ def _stages_of_sample(group: Fused, model: Model, scheduler: Scheduler) -> list[
     if head.body:
         settings = scheduler.resolve(head)
         if settings.split_k == 1:
-            partial = _partial(op, settings.grid[0], ROW_TILE, model)
+            partial = _partial(op, settings.grid[0], linear_granule(head, settings.partition), model)
             return [(replace(group, ops=(*head.ops, partial)), settings), (_reduce(op, partial), None)]
     features = model.types[op.inputs[0]].features
     unit = -(-features // min(scheduler.target.num_sms, -(-features // 16)))

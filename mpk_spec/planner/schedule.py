@@ -11,7 +11,7 @@ from math import gcd
 from typing import Any
 
 from mpk_spec.errors import Problem
-from mpk_spec.ops.linear import ROW_TILE
+from mpk_spec.ops.linear import INTERLEAVE, ROW_TILE
 from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.kv_splits import Attended, cheapest_merge, cheapest_splits
 from mpk_spec.planner.model import BoundOp, Model
@@ -283,12 +283,17 @@ def shots_of(group: Fused, model: Model) -> str | None:
     return "two_shot" if parts[0] in model.two_shots else "one_shot"
 
 
-def linear_granule(group: Fused) -> int:
-    """Features of the group's output axis that one row tile makes."""
-    gated = any(o.op.op == "gated_act" for o in group.epilogue)
-    if gated and group.pack_layout == "interleave":
-        return ROW_TILE // len(group.body)
-    return ROW_TILE
+def linear_granule(group: Fused, partition: str) -> int:
+    """Features of the group's output axis that tasks do not divide: those of a row tile, where as many tiles for each
+    are even."""
+    if is_interleaved(group):
+        return ROW_TILE // len(group.body) if partition == "even" else INTERLEAVE
+    return ROW_TILE if partition == "even" else 1
+
+
+def is_interleaved(group: Fused) -> bool:
+    """Whether rows of the group's linears alternate, and are counted as the features that they are gated to."""
+    return any(o.op.op == "gated_act" for o in group.epilogue) and group.pack_layout == "interleave"
 
 
 def linear_rows(group: Fused, model: Model) -> int:
@@ -303,7 +308,7 @@ def linear_features(op: BoundOp, model: Model) -> int:
 
 
 def linear_tiles(group: Fused, model: Model) -> int:
-    return -(-linear_rows(group, model) // linear_granule(group))
+    return -(-linear_rows(group, model) // linear_granule(group, "even"))
 
 
 def row_units(group: Fused, model: Model) -> int:

@@ -186,7 +186,7 @@ def _shares(group: Fused, settings: Settings, model: Model, tokens: int, kv_spli
 
 
 def _linear(group: Fused, settings: Settings, model: Model, tokens: int, kv_splits: dict[str, int]):
-    granule, rows = linear_granule(group), linear_rows(group, model)
+    granule, rows = linear_granule(group, settings.partition), linear_rows(group, model)
     k = model.types[group.body[0].inputs[0]].features
     slots = settings.grid[1] // settings.split_k
     row_cuts = [(lo * granule, min(hi * granule, rows)) for lo, hi in cuts(-(-rows // granule), settings.grid[0])]
@@ -228,9 +228,9 @@ def _streams(group: Fused, model: Model, tokens: int, slots: int, task: Task, k:
 
 def chunk_columns(k: int, size: float = 2) -> int:
     """Columns of one bulk copy of ROW_TILE rows: as few copies as keep each within CHUNK_BYTES, all alike, in whole
-    blocks of the columns that one multiplication takes."""
-    copies = -(-int(ROW_TILE * k * size) // CHUNK_BYTES)
-    return min(k, -(-k // (copies * K_BLOCK)) * K_BLOCK)
+    blocks of the columns that one multiplication takes, or pairs of them, whose rows are in different banks."""
+    copies, step = -(-int(ROW_TILE * k * size) // CHUNK_BYTES), K_BLOCK * (2 if k % (2 * K_BLOCK) == 0 else 1)
+    return min(k, -(-k // (copies * step)) * step)
 
 
 def _linear_writes(group: Fused, model: Model, span: FeatureSpan, part: int, found: dict) -> list[Span]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mpk_spec.emit.layout import INTERLEAVE, Layout, Packed, RopeTable
+from mpk_spec.emit.layout import Layout, Packed, RopeTable
+from mpk_spec.ops.linear import INTERLEAVE
 from mpk_spec.planner.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+PIECE = 8  # bf16 in the 16 bytes that ldmatrix takes of a row
+ROWS_AT_ONCE = 8192  # that are packed: their places take 8 bytes for each of those
 
 
 def load_weights(
@@ -61,25 +65,37 @@ def _layers(layout: Layout, stride: int):
 
 
 def join_rows(part: Packed, weights: list[torch.Tensor]) -> torch.Tensor:
-    """The weights of a fusion as one matrix `[part.rows, K]`; rows beyond the last are zero."""
+    """The weights of a fusion as one matrix `[part.rows, K]`."""
     import torch
 
     if part.layout == "interleave":
-        rows = torch.stack([w.unflatten(0, (-1, INTERLEAVE)) for w in weights], 1).flatten(0, 2)
-    else:
-        rows = torch.cat([w.unflatten(0, (part.groups, -1)) for w in weights], 1).flatten(0, 1)
-    missing = part.rows - rows.shape[0]
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        return torch.stack([w.unflatten(0, (-1, INTERLEAVE)) for w in weights], 1).flatten(0, 2)
+    return torch.cat([w.unflatten(0, (part.groups, -1)) for w in weights], 1).flatten(0, 1)
 
 
 def pack(part: Packed, rows: torch.Tensor, to: torch.Tensor) -> None:
-    """Writes `[rows, K]` as tiles of chunks of 8 x 8 blocks (see emit/layout.py) to the flat `to`."""
-    tiles = rows.unflatten(0, (-1, part.tile_rows // 8, 8))  # [tile, sub-tile, row, K]
-    out = to.view(len(tiles), part.tile_rows * part.k)
-    for lo in range(0, part.k, part.tile_k):
-        hi = min(lo + part.tile_k, part.k)
-        blocks = tiles[..., lo:hi].unflatten(-1, (-1, 8)).transpose(2, 3)  # [tile, sub-tile, K block, row, 8]
-        out[:, part.tile_rows * lo : part.tile_rows * hi].copy_(blocks.reshape(len(tiles), -1))
+    """Writes `[rows, K]` to the flat `to` as the kernel reads it (see emit/layout.py)."""
+    import torch
+
+    out, pieces = to.view(-1, PIECE), rows.unflatten(1, (-1, PIECE))
+    piece = torch.arange(part.k // PIECE, device=rows.device)
+    first = piece * PIECE // part.tile_k * (part.tile_k // PIECE)  # of the chunk
+    width = torch.clamp(part.k // PIECE - first, max=part.tile_k // PIECE)
+    for lo in range(0, part.rows, ROWS_AT_ONCE):
+        row = torch.arange(lo, min(lo + ROWS_AT_ONCE, part.rows), device=rows.device)[:, None]
+        begin, height = tiles_of_rows(part, row)
+        place = piece - first ^ row & part.mix
+        out[begin * len(piece) + first * height + (row - begin) * width + place] = pieces[row[:, 0]]
+
+
+def tiles_of_rows(part: Packed, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(first row, rows) of the tiles that rows are in."""
+    import torch
+
+    cuts = torch.tensor(part.cuts, device=row.device)
+    task = torch.searchsorted(cuts, row, right=True) - 1
+    begin = cuts[task] + (row - cuts[task]) // part.tile_rows * part.tile_rows
+    return begin, torch.clamp(cuts[task + 1] - begin, max=part.tile_rows)
 
 
 def rope_tables(plan: Plan, layout: Layout) -> torch.Tensor:

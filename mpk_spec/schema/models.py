@@ -238,7 +238,7 @@ class Settings(Section):
         default=None, description="static: each SM has its list of tasks; dynamic: SMs claim them at run time"
     )
     partition: Literal["even", "balanced", "auto"] | None = Field(
-        default=None, description="even: tasks of one size; balanced: sizes that keep all SMs busy"
+        default=None, description="even: as many row tiles in each task; balanced: as many rows, give or take one"
     )
     fuse: Fuse | None = Field(
         default=None,

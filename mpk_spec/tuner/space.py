@@ -71,7 +71,7 @@ def _grids(plan: Plan, group: str) -> Iterator[dict[str, Any]]:
     from mpk_spec.emit.layout import lay_out
 
     part, sms = lay_out(plan).packed[group], plan.num_sms
-    tiles = part.rows // part.tile_rows
+    tiles = -(-part.rows // part.tile_rows)
     longest = -(-tiles // sms)
     counts = {min(tiles, sms), *[d for d in range(sms, sms // 2, -1) if tiles % d == 0][:1]}
     counts |= {-(-tiles // n) for n in (longest - 1, longest, longest + 1) if n > 0}

@@ -9,8 +9,6 @@ from mpk_spec.emit.source import emit
 from mpk_spec.planner import plan
 from mpk_spec.schema import load_spec
 
-TILE_ROWS = 8  # of program.cuh
-
 
 def outgoing(emitted, group, task) -> tuple[int, int]:
     """Features that `ForPeers` and `outgoing_pairs` make of the task's entry."""
@@ -20,7 +18,7 @@ def outgoing(emitted, group, task) -> tuple[int, int]:
     assert group.task == "linear"
     if group.nodes[-1].op == "argmax_partial":  # the pair of the task
         return task.index * 2, task.index * 2 + 2
-    return lo * TILE_ROWS, min(hi * TILE_ROWS, emitted.layout.packed[group.name].used_rows)
+    return lo, hi
 
 
 @pytest.mark.parametrize(("spec", "size", "tp"), [("qwen3", "tiny", 2), ("qwen3", "8b", 4), ("smollm2", "135m", 3)])

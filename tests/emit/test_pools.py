@@ -10,8 +10,9 @@ from host_build import ON_HOST, built
 from tiny_specs import child
 
 from mpk_spec.emit import compiler
+from mpk_spec.emit.layout import rows_of
 from mpk_spec.emit.pools import FROM_POOL, check_order
-from mpk_spec.emit.program import ENTRY, _program_dtype, tiles
+from mpk_spec.emit.program import ENTRY, _program_dtype
 from mpk_spec.emit.source import EVENT_STRIDE, Emitted, emit
 from mpk_spec.errors import UserError
 from mpk_spec.planner import plan
@@ -55,11 +56,11 @@ def test_every_sm_has_the_pools_and_all_have_their_tasks_in_common(case, tp):
     packed = list(one.layout.packed)
     for n, pool in enumerate(pools):
         group = templates[pool.template].groups[pool.group]
-        bounds = one.programs.pool_tiles[pool.tile :]
+        bounds = one.programs.pool_rows[pool.row :]
         assert packed[pool.weight] == group.name
         for task, entry in zip(group.tasks, entries[pool.first : pool.first + pool.tasks], strict=True):
             assert (entry["group"], entry["task"]) == (pool.group, task.index)
-            assert (entry["lo"], entry["hi"]) == tiles(task, one.layout.packed[group.name])
+            assert (entry["lo"], entry["hi"]) == rows_of(task, one.layout.packed[group.name])
             assert (entry["lo"], entry["hi"]) == (bounds[task.index], bounds[task.index + 1])
             for program in each:
                 waits = program["wait"][entry["first_wait"] :][: entry["num_waits"]]

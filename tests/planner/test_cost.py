@@ -13,6 +13,7 @@ from mpk_spec.planner.plan import Node, Weight
 from mpk_spec.planner.targets import TARGETS
 from mpk_spec.planner.task_shape import Loop, looks_of, loop_of
 from mpk_spec.schema import load_spec
+from mpk_spec.tuner.space import with_rules
 
 
 def group(plan, name):
@@ -156,7 +157,16 @@ def test_turns_through_the_inner_loop(name, loop):
 def test_an_odd_tile_is_a_pair_of_its_own():
     made = plan_of(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
     found = next(g for g in made.steps["decode"].templates[0].groups if g.name == "qkv")
-    assert {t.load_chunks: loop_of(made, found, t) for t in found.tasks} == {3: Loop(2, 0, 0, 0), 4: Loop(2, 0, 0, 0)}
+    assert {t.load_chunks: loop_of(made, found, t) for t in found.tasks} == {4: Loop(2, 0, 0, 0)}  # 31 and 32 rows
+    fewer = plan_of(
+        with_rules(load_spec("qwen3"), {"qkv": {"grid": [171, 1, 1], "partition": "balanced"}}),
+        size="0.6b",
+        target="h100",
+        context=512,
+        verified=False,
+    )
+    found = next(g for g in fewer.steps["decode"].templates[0].groups if g.name == "qkv")
+    assert {t.load_chunks: loop_of(fewer, found, t) for t in found.tasks} == {3: Loop(2, 0, 0, 0)}
 
 
 def test_sums_of_one_or_two_tiles_stay_in_registers():

@@ -25,10 +25,12 @@ def opened(fake_gpu, monkeypatch):
     return lambda made, share=None: CudaBackend(made, checkpoint, share=share)
 
 
-def test_whatever_a_search_sets_the_weights_are_shared(opened, fake_gpu):
+def test_whatever_a_search_sets_but_grids_the_weights_are_shared(opened, fake_gpu):
     first = opened(planned({}))
     fake_gpu.free = (512 << 20) + sum(first.plan.arena_bytes.values()) + first.emitted.layout.cache_bytes
     for knob in knobs(first.plan, SPEC):
+        if knob.name == "grid":  # tiles lie by task
+            continue
         other = opened(planned({knob.group: knob.choices[0]}), share=first)
         assert other.launcher.weights is first.launcher.weights and other.plan is not first.plan
 

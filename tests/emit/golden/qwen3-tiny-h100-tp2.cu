@@ -34,12 +34,12 @@ __constant__ const mpk::u32 event_total[num_templates][num_events] = {
 };
 __constant__ const mpk::u8 event_from_peers[num_events] = {0, 1, 0, 1, 0, 1, 0};
 __device__ __forceinline__ bool from_peers(mpk::u32 event) { return event_from_peers[event] != 0; }
-__constant__ const mpk::WeightTiles weight_tiles[5] = {
-    {0ull, 36864ull, 1536, 1536, 1},  // qkv
-    {110592ull, 24576ull, 2048, 2048, 1},  // o_add
-    {184320ull, 49152ull, 1536, 1536, 1},  // gate_up
-    {331776ull, 24576ull, 2048, 2048, 1},  // down_add
-    {405504ull, 0ull, 1536, 1536, 1},  // head
+__constant__ const mpk::WeightRows weight_rows[5] = {
+    {0ull, 36864ull, 192, 192, 1},  // qkv
+    {110592ull, 24576ull, 256, 256, 1},  // o_add
+    {184320ull, 49152ull, 192, 192, 1},  // gate_up
+    {331776ull, 24576ull, 256, 256, 1},  // down_add
+    {405504ull, 0ull, 192, 192, 1},  // head
 };
 __constant__ const mpk::CachePages cache_pages[1] = {
     {0ull, 1, 64, 64, 4, 4},  // kv
@@ -67,7 +67,7 @@ namespace mpk {
 // y.0: qkv
 using qkv_0 = Linear<
     Tiles<96, 192, 96, 1>,
-    RmsNorm<EmbeddingRow<456192ull, 96, 1.0f>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<EmbeddingRow<455168ull, 96, 1.0f>, Vector<554496ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
           Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
@@ -76,7 +76,7 @@ using qkv_0 = Linear<
 using attend_1 = Attention<
     AttentionShape<4, 1, 32, 4, 64>,
     Turns<100864ull, 128, bf16, 4096ull, of_layer>, Turns<86528ull, 32, bf16, 1024ull, of_layer>, Turns<109056ull, 32, bf16, 1024ull, of_layer>,
-    HeadNorms<Vector<556288ull, 256ull>, Vector<557056ull, 256ull>, 1e-06f>,
+    HeadNorms<Vector<555264ull, 256ull>, Vector<556032ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
     Turns<16896ull, 544, float, 34816ull, of_layer>, 0.1767766952966369f>;
 
@@ -89,7 +89,7 @@ using o_add_2 = Linear<
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 256, 96, 1>,
-    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<557824ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<119296ull, 96, float, 6144ull, of_layer>, Inbox<0ull, 96, 6144ull, 12288ull, of_layer>>, Vector<556800ull, 256ull>, 1e-06f, 0.0f, Published<Turns<88576ull, 96, float, 6144ull, of_layer>>>,
     GatedAct<Silu, Turns<111104ull, 128, bf16, 4096ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
@@ -101,7 +101,7 @@ using down_add_4 = Linear<
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 192, 96, 1>,
-    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<555520ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer_before>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer_before>>, Vector<554496ull, 256ull>, 1e-06f, 0.0f, Published<Turns<119296ull, 96, float, 6144ull, of_layer>>>,
     Store<1, Part<Turns<100864ull, 128, bf16, 4096ull, of_layer>, 128, NoVector>,
           Part<Turns<86528ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>,
           Part<Turns<109056ull, 32, bf16, 1024ull, of_layer>, 32, NoVector>>>;
@@ -109,7 +109,7 @@ using qkv_5 = Linear<
 // head: head
 using head_6 = Linear<
     Tiles<96, 258, 96, 1>,
-    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<555264ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<SumRow<Turns<88576ull, 96, float, 6144ull, of_layer>, Inbox<24576ull, 96, 6144ull, 12288ull, of_layer>>, Vector<554240ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     StoreBest<Tensor<0ull, 258, float>, 258, NoVector, Inbox<49152ull, 66, 4352ull, 8704ull, of_step>, 515, 258>>;
 
 // head: next_ids

@@ -31,12 +31,12 @@ __constant__ const mpk::u32 event_total[num_templates][num_events] = {
     {8, 12, 64, 0, 0, 12, 24, 24},  // y.1
     {0, 0, 0, 65, 1, 0, 0, 0},  // head
 };
-__constant__ const mpk::WeightTiles weight_tiles[5] = {
-    {0ull, 73728ull, 1536, 1536, 1},  // qkv
-    {221184ull, 49152ull, 4096, 4096, 1},  // o_add
-    {368640ull, 98304ull, 1536, 1536, 1},  // gate_up
-    {663552ull, 49152ull, 4096, 4096, 1},  // down_add
-    {811008ull, 0ull, 1536, 1536, 1},  // head
+__constant__ const mpk::WeightRows weight_rows[5] = {
+    {0ull, 73728ull, 192, 192, 1},  // qkv
+    {221184ull, 49152ull, 512, 512, 1},  // o_add
+    {368640ull, 98304ull, 192, 192, 1},  // gate_up
+    {663552ull, 49152ull, 512, 512, 1},  // down_add
+    {811008ull, 0ull, 192, 192, 1},  // head
 };
 __constant__ const mpk::CachePages cache_pages[1] = {
     {0ull, 2, 64, 64, 4, 4},  // kv
@@ -62,7 +62,7 @@ namespace mpk {
 // y.0: qkv
 using qkv_0 = Linear<
     Tiles<96, 384, 96, 1>,
-    RmsNorm<EmbeddingRow<910848ull, 96, 1.0f>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, Published<Turns<254976ull, 96, float, 6144ull, of_step>>>,
+    RmsNorm<EmbeddingRow<910080ull, 96, 1.0f>, Vector<1009408ull, 256ull>, 1e-06f, 0.0f, Published<Turns<254976ull, 96, float, 6144ull, of_step>>>,
     Store<2, Part<Turns<188928ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
           Part<Turns<172544ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
           Part<Turns<205312ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
@@ -71,7 +71,7 @@ using qkv_0 = Linear<
 using attend_1 = Attention<
     AttentionShape<8, 2, 32, 4, 64>,
     Turns<188928ull, 256, bf16, 8192ull, of_layer>, Turns<172544ull, 64, bf16, 2048ull, of_layer>, Turns<205312ull, 64, bf16, 2048ull, of_layer>,
-    HeadNorms<Vector<1010944ull, 256ull>, Vector<1011712ull, 256ull>, 1e-06f>,
+    HeadNorms<Vector<1010176ull, 256ull>, Vector<1010944ull, 256ull>, 1e-06f>,
     Rope<0ull, 32>, 0ull,
     Turns<33280ull, 1088, float, 69632ull, of_layer>, 0.1767766952966369f>;
 
@@ -84,7 +84,7 @@ using o_add_2 = Linear<
 // y.0: gate_up, y.1: gate_up
 using gate_up_3 = Linear<
     Tiles<96, 512, 96, 1>,
-    RmsNorm<Row<Turns<176640ull, 96, float, 6144ull, of_layer>>, Vector<1012480ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<Row<Turns<176640ull, 96, float, 6144ull, of_layer>>, Vector<1011712ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
     GatedAct<Silu, Turns<209408ull, 256, bf16, 8192ull, of_layer>, NoVector, NoVector>>;
 
 // y.0: down_add, y.1: down_add
@@ -96,7 +96,7 @@ using down_add_4 = Linear<
 // y.1: qkv
 using qkv_5 = Linear<
     Tiles<96, 384, 96, 1>,
-    RmsNorm<Row<Turns<242688ull, 96, float, 6144ull, of_layer_before>>, Vector<1010176ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<Row<Turns<242688ull, 96, float, 6144ull, of_layer_before>>, Vector<1009408ull, 256ull>, 1e-06f, 0.0f, NotPublished>,
     Store<2, Part<Turns<188928ull, 256, bf16, 8192ull, of_layer>, 128, NoVector>,
           Part<Turns<172544ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>,
           Part<Turns<205312ull, 64, bf16, 2048ull, of_layer>, 32, NoVector>>>;
@@ -110,7 +110,7 @@ using o_add_6 = Linear<
 // head: head
 using head_7 = Linear<
     Tiles<96, 515, 96, 1>,
-    RmsNorm<Row<Turns<242688ull, 96, float, 6144ull, of_layer>>, Vector<1009920ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
+    RmsNorm<Row<Turns<242688ull, 96, float, 6144ull, of_layer>>, Vector<1009152ull, 0ull>, 1e-06f, 0.0f, NotPublished>,
     StoreBest<Tensor<0ull, 515, float>, 515, NoVector, Turns<225792ull, 130, float, 8448ull, of_step>, 515, 0>>;
 
 // head: next_ids

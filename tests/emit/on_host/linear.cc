@@ -1,7 +1,8 @@
 // The kernel's own linear on the host, 256 threads for those of an SM: every task of one weight, of 1, 2, 5 and 16 tokens, its chunks
-// in a ring of four by the loader's own cursor. What a chunk does not fill is NaN.
+// in a ring of four by the loader's own cursor. What tiles do not have is NaN.
 //
-// linear FIRST_TILE... END < inputs (weights as they are packed, then activations, bf16) > outputs (float32, [4][16 tokens][rows])
+// linear CUT... < inputs > outputs: weights as they are packed and activations, bf16, and a residual, float32 [16 tokens][rows];
+// outputs are float32 [4][16 tokens][features]. EPILOGUE 0 stores, 1 adds the residual, 2 gates every other two rows.
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -21,22 +22,36 @@ constexpr u32 copies_in_flight = 3, copies_while_looking = 3, prefetch_chunks = 
 constexpr u32 num_stages = 1, num_layers = 1, num_templates = 1, num_weights = 1, num_events = 1, event_stride = 32;
 using Program = mpk::SmProgram<num_templates, 1, 1, 1, 1>;
 const u8 stage_template[num_stages] = {0}, stage_layer[num_stages] = {0};
-const mpk::WeightTiles weight_tiles[num_weights] = {
-    {0, 0, COLUMNS * 16, CHUNK_COLUMNS * 16, (COLUMNS + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS}};
+const mpk::WeightRows weight_rows[num_weights] = {{0, 0, COLUMNS * 2, CHUNK_COLUMNS * 2, (COLUMNS + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS}};
 mpk::CachePages cache_pages[1];
 }  // namespace plan
 
 #define private public
 #include "runtime/loader.cuh"
+#include "tasks/add.cuh"
+#include "tasks/gated_act.cuh"
 #include "tasks/plain.cuh"
 
 namespace mpk {
 alignas(128) u8 shared_memory[plan::shared_limit];
 
-constexpr u64 outputs_at = max_tokens * COLUMNS * 2;
+constexpr int features = EPILOGUE == 2 ? ROWS / 2 : ROWS;
+constexpr u64 residual_at = max_tokens * COLUMNS * 2, outputs_at = residual_at + max_tokens * ROWS * 4;
 using In = Tensor<0, COLUMNS, bf16>;
-using Out = Tensor<outputs_at, ROWS, float>;
-using Task = Linear<Tiles<COLUMNS, ROWS, CHUNK_COLUMNS, MOST_TILES>, Plain<In>, Store<1, Part<Out, ROWS, NoVector>>>;
+using Out = Tensor<outputs_at, features, float>;
+template <int which>
+struct EpilogueOf {
+  using type = Store<1, Part<Out, ROWS, NoVector>>;
+};
+template <>
+struct EpilogueOf<1> {
+  using type = AddResidual<Tensor<residual_at, ROWS, float>, Out, NoVector>;
+};
+template <>
+struct EpilogueOf<2> {
+  using type = GatedAct<Silu, Out, NoVector, NoVector>;
+};
+using Task = Linear<Tiles<COLUMNS, ROWS, CHUNK_COLUMNS, MOST_TILES>, Plain<In>, EpilogueOf<EPILOGUE>::type>;
 
 void stream(Shared& shared, int lo, int hi) {
   ChunkCursor cursor(shared);
@@ -84,13 +99,13 @@ void run(u8* arena, const u8* weights, int lo, int hi, u32 tokens) {
 }  // namespace mpk
 
 int main(int count, char** words) {
-  std::vector<unsigned char> weights(ROWS * COLUMNS * 2), arena(mpk::outputs_at + 16 * ROWS * 4);
+  std::vector<unsigned char> weights(ROWS * COLUMNS * 2), arena(mpk::outputs_at + 16 * mpk::features * 4);
   if (fread(weights.data(), 1, weights.size(), stdin) != weights.size()) return 2;
   if (fread(arena.data(), 1, mpk::outputs_at, stdin) != mpk::outputs_at) return 2;
   for (int round = 0; round < 4; ++round) {
     const unsigned tokens[4] = {1, 2, 5, 16};
-    std::memset(arena.data() + mpk::outputs_at, 0xff, 16 * ROWS * 4);
+    std::memset(arena.data() + mpk::outputs_at, 0xff, 16 * mpk::features * 4);
     for (int i = 1; i + 1 < count; ++i) mpk::run(arena.data(), weights.data(), atoi(words[i]), atoi(words[i + 1]), tokens[round]);
-    fwrite(arena.data() + mpk::outputs_at, 4, 16 * ROWS, stdout);
+    fwrite(arena.data() + mpk::outputs_at, 4, 16 * mpk::features, stdout);
   }
 }

@@ -24,12 +24,13 @@ constexpr u32 num_stages = 5, num_layers = 5, num_templates = 3, num_weights = 4
 using Program = mpk::SmProgram<num_templates, 1, 6, 1, 1>;
 const u8 stage_template[num_stages] = {0, 1, 1, 1, 2}, stage_layer[num_stages] = {0, 1, 2, 3, 3};
 // One chunk a tile, several, and a last one that is shorter.
-const mpk::WeightTiles weight_tiles[num_weights] = {
-    {0, 1 << 16, 1024, 1024, 1}, {1 << 20, 1 << 16, 2560, 1024, 3}, {2 << 20, 1 << 16, 512, 256, 2}, {3 << 20, 0, 1024, 1024, 1}};
+const mpk::WeightRows weight_rows[num_weights] = {
+    {0, 1 << 16, 128, 128, 1}, {1 << 20, 1 << 16, 320, 128, 3}, {2 << 20, 1 << 16, 64, 32, 2}, {3 << 20, 0, 128, 128, 1}};
 mpk::CachePages cache_pages[1];
 const mpk::Pool pools[] = {{0, 3, 0, 0}, {1, 7, 3, 4}, {2, 2, 10, 12}, {3, 12, 12, 15}};
-// Tasks of 1 to 20 tiles; blocks are of eight.
-const u16 pool_tiles[] = {0, 1, 2, 3, /**/ 0, 20, 21, 29, 30, 32, 40, 41, /**/ 0, 1, 9, /**/ 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+// Tasks of 1 to 20 tiles of eight rows, some of which end within one; blocks are of eight tiles.
+const u32 pool_rows[] = {0,  5,  16, 24, /**/ 0, 160, 163, 232, 240, 256, 320, 321, /**/ 0, 8, 71,
+                         /**/ 0, 8, 17, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96};
 }  // namespace plan
 
 #include "runtime/loader.cuh"
@@ -37,7 +38,7 @@ const u16 pool_tiles[] = {0, 1, 2, 3, /**/ 0, 20, 21, 29, 30, 32, 40, 41, /**/ 0
 namespace mpk {
 alignas(128) u8 shared_memory[plan::shared_limit];
 
-constexpr i32 own_tiles = 11;  // of weight 0, for half of the SMs: what is in their queues
+constexpr i32 own_rows = 85;  // of weight 0, for half of the SMs: what is in their queues
 u32 claimed, wrong;
 std::vector<u32> events;
 u8 weights[4 << 20];
@@ -45,13 +46,15 @@ u8 weights[4 << 20];
 bool operator==(const Chunk& a, const Chunk& b) { return a.from == b.from && a.bytes == b.bytes; }
 
 std::vector<Chunk> chunks_of(u32 weight, i32 lo, i32 hi, u32 layer) {
-  const WeightTiles& w = plan::weight_tiles[weight];
+  const WeightRows& w = plan::weight_rows[weight];
   std::vector<Chunk> all;
-  for (i32 block = lo; block < hi; block += tiles_per_block)
+  for (i32 block = lo; block < hi; block += block_rows)
     for (u32 chunk = 0; chunk < w.chunks_per_tile; ++chunk)
-      for (i32 tile = block; tile < std::min(block + tiles_per_block, hi); ++tile)
-        all.push_back({weights + w.offset + w.layer_stride * layer + tile * w.tile_bytes + chunk * w.chunk_bytes,
-                       std::min(w.chunk_bytes, w.tile_bytes - chunk * w.chunk_bytes)});
+      for (i32 row = block; row < std::min(block + block_rows, hi); row += tile_rows) {
+        const u32 rows = std::min(tile_rows, hi - row), before = chunk * w.chunk_row_bytes;
+        all.push_back({weights + w.offset + w.layer_stride * layer + row * w.row_bytes + rows * before,
+                       rows * std::min(w.chunk_row_bytes, w.row_bytes - before)});
+      }
   return all;
 }
 
@@ -90,7 +93,7 @@ struct Sm {
   void write_program(bool own) {
     const u16 n = own;
     Load* to = shared.program.load;
-    if (own) *to++ = {0, 0, own_tiles};
+    if (own) *to++ = {0, 0, own_rows};
     *to++ = {0, -1, 0};
     *to++ = {1, -1, 1};
     *to++ = {2, -1, 2};
@@ -127,7 +130,7 @@ struct Sm {
       if (g.load == ~0u) {  // in the queues of SMs with odd numbers
         if (number % 2 == 0) return ++group, true;
         if (!before_done()) return false;
-        needs = chunks_of(0, 0, own_tiles, plan::stage_layer[g.stage]);
+        needs = chunks_of(0, 0, own_rows, plan::stage_layer[g.stage]);
         task = number / 2;
       } else {
         const u32 word = shared.claim[taken % claims_kept], wanted = claim_word(taken, 0);
@@ -137,7 +140,7 @@ struct Sm {
         if ((word & no_more) == no_more) return ++group, true;
         task = word & no_more;
         const Pool& pool = plan::pools[g.load];
-        needs = chunks_of(pool.weight, plan::pool_tiles[pool.tile + task], plan::pool_tiles[pool.tile + task + 1],
+        needs = chunks_of(pool.weight, plan::pool_rows[pool.row + task], plan::pool_rows[pool.row + task + 1],
                           plan::stage_layer[g.stage]);
         ++claimed;
       }

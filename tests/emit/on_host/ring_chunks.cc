@@ -20,7 +20,7 @@ constexpr u32 copies_in_flight = 3, copies_while_looking = 2, prefetch_chunks = 
 constexpr u32 num_stages = 3, num_layers = 3, num_templates = 2, num_weights = 1;
 using Program = mpk::SmProgram<num_templates, 2, 4, 1, 1>;
 const u8 stage_template[num_stages] = {0, 1, 0}, stage_layer[num_stages] = {0, 1, 2};
-const mpk::WeightTiles weight_tiles[num_weights] = {{0, 0, 1024, 512, 2}};
+const mpk::WeightRows weight_rows[num_weights] = {{0, 0, 128, 64, 2}};
 mpk::CachePages cache_pages[1];
 }  // namespace plan
 
@@ -81,7 +81,7 @@ void compare(const std::vector<Next>& steps, u32 split, u32 first_step) {
   shared.params.pages = page_table;
   shared.params.context = ~0u;
   const i32 part = split;
-  shared.program = {{0, 1, 2}, {0, 3, 4}, {}, {{0, 0, tiles[0]}, {1, 0, part}, {0, 2, 2 + tiles[2]}, {1, 0, part}}, {}, {}};
+  shared.program = {{0, 1, 2}, {0, 3, 4}, {}, {{0, 0, tiles[0] * 8}, {1, 0, part}, {0, 16, 11 + tiles[2] * 8}, {1, 0, part}}, {}, {}};
   Progress progress;
   ChunkCursor cursor(shared);
   for (u32 step = first_step; step != first_step + steps.size(); ++step) {

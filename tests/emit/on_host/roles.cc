@@ -53,7 +53,7 @@ struct Stub {
     if (attends)
       take_cache(w, entry);
     else if (plan::weight_of[kind][entry.group] >= 0)
-      take_weight(w, plan::weight_tiles[plan::weight_of[kind][entry.group]], entry);
+      take_weight(w, plan::weight_rows[plan::weight_of[kind][entry.group]], entry);
     w.sync();
     if (w.thread == 0 && w.stage + 1 == plan::num_stages && entry.group + 1 == plan::last_groups) publish(w);
     w.release_ready();
@@ -82,13 +82,15 @@ struct Stub {
     if (!w.aborted() && std::memcmp(w.chunk(), from, bytes)) complain("another chunk in stage %u, group %u\n", w.stage, w.group);
     w.free_chunk();
   }
-  static void take_weight(Worker& w, const WeightTiles& shape, const Entry& entry) {
+  static void take_weight(Worker& w, const WeightRows& shape, const Entry& entry) {
     const u8* base = global->weights + shape.offset + shape.layer_stride * w.layer;
-    for (i32 block = entry.lo; block < entry.hi; block += tiles_per_block)
+    for (i32 block = entry.lo; block < entry.hi; block += block_rows)
       for (u32 chunk = 0; chunk < shape.chunks_per_tile; ++chunk)
-        for (i32 tile = block; tile < std::min(block + tiles_per_block, entry.hi); ++tile)
-          take(w, base + static_cast<u64>(tile) * shape.tile_bytes + chunk * shape.chunk_bytes,
-               std::min(shape.chunk_bytes, shape.tile_bytes - chunk * shape.chunk_bytes));
+        for (i32 row = block; row < std::min(block + block_rows, entry.hi); row += tile_rows) {
+          const u32 rows = std::min(tile_rows, entry.hi - row), before = chunk * shape.chunk_row_bytes;
+          take(w, base + static_cast<u64>(row) * shape.row_bytes + rows * before,
+               rows * std::min(shape.chunk_row_bytes, shape.row_bytes - before));
+        }
   }
   static void take_cache(Worker& w, const Entry& entry) {
     const CachePages& pages = plan::cache_pages[0];

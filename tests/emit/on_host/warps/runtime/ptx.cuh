@@ -70,6 +70,9 @@ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   __syncwarp();
 }
 
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float exp_fast(float x) { return std::exp(x); }
+
 template <class V>
 V loaded(const void* p) {
   V v;
