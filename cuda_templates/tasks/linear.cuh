@@ -2,8 +2,8 @@
 //
 // Shared memory: the ring (weights), activations 33 KB, partial sums 12 KB. Registers: at most 216 where warpgroups move them, else 168.
 //
-// A weight tile is 8 rows, the last one of a task perhaps less, stored as chunks of `tile_k` columns, row by row. Of row r (of the
-// weight) the 16 bytes number p lie in place p ^ (r & mix), so that ldmatrix, which reads one piece of each of eight rows, finds
+// A weight tile is 8 rows, the last one of a task perhaps less, stored as chunks of `tile_k` columns, row by row. Of a tile's
+// row r the 16 bytes number p lie in place p ^ (r & mix), so that ldmatrix, which reads one piece of each of eight rows, finds
 // them in different banks. What it reads of rows that a tile does not have is of no result. The 8 warps share each chunk by blocks
 // of 32 columns. Several tokens are the 16
 // rows of mma.m16n8k16 and weight rows its 8 columns; of one token it is the other way round, see `run_one`. Order of
@@ -34,9 +34,9 @@ struct Tiles {
   // Bytes from row to row in a chunk.
   static __device__ __forceinline__ u32 row_bytes(int chunk) { return (K % TileK == 0 ? TileK : min_of(TileK, K - chunk * TileK)) * 2; }
   // Where, from a chunk's begin, the 16 bytes lie that a lane gives ldmatrix the address of: of the tile's row lane % 8 piece number
-  // `piece` of the warp's first block. `row`: of the weight, the task's first, or 8, 16, ... after it.
-  static __device__ __forceinline__ u32 place(const Worker& w, int chunk, int row, u32 piece) {
-    return w.lane % 8 * row_bytes(chunk) + ((w.warp * 4 + piece) ^ ((row + w.lane) & mix)) * 16;
+  // `piece` of the warp's first block.
+  static __device__ __forceinline__ u32 place(const Worker& w, int chunk, u32 piece) {
+    return w.lane % 8 * row_bytes(chunk) + ((w.warp * 4 + piece) ^ (w.lane & mix)) * 16;
   }
 
   // Whether block `j` of a warp exists in a chunk.
@@ -180,8 +180,8 @@ struct Linear {
   struct Weights {
     u32 b[per_warp][4];
 
-    __device__ __forceinline__ void load(Worker& w, int chunk, int row) {
-      const u32 from = w.wait_chunk() + Shape::place(w, chunk, row, w.lane / 8);
+    __device__ __forceinline__ void load(Worker& w, int chunk) {
+      const u32 from = w.wait_chunk() + Shape::place(w, chunk, w.lane / 8);
 #pragma unroll
       for (int j = 0; j < per_warp; ++j) {
         if (!Shape::even) b[j][0] = b[j][1] = b[j][2] = b[j][3] = 0;
@@ -200,10 +200,10 @@ struct Linear {
   struct Pair {
     u32 even[per_warp][4], odd[per_warp][4];
 
-    // Of `count` chunks that have landed, of tiles whose first row is `row` or 8, 16, ... away from it.
-    __device__ __forceinline__ void load(Worker& w, int chunk, int count, int row) {
+    // Of `count` chunks that have landed.
+    __device__ __forceinline__ void load(Worker& w, int chunk, int count) {
       const LaneChunk at = w.chunk_of_lane(count);
-      const u32 from = address(w, at, chunk, row);
+      const u32 from = address(w, at, chunk);
 #pragma unroll
       for (int j = 0; j < per_warp; ++j) load_block(w, chunk, j, from);
       w.free_chunks(at, count);
@@ -214,8 +214,8 @@ struct Linear {
       ptx::load_matrices(even[j], from + j * block_bytes);
       ptx::load_matrices(odd[j], (from ^ 32) + j * block_bytes);  // two pieces further, also of those that are mixed
     }
-    static __device__ __forceinline__ u32 address(const Worker& w, LaneChunk at, int chunk, int row) {
-      return w.chunk_address(at) + Shape::place(w, chunk, row, w.lane / 16);
+    static __device__ __forceinline__ u32 address(const Worker& w, LaneChunk at, int chunk) {
+      return w.chunk_address(at) + Shape::place(w, chunk, w.lane / 16);
     }
   };
 
@@ -236,17 +236,17 @@ struct Linear {
 
     // Of a task's first block, before its values are waited for: meanwhile the ring has room for as many more, and late tasks would
     // have to wait for these anyway. Nothing where registers are short.
-    __device__ __forceinline__ void take(Worker& w, int tiles, int row) {
+    __device__ __forceinline__ void take(Worker& w, int tiles) {
       if (!MPK_MOVES_REGISTERS) return;
       const int count = min_of(2, tiles);
       w.wait_chunks(w.chunk_of_lane(count));
-      pair.load(w, 0, count, row);
+      pair.load(w, 0, count);
       pairs = 1;
       if (Shape::one_pair) return;
       const Following next = following(0, 0, tiles, 0);
       if (next.count == 0) return;
       w.wait_chunks(w.chunk_of_lane(next.count));
-      second.load(w, next.chunk, next.count, row);
+      second.load(w, next.chunk, next.count);
       pairs = 2;
     }
   };
@@ -256,7 +256,7 @@ struct Linear {
     Panel panel = panel_from(0, panel_chunks_of(1));
     Block block = Block::at(lo, hi);
     Held held;
-    held.take(w, block.tiles, lo);
+    held.take(w, block.tiles);
     typename Epilogue::Early early{};  // on every path, or its registers would count as in use in other tasks
     Epilogue::load_early(w, block, early);
     if (!Prologue::prepare(w, entry, panel)) Prologue::fill(w, panel);
@@ -266,9 +266,9 @@ struct Linear {
     typename Ending<Epilogue>::Kept kept{};
     while (true) {
       if constexpr (Shape::one_pair)
-        one_pair(w, lo, block.tiles, panel, held);
+        one_pair(w, block.tiles, panel, held);
       else
-        one_token(w, lo, block.tiles, tiles_of(hi - block.first) - block.tiles, panel, held);
+        one_token(w, block.tiles, tiles_of(hi - block.first) - block.tiles, panel, held);
       w.sync();
       Ending<Epilogue>::finish(w, block, early, kept);
       if (Shape::one_pair || block.first + block_rows >= hi) break;
@@ -281,7 +281,7 @@ struct Linear {
   }
 
   // A task of one or two tiles: the chains stay in registers.
-  static __device__ __forceinline__ void one_pair(Worker& w, int row, int tiles, Panel& panel, Held& held) {
+  static __device__ __forceinline__ void one_pair(Worker& w, int tiles, Panel& panel, Held& held) {
     Pair& pair = held.pair;
     bool loaded = held.pairs != 0;
     Chain even{}, odd{};
@@ -293,10 +293,10 @@ struct Linear {
       if (w.thread == 0) w.shared.mark_opened();
       if (!loaded) {
         w.wait_chunks(w.chunk_of_lane(tiles));
-        pair.load(w, chunk, tiles, row);
+        pair.load(w, chunk, tiles);
       }
       const bool looks = MPK_MOVES_REGISTERS && chunk + 1 < Shape::chunks;
-      loaded = multiply(w, chunk, row, a, pair, even, odd, looks ? Following{chunk + 1, tiles} : Following{0, 0});
+      loaded = multiply(w, chunk, a, pair, even, odd, looks ? Following{chunk + 1, tiles} : Following{0, 0});
       if (w.thread == 0) w.shared.mark_used();
     }
     store_partials(w, even, odd, tiles, partials_of_lane(w));
@@ -321,7 +321,7 @@ struct Linear {
 
   // In the end `held` has what has landed of the block that follows, of `rest` tiles with all that come after. Between chunks the
   // chains lie behind the partial sums.
-  static __device__ __forceinline__ void one_token(Worker& w, int row, int tiles, int rest, Panel& panel, Held& held) {
+  static __device__ __forceinline__ void one_token(Worker& w, int tiles, int rest, Panel& panel, Held& held) {
     float* partial = partials_of_lane(w);
     Chain* chains = reinterpret_cast<Chain*>(w.partials() + worker_warps * block_rows) + w.warp * tiles_per_block * 8 + w.lane / 4;
     static_assert(worker_warps * (block_rows * 4 + tiles_per_block * 8 * sizeof(Chain)) <= partial_bytes);
@@ -336,11 +336,11 @@ struct Linear {
         if (w.thread == 0) w.shared.mark_opened();
         if (held.pairs == 0) {
           w.wait_chunks(w.chunk_of_lane(count));
-          held.pair.load(w, chunk, count, row);
+          held.pair.load(w, chunk, count);
         }
         const bool both = held.pairs == 2;
         const Following next = both ? Following{0, 0} : following(chunk, t, tiles, rest);
-        held.pairs = add_one_token(w, chunk, row, a, held.pair, count, chains + t * 8, partial + t * tile_rows, next);
+        held.pairs = add_one_token(w, chunk, a, held.pair, count, chains + t * 8, partial + t * tile_rows, next);
         if (both) held.pair = held.second, held.pairs = 1;
         if (w.thread == 0) w.shared.mark_used();
       }
@@ -357,10 +357,10 @@ struct Linear {
 
   // Of a pair's second tile only where `count` is 2 is there anything to keep. Returns what `multiply` does.
   static __device__ __forceinline__ bool add_one_token(
-      Worker& w, int chunk, int row, const u32 (&a)[per_warp][4], Pair& pair, int count, Chain* chains, float* partial, Following next) {
+      Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, int count, Chain* chains, float* partial, Following next) {
     Chain even{}, odd{};
     if (Shape::chunks > 1 && chunk && w.lane % 4 == 0) even = chains[0], odd = chains[8];
-    const bool landed = multiply(w, chunk, row, a, pair, even, odd, next);
+    const bool landed = multiply(w, chunk, a, pair, even, odd, next);
     if (chunk + 1 == Shape::chunks)
       store_partials(w, even, odd, count, partial);
     else if (w.lane % 4 == 0)
@@ -371,10 +371,10 @@ struct Linear {
   // Adds a pair of chunks. The weights of the pair that follows, if they have landed, are loaded as soon as this one's have been
   // used; returns whether they were.
   static __device__ __forceinline__ bool multiply(
-      Worker& w, int chunk, int row, const u32 (&a)[per_warp][4], Pair& pair, Chain& even, Chain& odd, Following next) {
+      Worker& w, int chunk, const u32 (&a)[per_warp][4], Pair& pair, Chain& even, Chain& odd, Following next) {
     const LaneChunk at = w.chunk_of_lane(next.count);
     bool landed = next.count > 0 && w.sees_landed(at);
-    const u32 from = Pair::address(w, at, next.chunk, row);
+    const u32 from = Pair::address(w, at, next.chunk);
 #pragma unroll
     for (int j = 0; j < per_warp; ++j) {
       if (Shape::has_block(w, chunk, j)) {
@@ -407,7 +407,7 @@ struct Linear {
 #pragma unroll 1
       for (int chunk = 0; chunk < Shape::chunks; ++chunk) {
         next_panel(w, panel, chunk, panel_chunks);
-        multiply_chunks(w, sums, row, block.tiles, chunk, panel);
+        multiply_chunks(w, sums, block.tiles, chunk, panel);
       }
       finish_many(w, block, sums);
       if (row + block_rows < entry.hi) w.sync();
@@ -434,7 +434,7 @@ struct Linear {
 
   // One chunk of each tile of the block. The tiles take turns in the first place of `sums`, so that there is code for one.
   static __device__ __forceinline__ void multiply_chunks(
-      Worker& w, float (&sums)[tiles_per_block][2][4], int row, int tiles, int chunk, const Panel& panel) {
+      Worker& w, float (&sums)[tiles_per_block][2][4], int tiles, int chunk, const Panel& panel) {
     const u32 token = w.lane / 4;
     const u32 low = operand(w, panel, chunk, token), high = low + 8 * panel.row_bytes();
     u32 a[per_warp][2][4] = {};
@@ -447,7 +447,7 @@ struct Linear {
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
       Weights weights;
-      weights.load(w, chunk, row);
+      weights.load(w, chunk);
 #pragma unroll
       for (int j = 0; j < per_warp; ++j) {
         if (!Shape::has_block(w, chunk, j)) continue;

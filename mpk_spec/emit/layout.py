@@ -2,9 +2,9 @@
 
 Packed rows: the linears of a fusion lie one after the other in each of `groups` groups (concat), or alternate by
 `INTERLEAVE` (interleave). Each task's rows are cut into tiles of `tile_rows`, the last of which may have less, and
-tiles along K into chunks of `tile_k`. A chunk is `[rows of the tile][tile_k]` bf16, what one bulk copy fetches. Of row
-r the 16 bytes number p lie in place `p ^ (r & mix)`, so that the eight rows of which `ldmatrix` reads one piece
-each are in different banks; r counts from the weight's first row, so that a tile may begin anywhere.
+tiles along K into chunks of `tile_k`. A chunk is `[rows of the tile][tile_k]` bf16, what one bulk copy fetches. Of a
+tile's row r the 16 bytes number p lie in place `p ^ (r & mix)`, so that the eight rows of which `ldmatrix` reads one
+piece each are in different banks.
 """
 
 from __future__ import annotations

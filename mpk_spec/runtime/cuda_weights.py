@@ -84,7 +84,7 @@ def pack(part: Packed, rows: torch.Tensor, to: torch.Tensor) -> None:
     for lo in range(0, part.rows, ROWS_AT_ONCE):
         row = torch.arange(lo, min(lo + ROWS_AT_ONCE, part.rows), device=rows.device)[:, None]
         begin, height = tiles_of_rows(part, row)
-        place = piece - first ^ row & part.mix
+        place = piece - first ^ row - begin & part.mix
         out[begin * len(piece) + first * height + (row - begin) * width + place] = pieces[row[:, 0]]
 
 

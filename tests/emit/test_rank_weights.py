@@ -28,7 +28,7 @@ def unpacked(part, arena: torch.Tensor, layer: int | None) -> torch.Tensor:
             at = begin * part.k + lo * (end - begin)
             chunk = flat[at : at + (end - begin) * width].view(end - begin, width // 8, 8)
             for row in range(begin, end):
-                places = torch.arange(width // 8) ^ (row & part.mix)
+                places = torch.arange(width // 8) ^ (row - begin & part.mix)
                 out[row, lo : lo + width] = chunk[row - begin, places].flatten()
     return out
 
