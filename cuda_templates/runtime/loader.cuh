@@ -128,10 +128,12 @@ struct ChunkCursor {
   }
   __device__ __forceinline__ Chunk of_pages(u32 index) const {
     const CachePages& pages = plan::cache_pages[of_cache - 1];
-    const u32 inside = index - quotient(index, 2 * hi) * 2 * hi, block = lo + inside / 2 * pages.splits;
+    const u32 inside = index - quotient(index, 2 * hi) * 2 * hi, first = inside / 4 * 2;
+    const bool two = first + 1 < static_cast<u32>(hi);  // blocks, the keys of both before the values
+    const u32 block = lo + (first + (two ? inside % 2 : 0)) * pages.splits, half = two ? inside / 2 % 2 : inside % 2;
     const bool wrong = probe::planted(shared->params, probe::wrong_page);  // every second page is the one before it
     const i32 page = page_of(*shared, wrong ? block & ~1u : block);
-    return {base + page_offset(*shared, pages, plan::stage_layer[stage], page) + inside % 2 * pages.half_bytes(),
+    return {base + page_offset(*shared, pages, plan::stage_layer[stage], page) + half * pages.half_bytes(),
             min_of(pages.block, shared->step[step % 2].position - block * pages.block) * pages.row_bytes};
   }
   // Past `count` chunks.

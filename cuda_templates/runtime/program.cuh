@@ -56,7 +56,7 @@ struct WeightRows {
   u64 offset, layer_stride;
   u32 row_bytes, chunk_row_bytes, chunks_per_tile;
 };
-__device__ __forceinline__ int tiles_of(int rows) { return ceil_div(rows, tile_rows); }
+__device__ __forceinline__ int tiles_of(int rows) { return static_cast<u32>(rows + tile_rows - 1) / tile_rows; }
 
 // Keys and values of one state: where they lie, and how an attention reads them: split s the blocks b of positions with
 // b % splits == s, all of them once for every `rows` of its tokens x group query rows. A page is one block of one KV head,

@@ -1,9 +1,9 @@
 // Head norms, RoPE, append and causal attention over one KV head's share of the cache (FlashDecoding, Dao et al. 2023).
 //
 // Entry: lo = KV head, hi = split worker. Worker w owns the blocks b of positions with b % splits == w: it appends to them and
-// nobody else reads them. A block is one page: [K rows | V rows] of one KV head. Each warp takes eight neighbouring positions
-// of every block, which come through the ring, and keeps a running maximum and sum of its own; they meet at the end, in order
-// of the warps. Scores come from the tensor cores, queries as rows and positions as columns, and stay in registers as
+// nobody else reads them. A block is one page: [K rows | V rows] of one KV head. Blocks come through the ring in pairs, the
+// keys of both and then the values. Each warp takes eight neighbouring positions of every block and keeps a running maximum and
+// sum of its own; they meet at the end, in order of the warps. Scores come from the tensor cores, queries as rows and positions as columns, and stay in registers as
 // operands of the next multiplication: values, features as rows, times weights, queries as columns. A weight is two bf16,
 // what rounding leaves over the second: 16 bits of it count. None of it depends on the chunk that a row came in.
 //
@@ -203,19 +203,38 @@ struct Attention {
     const int sees = w.position + (first_row + static_cast<int>(w.lane / 4)) / group;  // the last position of this lane's row
     const int last = w.position + (first_row + used - 1) / group;
 #pragma unroll 1
-    for (int index = worker; index * block <= last; index += Shape::splits) {
+    for (int index = worker; index * block <= last; index += 2 * Shape::splits) {
       if (index != worker) take_keys(w, index, keys);
       take_new_keys(w, s, index, keys);
-      float score[2];
-      scores(q, keys, score);
-      weigh(w, index, sees, score, run);
-      if (in_ring(w, index)) w.wait_chunk();
-      const u32 whole = pack_weights(score, 0.f, 0.f);
-      const u32 rest = pack_weights(score, ptx::low_bf16(whole), ptx::high_bf16(whole));
-      add_values(w, values_of(w, s, index), whole, rest, run);
-      if (in_ring(w, index)) w.free_chunk();
+      if ((index + Shape::splits) * block <= last)
+        add_blocks<2>(w, s, index, sees, q, keys, run);
+      else
+        add_blocks<1>(w, s, index, sees, q, keys, run);
     }
     leave(w, s, used, run);
+  }
+  // The block `index`, whose keys have been taken; or the pair that begins with it.
+  template <int Blocks>
+  static __device__ __forceinline__ void add_blocks(
+      Worker& w, Scratch& s, int index, int sees, const u32 (&q)[slices][4], const Keys& keys, Running& run) {
+    float score[Blocks][2];
+    if constexpr (Blocks == 2) {
+      Keys second;
+      take_keys(w, index + Shape::splits, second);
+      take_new_keys(w, s, index + Shape::splits, second);
+      scores(q, second, score[1]);
+    }
+    scores(q, keys, score[0]);
+    weigh(w, index, sees, score, run);
+#pragma unroll
+    for (int i = 0; i < Blocks; ++i) {
+      const int at = index + i * Shape::splits;
+      if (in_ring(w, at)) w.wait_chunk();
+      const u32 whole = pack_weights(score[i], 0.f, 0.f);
+      const u32 rest = pack_weights(score[i], ptx::low_bf16(whole), ptx::high_bf16(whole));
+      add_values(w, values_of(w, s, at), whole, rest, run);
+      if (in_ring(w, at)) w.free_chunk();
+    }
   }
   static __device__ __forceinline__ u32 pack_weights(const float (&x)[2], float less, float less_next) {
     return ptx::pack_bf16(x[0] - less, x[1] - less_next);
@@ -276,17 +295,27 @@ struct Attention {
   }
 
   // Scores become weights relative to the warp's new maximum, to which the sums so far are brought too.
-  static __device__ __forceinline__ void weigh(const Worker& w, int index, int sees, float (&score)[2], Running& run) {
-    const int first = index * block + w.warp * positions + w.lane % 4 * 2;
-    const float a = first <= sees ? score[0] * Scale : -infinity, b = first + 1 <= sees ? score[1] * Scale : -infinity;
-    float peak = fmaxf(run.peak, fmaxf(a, b));
+  template <int Blocks>
+  static __device__ __forceinline__ void weigh(const Worker& w, int index, int sees, float (&score)[Blocks][2], Running& run) {
+    float peak = run.peak;
+#pragma unroll
+    for (int i = 0; i < Blocks; ++i) {
+      const int first = (index + i * Shape::splits) * block + w.warp * positions + w.lane % 4 * 2;
+      score[i][0] = first <= sees ? score[i][0] * Scale : -infinity;
+      score[i][1] = first + 1 <= sees ? score[i][1] * Scale : -infinity;
+      peak = fmaxf(peak, fmaxf(score[i][0], score[i][1]));
+    }
     peak = fmaxf(peak, __shfl_xor_sync(all_lanes, peak, 1));
     peak = fmaxf(peak, __shfl_xor_sync(all_lanes, peak, 2));
     const float factor = relative(run.peak, peak);
-    score[0] = relative(a, peak);
-    score[1] = relative(b, peak);
     run.peak = peak;
-    run.total = run.total * factor + (score[0] + score[1]);
+    run.total *= factor;
+#pragma unroll
+    for (int i = 0; i < Blocks; ++i) {
+      score[i][0] = relative(score[i][0], peak);
+      score[i][1] = relative(score[i][1], peak);
+      run.total += score[i][0] + score[i][1];
+    }
     const int other = w.lane % 4 * 8;  // a lane that has the factor of this lane's first row of sums
     const float even = __shfl_sync(all_lanes, factor, other), odd = __shfl_sync(all_lanes, factor, other + 4);
 #pragma unroll

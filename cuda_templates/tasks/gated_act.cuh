@@ -33,7 +33,7 @@ struct GatedAct {
   static __device__ __forceinline__ void finish(const Worker& w, const Block& block, const Early&) {
     block.each<features>(w, [&](u32 i) {
       const auto at = Block::place<features>(i, w.tokens);
-      const int feature = block.first / 2 + at.tile * features + at.row, row = at.row / 2 * 4 + at.row % 2;
+      const int feature = (block.first >> 1) + at.tile * features + at.row, row = at.row + (at.row & ~1);
       if (feature * 2 >= block.end) return;
       const float gate = block.sum(w, at.tile, row, at.token) + GateBias::load(w, feature);
       const float up = block.sum(w, at.tile, row + 2, at.token) + UpBias::load(w, feature);
