@@ -143,12 +143,14 @@ def test_no_rank_outlives_rank_0(others):
 
 
 INTERRUPTED = """
+import signal
 import sys
 import fake_rank
 from mpk_spec.cli.boundary import guarded
 from mpk_spec.runtime.ranks import Ranks
 
 def work():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without
     ranks = Ranks(2)
     ranks.open(fake_rank.Plain)
     print(ranks.processes[0].pid, flush=True)
