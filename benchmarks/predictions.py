@@ -24,7 +24,7 @@ from mpk_spec.schema import load_spec
 
 CEILING_GBPS = {"h100": 3137.0, "h200": 4592.0}  # of most machines of RUNS, measured beside them
 HOPS = ("data_hop_us", "norm_hop_us", "merge_hop_us")
-FITTED = ("busy_look_bytes", "kept_us", "pair_us", "refill_us", "attend_us", "kv_block_us")
+FITTED = ("busy_look_bytes", "kept_us", "pair_us", "refill_us", "attend_us", "kv_block_us", "kv_pair_us")
 ROOM = 0.01  # relative error that counts as much as a constant that is TRUST off
 TRUST = 0.25  # of the logarithm
 STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round

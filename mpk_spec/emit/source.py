@@ -9,9 +9,9 @@ from mpk_spec.emit.program import Programs, check_one_schedule, pack_programs
 from mpk_spec.emit.tasks import HEADERS, HEADERS_OF_RANKS, TaskType, identifier, task_type
 from mpk_spec.errors import UserError
 from mpk_spec.paths import templates_dir
-from mpk_spec.planner.cost import layer_bytes
 from mpk_spec.planner.plan import Plan, Step
 from mpk_spec.planner.targets import find_target
+from mpk_spec.planner.weights import layer_bytes
 
 EVENT_STRIDE = 32  # counters lie 128 bytes apart: pollers of one do not slow the signals of another
 MAX_SLOTS = 64

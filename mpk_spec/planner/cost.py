@@ -7,16 +7,16 @@ machine that was measured overrides them with a file (`calibration_file`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from mpk_spec.errors import UserError, did_you_mean
-from mpk_spec.planner.plan import DTYPE_BYTES, Group, Plan, Step, Task, Weight
+from mpk_spec.planner.plan import DTYPE_BYTES, Group, Plan, Step, Task
 from mpk_spec.planner.targets import Target, find_target
 from mpk_spec.planner.task_shape import Looks, looks, looks_of, loop_of
+from mpk_spec.planner.weights import layer_bytes
 
 KIB = 1024
 
@@ -89,6 +89,8 @@ class CostModel:
     """Of an attention's task, whatever it reads: the sums of its warps together; fitted."""
     kv_block_us: float = 0.455
     """One block of one KV head, for all its query heads, beside its coming through the ring; fitted."""
+    kv_pair_us: float = 0.7
+    """The same of two, which a task takes at once; measured on an H200."""
     row_op_us: float = 0.5
     """Arithmetic of a task that streams nothing (a norm, a reduction, an argmax slice); assumed."""
     sample_us: float = 6.5
@@ -165,7 +167,8 @@ OF_TARGET: dict[str, dict[str, float]] = {
         "reduce_us": 10.0, "signal_us": 0.0, "activation_us": 10.0, "activation_gbps": 10.0, "start_us": 5.0,
         "data_hop_us": 0.0, "norm_hop_us": 0.0, "merge_hop_us": 0.0, "attend_hop_us": 0.0,
         "refill_us": 0.1, "pair_us": 0.0, "kept_us": 0.0, "turn_us": 0.0, "block_us": 0.0, "consume_gbps": 40.0,
-        "attend_us": 0.0, "kv_block_us": 10.0, "row_op_us": 20.0, "sample_us": 20.0, "spread": 0.0, "chance_us": 0.0,
+        "attend_us": 0.0, "kv_block_us": 10.0, "kv_pair_us": 20.0, "row_op_us": 20.0, "sample_us": 20.0, "spread": 0.0,
+        "chance_us": 0.0,
     },
 }  # fmt: skip
 """What differs from the constants above. What was measured on this machine lies in `calibration_file`."""
@@ -221,7 +224,7 @@ def task_cost(plan: Plan, step: Step, group: Group, task: Task, cost: CostModel,
     compute += weights / (cost.consume_gbps * 1e3)
     compute += task.flops / (cost.tflops * cost.efficiency / cost.num_sms * 1e6)
     if blocks:  # a split of an attention without any does nothing
-        compute += cost.attend_us + blocks * cost.kv_block_us
+        compute += cost.attend_us + kv_blocks_us(blocks, cost)
     elif ends_step(group):
         compute += cost.sample_us
     elif not attention and not task.load_chunks:
@@ -257,9 +260,10 @@ def beside_hop_us(plan: Plan, group: Group, task: Task, cost: CostModel, context
     return (loaded_bytes(plan, group, task, context) / cost.look_gbps + behind) / 1e3
 
 
-def layer_bytes(weights: Mapping[str, Weight]) -> int:
-    """Of one layer's weights on one rank."""
-    return sum(prod(w.shape) * DTYPE_BYTES[w.dtype] for w in weights.values() if w.per_layer)
+def kv_blocks_us(blocks: int, cost: CostModel) -> float:
+    """Of an attention's task, besides `attend_us`."""
+    pairs, one = divmod(blocks, 2)
+    return pairs * cost.kv_pair_us + one * cost.kv_block_us
 
 
 def kv_of(plan: Plan, step: Step, task: Task, window: int | None, context: int) -> tuple[int, float]:

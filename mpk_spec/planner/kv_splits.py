@@ -14,10 +14,13 @@ from statistics import fmean
 from mpk_spec.planner.targets import Target
 
 BLOCK_US = 0.45  # measured: a block of 64 positions more in one worker, with 16 or 32 KB of keys and values
+PAIR_US = 0.7  # of two, which it takes at once; measured
 AHEAD_BYTES = 128 * 1024  # of keys and values that a worker's ring has before there are queries
 READER_SHARE = 2  # times an SM's even part of the bandwidth, that it gets for what comes later, while others wait
 MERGE_BYTES_PER_US = 25e3  # measured: all SMs read the same partial results from L2, 8 KB of a live split more
-FUSED_US = 0.35  # what readers do for a merge, besides; measured: Qwen3-8B with two splits instead of one
+STREAMED_BYTES_PER_US = 18e3  # and that much besides while weights stream, whose place they take; fitted, as all here,
+LAYER_HOPS_US = 8.0  # to Qwen3-0.6B and 8B, Llama-1B and SmolLM2-135M; of a layer's time, while they do not
+FUSED_US = 0.15  # what readers do for a merge, besides
 HOP_US = 2.0  # measured: the kernel's hops of tasks that stream nothing, from stored values to stored values
 FUSED_SPLITS = 4  # the fused merge loads so many at once; more are trips to L2, one after the other: 3 us a layer
 MERGE_SMEM = 45 * 1024  # for one head's partial results, in a task that merges it: the kernel's scratch is a bit more
@@ -25,13 +28,14 @@ MERGE_SMEM = 45 * 1024  # for one head's partial results, in a task that merges 
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention on one rank. context: positions that the cache has room for."""
+    """One attention on one rank. context: positions that the cache has room for. layer_bytes: of a layer's weights."""
 
     heads: int
     kv_heads: int
     head_dim: int
     kv_block: int
     context: int
+    layer_bytes: int
 
     @property
     def blocks(self) -> int:
@@ -79,12 +83,14 @@ def attention_us(shape: Attended, target: Target, splits: int, merge: str) -> fl
 
     def attended(block_count: int) -> float:
         late = block_count * shape.kv_block * shape.head_dim * 4 - AHEAD_BYTES
-        return max(block_count * BLOCK_US, late / rate)
+        return max(block_count // 2 * PAIR_US + block_count % 2 * BLOCK_US, late / rate)
 
     attend = fmean(attended(-(-n // splits)) for n in blocks)
     live, result = fmean(min(splits, n) for n in blocks), shape.heads * shape.head_dim * 2
+    stream_us = shape.layer_bytes / (target.stream_gbps * 1e3)
+    byte_us = 1 / MERGE_BYTES_PER_US + stream_us / (stream_us + LAYER_HOPS_US) / STREAMED_BYTES_PER_US  # if all read it
     if splits == 1:
-        return attend + result / MERGE_BYTES_PER_US
+        return attend + result * byte_us
     if merge == "fused":
-        return attend + FUSED_US + live * shape.heads * shape.row_bytes / MERGE_BYTES_PER_US
-    return attend + HOP_US + (live * shape.row_bytes + result) / MERGE_BYTES_PER_US
+        return attend + FUSED_US + live * shape.heads * shape.row_bytes * byte_us
+    return attend + HOP_US + live * shape.row_bytes / MERGE_BYTES_PER_US + result * byte_us

@@ -16,6 +16,7 @@ from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.kv_splits import Attended, cheapest_merge, cheapest_splits
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.targets import TARGETS, Target
+from mpk_spec.planner.weights import layer_bytes
 from mpk_spec.schema import Spec
 
 BLOCK = (384, 1, 1)  # one warpgroup that loads and schedules, two that compute
@@ -176,7 +177,8 @@ class Scheduler:
         self._no_pin(pins, "split_k", group, "a linear")
         (heads, head_dim), (kv_heads, _) = (self.model.types[i].shape for i in group.body[0].inputs)
         state = self.model.states[self.model.cache_state[group.body[0].inputs[1]]]
-        shape = Attended(heads, kv_heads, head_dim, state.kv_block, state.context)
+        weights = layer_bytes(self.model.weights)
+        shape = Attended(heads, kv_heads, head_dim, state.kv_block, state.context, weights)
         blocks = -(-state.context // state.kv_block)
         splits, merge = (self._pin(pins, key, None) for key in ("kv_splits", "kv_merge"))
         if splits is None:

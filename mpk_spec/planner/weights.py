@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 from mpk_spec.ops import REGISTRY
@@ -94,6 +95,11 @@ def _gains(spec: Spec) -> dict[str, tuple[str, float]]:
                 if op.bias:
                     found[op.bias] = ("bias", 0.0)
     return found
+
+
+def layer_bytes(weights: Mapping[str, Weight]) -> int:
+    """Of one layer's weights on one rank."""
+    return sum(prod(w.shape) * DTYPE_BYTES[w.dtype] for w in weights.values() if w.per_layer)
 
 
 def count_parameters(weights: dict[str, Weight], layers: int) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpk_spec.planner.cost import cost_model, layer_bytes
+from mpk_spec.planner.cost import cost_model
+from mpk_spec.planner.weights import layer_bytes
 from mpk_spec.schema.models import WHOLE_KERNEL
 
 if TYPE_CHECKING:

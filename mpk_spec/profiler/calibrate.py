@@ -17,7 +17,15 @@ import numpy as np
 
 from mpk_spec.errors import UserError
 from mpk_spec.files import make_folder, write_aside
-from mpk_spec.planner.cost import CostModel, beside_hop_us, calibration_file, ends_step, kv_of, read_calibration
+from mpk_spec.planner.cost import (
+    CostModel,
+    beside_hop_us,
+    calibration_file,
+    ends_step,
+    kv_blocks_us,
+    kv_of,
+    read_calibration,
+)
 from mpk_spec.planner.plan import Group, Task
 from mpk_spec.planner.simulate import Ran, Simulation
 from mpk_spec.planner.task_shape import looks, looks_of, loop_of
@@ -187,12 +195,14 @@ def _attentions(path: list[_Timed], before: float, after: float) -> list[Fit | N
     own = [t for t in path if t.blocks]
     us = [t.ran.stored - after - t.ran.stalled - (t.ran.ready if t.looks else t.ran.start + before) for t in own]
     if max((t.blocks or 0 for t in own), default=0) < MANY_BLOCKS:
-        rest = [one - t.blocks * t.step.cost.kv_block_us for t, one in zip(own, us, strict=True)]
+        rest = [one - kv_blocks_us(t.blocks, t.step.cost) for t, one in zip(own, us, strict=True)]
         return [_mean("attend_us", ((one, t.step.us) for t, one in zip(own, rest, strict=True)))]
     found: dict[tuple, list[Sample]] = {}
     for t, one in zip(own, us, strict=True):
-        found.setdefault((t.step.plan.name, t.group.name, t.blocks), []).append(Sample((1, t.blocks), one))
-    return _work(("attend_us", "kv_block_us"), found, own[0].step.cost)
+        found.setdefault((t.step.plan.name, t.group.name, t.blocks), []).append(
+            Sample((1, t.blocks // 2), one - t.blocks % 2 * t.step.cost.kv_block_us)
+        )
+    return _work(("attend_us", "kv_pair_us"), found, own[0].step.cost)
 
 
 def _work(names: tuple[str, ...], samples: dict[tuple, list[Sample]], cost: CostModel) -> list[Fit]:

@@ -1,5 +1,5 @@
-"""The kernel's matrix products, computed by its own code on the host: addresses in packed weights, tiles of less than eight
-rows, both ways of one token, the order of sums."""
+"""The kernel's matrix products, computed by its own code on the host: addresses in packed weights, tiles of less than
+eight rows, both ways of one token, the order of sums."""
 
 from __future__ import annotations
 

@@ -120,12 +120,12 @@ def test_a_linear_streams_its_weights():
     assert found.kv_bytes == 0
 
 
-def test_attention_takes_its_blocks_one_after_another():
+def test_attention_takes_its_blocks_in_pairs():
     plan = shapes.make(context=512)
     cost = cost_model("h100")
-    two, three = cost_of(plan, "attend", context=500), cost_of(plan, "attend", context=510, kv_block_us=3.0)
-    assert two.compute_us == pytest.approx(cost.attend_us + 2 * cost.kv_block_us) and two.weight_bytes == 0
-    assert three.compute_us == pytest.approx(cost.attend_us + 6.0)
+    two, three = cost_of(plan, "attend", context=500), cost_of(plan, "attend", context=510, kv_pair_us=3.0)
+    assert two.compute_us == pytest.approx(cost.attend_us + cost.kv_pair_us) and two.weight_bytes == 0
+    assert three.compute_us == pytest.approx(cost.attend_us + 3.0)
     assert two.streamed == two.kv_bytes > 0
     idle = cost_of(plan, "attend", index=3, context=100)  # two blocks, four workers
     assert idle.compute_us == 0
@@ -180,7 +180,7 @@ def test_what_is_made_of_values_that_are_looked_at():
     found = {g.name: looks_of(g) for t in made.steps["decode"].templates for g in t.groups}
     assert found["qkv"] == found["gate_up"] == "norm" and found["attend"] == "attend"
     assert found["o_add"] == found["down_add"] == found["next_ids"] == "plain"
-    split = plan_of(load_spec("qwen3"), size="0.6b", target="h100", context=512, verified=False)
+    split = plan_of(load_spec("smollm2"), size="135m", target="h100", context=512, verified=False)
     assert {looks_of(g) for g in split.steps["decode"].templates[1].groups if g.name == "o_add"} == {"merge"}
 
 

@@ -32,9 +32,14 @@ def small(ring=176 * KIB, layers=4):
 # block 5 us; workers signalled themselves); with its constants the simulation must find its times.
 MEASURED_8B = {
     "signaller": False, "consume_gbps": 36.0, "pair_us": 0.0, "kept_us": 0.0, "turn_us": 0.0, "block_us": 0.0,
-    "reduce_us": 0.4, "attend_us": 0.0, "kv_block_us": 5.2,
+    "reduce_us": 0.4, "attend_us": 0.0, "kv_block_us": 5.2, "kv_pair_us": 10.4,
 }  # fmt: skip
-NO_ATTENTION = {**MEASURED_8B, "kv_block_us": 0.0, "attend_us": -3.06}  # as long as its other costs and one hop
+NO_ATTENTION = {
+    **MEASURED_8B,
+    "kv_block_us": 0.0,
+    "kv_pair_us": 0.0,
+    "attend_us": -3.06,
+}  # as long as its other costs and one hop
 
 
 @pytest.mark.parametrize(

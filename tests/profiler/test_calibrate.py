@@ -34,7 +34,8 @@ CONTEXT = 500  # two blocks of positions for each of four workers
 
 @pytest.fixture(scope="module")
 def made():
-    return plan(load_spec("qwen3"), size="0.6b", target="h100", context=1024, verified=False)
+    spec = with_rules(load_spec("qwen3"), {"attend": {"kv_splits": 4, "kv_merge": "fused"}})
+    return plan(spec, size="0.6b", target="h100", context=1024, verified=False)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +93,8 @@ def tasks_of(context, /, settings, **constants):
 def test_so_are_those_of_many_blocks():
     """Of positions in one worker, and of tiles in one task."""
     few = {"attend": {"kv_splits": 1}, "gate_up": {"grid": [24, 1, 1], "partition": "even"}}
-    found = tasks_of(1000, few, kv_block_us=0.9)
-    assert found["kv_block_us"] == pytest.approx(0.9, rel=0.15)
+    found = tasks_of(1000, few, kv_pair_us=0.9)
+    assert found["kv_pair_us"] == pytest.approx(0.9, rel=0.15)
     assert found["block_us"] == pytest.approx(TRUE["block_us"], rel=0.15)
 
 
@@ -103,7 +104,7 @@ def test_so_is_that_of_turns_with_sums_set_aside():
 
 
 def test_few_blocks_of_positions_leave_what_one_takes(measured):
-    assert "kv_block_us" not in {one.name for one in fit(measured)}
+    assert "kv_pair_us" not in {one.name for one in fit(measured)}
 
 
 def test_of_times_that_clocks_made_longer_a_part_is_left(made):
