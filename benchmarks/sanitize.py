@@ -1,4 +1,4 @@
-"""compute-sanitizer on the smallest run of the kernel that has everything in it: a few chunks of prompt and three tokens.
+"""compute-sanitizer on the smallest run of the kernel that has everything in it: chunks of prompt and three tokens.
 
 python benchmarks/sanitize.py                      # memcheck, racecheck, synccheck; a table of verdicts last
 python benchmarks/sanitize.py memcheck --limit 300
@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-PROMPT, NEW, CONTEXT = 66, 3, 128  # more than a block of positions: attention takes two at once
+PROMPT, NEW, CONTEXT = 66, 3, 128  # more than a block of positions, so that attention takes two at once
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
 FOUND = 9  # the tools' exit code for a finding
 HAZARD = re.compile(r"(Error|Warning): Race reported between \w+ access at (.*)")

@@ -2,8 +2,8 @@
 
 A worker takes every n-th block of positions. Its partial results are added up by every reader of the attention
 (`fused`: each SM reads all of them), or once by tasks that each do a head (`apart`: one hop more, and readers get 2
-bytes for a feature). Both are decided for the mean over the planned context, from what was measured on an H200:
-Qwen3-0.6B, Llama-1B and SmolLM2-135M token by token at positions 32 to 300.
+bytes for a feature). Both are decided for the mean over the planned context, from what was measured on an H200 with one
+to four splits: Qwen3-0.6B and 8B, Llama-1B and SmolLM2-135M at 128 positions, the first and the third also at 440.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mpk_spec.planner.targets import Target
 BLOCK_US = 0.45  # measured: a block of 64 positions more in one worker, with 16 or 32 KB of keys and values
 PAIR_US = 0.7  # of two, which it takes at once; measured
 AHEAD_BYTES = 128 * 1024  # of keys and values that a worker's ring has before there are queries
-READER_SHARE = 2  # times an SM's even part of the bandwidth, that it gets for what comes later, while others wait
-MERGE_BYTES_PER_US = 25e3  # measured: all SMs read the same partial results from L2, 8 KB of a live split more
-STREAMED_BYTES_PER_US = 18e3  # and that much besides while weights stream, whose place they take; fitted, as all here,
-LAYER_HOPS_US = 8.0  # to Qwen3-0.6B and 8B, Llama-1B and SmolLM2-135M; of a layer's time, while they do not
-FUSED_US = 0.15  # what readers do for a merge, besides
+RING_BYTES = 176 * 1024  # of weights that an SM has before it needs them
+READER_SHARE = 1.2  # times an SM's even part of the bandwidth, that it gets for keys and values that come later
+FUSED_US = 0.3  # what readers do for a merge, besides what they read
+MERGE_BYTES_PER_US = 60e3  # each SM reads the same partial results from L2,
+STREAMED_BYTES_PER_US = 15e3  # in place of weights, as far as a layer's are not in the rings by then
 HOP_US = 2.0  # measured: the kernel's hops of tasks that stream nothing, from stored values to stored values
 FUSED_SPLITS = 4  # the fused merge loads so many at once; more are trips to L2, one after the other: 3 us a layer
 MERGE_SMEM = 45 * 1024  # for one head's partial results, in a task that merges it: the kernel's scratch is a bit more
@@ -83,12 +83,12 @@ def attention_us(shape: Attended, target: Target, splits: int, merge: str) -> fl
 
     def attended(block_count: int) -> float:
         late = block_count * shape.kv_block * shape.head_dim * 4 - AHEAD_BYTES
-        return max(block_count // 2 * PAIR_US + block_count % 2 * BLOCK_US, late / rate)
+        return max(block_count // 2 * PAIR_US + block_count % 2 * BLOCK_US, late / rate + BLOCK_US)
 
     attend = fmean(attended(-(-n // splits)) for n in blocks)
     live, result = fmean(min(splits, n) for n in blocks), shape.heads * shape.head_dim * 2
-    stream_us = shape.layer_bytes / (target.stream_gbps * 1e3)
-    byte_us = 1 / MERGE_BYTES_PER_US + stream_us / (stream_us + LAYER_HOPS_US) / STREAMED_BYTES_PER_US  # if all read it
+    streams = max(0.0, 1 - RING_BYTES * target.num_sms / shape.layer_bytes)
+    byte_us = 1 / MERGE_BYTES_PER_US + streams / STREAMED_BYTES_PER_US  # of what all SMs read
     if splits == 1:
         return attend + result * byte_us
     if merge == "fused":

@@ -64,7 +64,7 @@ def test_a_worker_takes_whole_blocks():
 
 
 def test_what_the_ring_has_before_the_queries_does_not_wait_for_memory():
-    """On an H100, where a worker gets a block of 32 KB in 0.69 us, a late pair is dearer than 0.7 us."""
+    """On an H100, where a worker gets a block of 32 KB in 1.15 us, late ones are dearer than 0.7 us a pair."""
     h100 = find_target("h100")
     early, late = (
         attention_us(replace(QWEN3_8B, context=n + 128), h100, 1, "fused")
@@ -72,7 +72,7 @@ def test_what_the_ring_has_before_the_queries_does_not_wait_for_memory():
         for n in (128, 8192)
     )
     assert early == pytest.approx((0.45 + 0.7 + 1.15 + 1.4) / 4 - (0.45 + 0.7) / 2)
-    assert late == pytest.approx(0.69, abs=0.04)
+    assert late == pytest.approx(1.15, abs=0.04)
 
 
 def test_a_live_split_costs_every_reader_its_bytes():
@@ -80,13 +80,13 @@ def test_a_live_split_costs_every_reader_its_bytes():
     fused = [attention_us(shape, H200, n, "fused") for n in (32, 33)]
     took = [fmean((0, 0.45, 0.7, 1.15, 1.4)[-(-n // splits)] for n in range(1, 129)) for splits in (32, 33)]
     live = fmean(min(33, n) - min(32, n) for n in range(1, 129)) * 16 * 130 * 4
-    streams = 31.46 / 4.6 / (31.46 / 4.6 + 8)
-    assert fused[1] - fused[0] == pytest.approx(live / 25e3 + live / 18e3 * streams + took[1] - took[0], abs=0.01)
+    streams = 1 - 132 * 176 * 1024 / 31.46e6  # the part of a layer's weights that is not in the rings by then
+    assert fused[1] - fused[0] == pytest.approx(live / 60e3 + live / 15e3 * streams + took[1] - took[0], abs=0.01)
     assert attention_us(shape, H200, 32, "apart") < fused[0] - 5
 
 
 @pytest.mark.parametrize(
-    ("shape", "few"), [(QWEN3_06B, (1, 3)), (LLAMA_1B, (1, 1)), (SMOLLM2, (4, 4)), (QWEN3_8B, (1, 1))]
+    ("shape", "few"), [(QWEN3_06B, (3, 4)), (LLAMA_1B, (1, 1)), (SMOLLM2, (4, 4)), (QWEN3_8B, (1, 1))]
 )
 def test_short_contexts_have_few_splits_and_the_readers_merge_them(shape, few):
     splits, merge = chosen(shape, 512)
