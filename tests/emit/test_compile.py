@@ -85,7 +85,7 @@ def test_a_merge_of_its_own_compiles_without_spills(target):
 
 
 def test_as_many_splits_as_a_plan_merges_apart_fit_the_scratch():
-    check(merged(128, Attended(8, 1, 128, 64, 131072).most_apart, "h100"), "h100")
+    check(merged(128, Attended(8, 1, 128, 64, 131072, layer_bytes=1).most_apart, "h100"), "h100")
 
 
 def test_a_model_without_a_cache_compiles():

@@ -26,4 +26,4 @@ def test_a_factor_for_all_hops_and_one_for_each_other_constant():
     model = predictions.cost_model("h200")
     made = predictions.constants_of(np.log([2.0, *[1.5] * len(predictions.FITTED)]), model)
     assert made["norm_hop_us"] == pytest.approx(2 * model.norm_hop_us)
-    assert made["pair_us"] == pytest.approx(1.5 * model.pair_us) and len(made) == 9
+    assert made["pair_us"] == pytest.approx(1.5 * model.pair_us) and len(made) == 10

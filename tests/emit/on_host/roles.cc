@@ -95,11 +95,12 @@ struct Stub {
   static void take_cache(Worker& w, const Entry& entry) {
     const CachePages& pages = plan::cache_pages[0];
     for (i32 pass = 0; pass < ceil_div(w.tokens * pages.group, CachePages::rows); ++pass)
-      for (u32 block = entry.hi; block < ceil_div(w.position, pages.block); block += pages.splits)
-        for (u32 half = 0; half < 2; ++half)
-          take(w, cache_of_head(w.shared, pages, entry.lo) +
-                      page_offset(w.shared, pages, w.layer, page_of(w.shared, block)) + half * pages.half_bytes(),
-               std::min(pages.block, w.position - block * pages.block) * pages.row_bytes);
+      for (u32 block = entry.hi, end = ceil_div(w.position, pages.block); block < end; block += 2 * pages.splits)
+        for (u32 half = 0; half < 2; ++half)  // the keys of a pair of blocks, then their values
+          for (u32 one = block; one < std::min(block + 2 * pages.splits, end); one += pages.splits)
+            take(w, cache_of_head(w.shared, pages, entry.lo) +
+                        page_offset(w.shared, pages, w.layer, page_of(w.shared, one)) + half * pages.half_bytes(),
+                 std::min(pages.block, w.position - one * pages.block) * pages.row_bytes);
   }
 
   // A launch has `steps` steps, the first one of several tokens.
