@@ -32,9 +32,9 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token: on H200s the kernel of step 25 in decode.md, 2026-11-30, the models up to 1.7b that of step
-    26, 2026-12-01; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md. gbps: the ceiling
-    measured beside it, if it is another. The constants now in use were fitted to step 24."""
+    """Milliseconds a token: on one H200 the kernel of step 29 in decode.md, 2026-12-01, at 4096 positions and on two
+    that of step 25, 2026-11-30; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md. gbps: the
+    ceiling measured beside it, if it is another. The constants now in use were fitted to step 24."""
 
     target: str
     spec: str
@@ -52,10 +52,12 @@ class Run:
 
 
 RUNS = (
-    Run("h200", "smollm2", "135m", 0.284, fitted=True), Run("h200", "qwen3", "0.6b", 0.433, fitted=True, gbps=4548),
-    Run("h200", "llama3", "1b", 0.607, gbps=4547), Run("h200", "qwen3", "1.7b", 0.865),
-    Run("h200", "qwen3", "8b", 3.439, fitted=True), Run("h200", "qwen3", "8b", 3.602, position=4096),
-    Run("h200", "qwen3", "8b", 4.490, position=32768, fitted=True), Run("h200", "qwen3", "32b", 14.467, fitted=True),
+    Run("h200", "smollm2", "135m", 0.282, fitted=True, gbps=4532),
+    Run("h200", "qwen3", "0.6b", 0.433, fitted=True, gbps=4548),
+    Run("h200", "llama3", "1b", 0.592, gbps=4570), Run("h200", "qwen3", "1.7b", 0.839, gbps=4588),
+    Run("h200", "qwen3", "8b", 3.416, fitted=True, gbps=4543), Run("h200", "qwen3", "8b", 3.602, position=4096),
+    Run("h200", "qwen3", "8b", 4.471, position=32768, fitted=True, gbps=4528),
+    Run("h200", "qwen3", "32b", 14.373, fitted=True, gbps=4572),
     Run("h200", "qwen3", "8b", 1.900, tp=2), Run("h200", "qwen3", "32b", 7.731, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
     Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998),
