@@ -33,8 +33,8 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 @dataclass(frozen=True)
 class Run:
     """Milliseconds a token: on one H200 the kernel of step 29 in decode.md, 2026-12-01, at 4096 positions and on two
-    that of step 25, 2026-11-30; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md. gbps: the
-    ceiling measured beside it, if it is another. The constants now in use were fitted to step 24."""
+    that of step 25, 2026-11-30; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md.
+    gbps: the ceiling measured beside it, if it is another. The constants now in use were fitted to step 24."""
 
     target: str
     spec: str

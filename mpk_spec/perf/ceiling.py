@@ -51,6 +51,10 @@ class Ceiling:
     def gbps(self) -> float:
         return self.best.gbps
 
+    def with_those_of(self, other: Ceiling) -> Ceiling:
+        """Of the same GPU, measured at another time."""
+        return Ceiling(self.readings + other.readings, self.theoretical_gbps)
+
     def data(self) -> dict[str, Any]:
         """For JSON: the ceiling, where it was reached, and the best of each chunk size."""
         by_chunk = {

@@ -92,7 +92,8 @@ def machine(made, monkeypatch):
 
     def ceiling(target):
         order.append("ceiling")
-        return Ceiling((Reading(16, 64, True, 3150.0),), target.theoretical_gbps)
+        gbps = 3120.0 if len(order) == 1 else 3150.0
+        return Ceiling((Reading(16, 64, True, gbps),), target.theoretical_gbps)
 
     gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132)
     monkeypatch.setattr("mpk_spec.runtime.select.target_here", lambda: (find_target("h100"), gpu))
@@ -119,12 +120,12 @@ def test_several_gpus_are_said_and_have_a_file_of_their_own(machine, monkeypatch
 def test_the_command_measures_all_in_one_run(machine, tmp_path, capsys):
     ask = [*ASK, "--no-verdict", "--rival", "eager", "--rival", "compile", "-o", str(tmp_path)]
     assert main(ask) == errors.EXIT_OK
-    assert machine.order == ["ceiling", "ours, cache 512", "load", "eager at 128", "compile at 128"]
+    assert machine.order == ["ceiling", "ours, cache 512", "ceiling", "load", "eager at 128", "compile at 128"]
     shown = capsys.readouterr().out
     assert shown == (tmp_path / "qwen3-tiny-h100-context128.md").read_text()
     assert shown.startswith("# qwen3 tiny on NVIDIA H100 80GB HBM3, batch 1, context 128\n")
     assert "| the kernel, by the GPU's clock | 0.500 (0.500 to 0.500) |" in shown
-    assert "3150 GB/s, the best of a sweep" in shown and "94.0 % of the data sheet's 3352 GB/s" in shown
+    assert "3150 GB/s, the best of two sweeps" in shown and "94.0 % of the data sheet's 3352 GB/s" in shown
     assert "not judged in this run" in shown
     data = json.loads((tmp_path / "qwen3-tiny-h100-context128.json").read_text())
     floor = data["bytes_per_token"]["total"] / 3150e6
