@@ -18,7 +18,8 @@ struct Chunk {
 __device__ __forceinline__ u32 quotient(u32 a, u32 b) { return static_cast<u32>((a + 0.5f) * ptx::reciprocal(static_cast<float>(b))); }
 
 // The load that is streamed next, and how far it is worked out. Order of weights: block of tiles, chunk of K, tile of the block; so
-// that activations are read once per block. Order of the cache: pass of query rows, block of positions, keys before values.
+// that activations are read once per block. Order of the cache: pass of query rows, pair of blocks of positions, keys of both before
+// their values.
 struct ChunkCursor {
   const Shared* shared;
   u32 step, stage, load = 0, load_end = 0;

@@ -64,12 +64,15 @@ inline bool __any_sync(unsigned, bool x) { return mpk::host::warp->meet(x) != 0;
 inline bool __all_sync(unsigned, bool x) { return mpk::host::warp->meet(x) == mpk::host::warp->size; }
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
-  mpk::host::warp->values[mpk::host::lane] = x;
+  std::memcpy(&mpk::host::warp->values[mpk::host::lane], &x, sizeof(T));
   __syncwarp();
-  const T found = static_cast<T>(mpk::host::warp->values[from]);
+  T found;
+  std::memcpy(&found, &mpk::host::warp->values[from], sizeof(T));
   __syncwarp();
   return found;
 }
+template <class T>
+T __shfl_xor_sync(unsigned all, T x, int lanes) { return __shfl_sync(all, x, mpk::host::lane ^ lanes); }
 
 namespace mpk::ptx {
 

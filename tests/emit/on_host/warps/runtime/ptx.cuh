@@ -7,6 +7,7 @@
 #undef shared_address
 #define __builtin_assume(x)
 
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -41,6 +42,15 @@ inline void load_matrices(u32 (&r)[4], u32 address) {
   for (u32 m = 0; m < 4; ++m) r[m] = word_at(all.address[m * 8 + host::lane / 4] + host::lane % 4 * 4);
   __syncwarp();
 }
+// Each lane has two rows of one column.
+inline void load_matrices_transposed(u32 (&r)[4], u32 address) {
+  host::Operands& all = *host::operands;
+  all.address[host::lane] = address;
+  __syncwarp();
+  const auto at = [&](u32 m, u32 row) { return word_at(all.address[m * 8 + row] + host::lane / 8 * 4) >> host::lane / 4 % 2 * 16 & 0xffff; };
+  for (u32 m = 0; m < 4; ++m) r[m] = at(m, host::lane % 4 * 2) | at(m, host::lane % 4 * 2 + 1) << 16;
+  __syncwarp();
+}
 inline void load_shared_16(u32 (&r)[4], u32 address, bool wanted) {
   if (wanted) std::memcpy(r, shared_memory + address, 16);
 }
@@ -69,6 +79,9 @@ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
   __syncwarp();
 }
+
+// d[16][8] += a[16][8] * b[8][8]^T.
+inline void mma_8(float (&d)[4], u32 a0, u32 a1, u32 b) { mma(d, {a0, a1, 0, 0}, b, 0); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float exp_fast(float x) { return std::exp(x); }
