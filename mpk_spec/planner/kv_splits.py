@@ -87,7 +87,7 @@ def attention_us(shape: Attended, target: Target, splits: int, merge: str) -> fl
 
     attend = fmean(attended(-(-n // splits)) for n in blocks)
     live, result = fmean(min(splits, n) for n in blocks), shape.heads * shape.head_dim * 2
-    streams = max(0.0, 1 - RING_BYTES * target.num_sms / shape.layer_bytes)
+    streams = max(0.0, 1 - RING_BYTES * target.num_sms / max(1, shape.layer_bytes))
     byte_us = 1 / MERGE_BYTES_PER_US + streams / STREAMED_BYTES_PER_US  # of what all SMs read
     if splits == 1:
         return attend + result * byte_us
