@@ -23,7 +23,7 @@ from mpk_spec.planner.sums import sums_into_readers
 from mpk_spec.planner.targets import Target
 from mpk_spec.planner.tile import FIXED_SMEM, ROW_TILE, chunk_bytes, chunk_columns, outputs, renamed, smem_bytes, tile
 from mpk_spec.planner.unfuse import Cut, cut_fusions, left_of, notes
-from mpk_spec.planner.whole_kernel import resolve_whole_kernel
+from mpk_spec.planner.whole_kernel import resolve_whole_kernel, weight_chunk
 from mpk_spec.schema import Spec
 
 
@@ -66,7 +66,9 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     """Raises SpecError with positions for everything that cannot be planned."""
     model = bind(spec, config, tp=request.tp, batch=request.batch, context=request.context)
     problems: list[Problem] = []
-    cuts = cut_fusions(spec, model, [_scheduler(kind, spec, model, request, 1, problems) for kind in request.steps])
+    early = [_scheduler(kind, spec, model, request, 1, problems) for kind in request.steps]
+    model.weight_chunk = weight_chunk(early[0])
+    cuts = cut_fusions(spec, model, early)
     if problems:
         raise SpecError(problems)
     sections = fuse(left_of(spec, cuts), model, {name: cut.at for name, cut in cuts.items()})
@@ -87,7 +89,13 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
     drafts = [_draft(kind, request, lowered[kind], splits) for kind in request.steps]
     tensors, kept = _tensors(spec, lowered, request)
     crossing = _cross(
-        spec, {d.kind: _step(d, request) for d in drafts}, tensors, model, request, schedulers[0], whole.crossing
+        spec,
+        {d.kind: _step(d, request, whole.order) for d in drafts},
+        tensors,
+        model,
+        request,
+        schedulers[0],
+        whole.crossing,
     )
     tensors, arenas = _place(tensors, kept, crossing, drafts, request)
     states = {n: replace(s, extent=s.kv_heads * splits.get(n, 1)) for n, s in model.states.items()}
@@ -99,7 +107,7 @@ def build(spec: Spec, architecture: str, config: dict[str, Any], request: Reques
         weights=model.weights, packings=_packings(first, model), states=states, arena_bytes=arenas, feeds=_feeds(model),
         notes=(*notes(spec, cuts), *(n for s in sections for n in s.notes), _crossing_note(crossing)),
         schedule=_resolved(first, cuts), ring_bytes=slots * chunk,
-        chunk_bytes=chunk, in_flight_bytes=whole.in_flight,
+        chunk_bytes=chunk, weight_chunk_bytes=whole.weight_chunk, order=whole.order, in_flight_bytes=whole.in_flight,
         in_flight_looking_bytes=whole.in_flight_looking, prefetch_bytes=whole.prefetch,
         crossing="data" if crossing.turns else "event",
         prefixes=tuple(spec.model.prefixes), ignore=(*spec.model.ignore, *_tied_away(spec, model)),
@@ -392,7 +400,7 @@ def _crossing(drafts: list[_Drafted]) -> set[str]:
     return found
 
 
-def _step(draft: _Drafted, request: Request) -> Step:
+def _step(draft: _Drafted, request: Request, order_of_sms: str) -> Step:
     """Stages with their entry waits, equal ones sharing a template."""
     templates: list[Template] = []
     numbers: dict[tuple, int] = {}
@@ -402,7 +410,7 @@ def _step(draft: _Drafted, request: Request) -> Step:
         key = (id(order), exits)
         if key not in numbers:
             groups = enter(order, exits)
-            queues, loads = assign(groups, request.target.num_sms)
+            queues, loads = assign(groups, request.target.num_sms, order_of_sms)
             numbers[key] = len(templates)
             templates.append(Template(name, groups, dict(order.events), queues, loads))
         stages.append(Stage(numbers[key], layer))
@@ -424,7 +432,7 @@ def _packings(sections: list[_Section], model: Model) -> tuple[Packing, ...]:
                     group.pack_layout,
                     group.pack_groups,
                     ROW_TILE,
-                    chunk_columns(k),
+                    chunk_columns(k, model.weight_chunk),
                 )
                 assert linear_rows(group, model) > 0
     return tuple(found.values())

@@ -9,7 +9,8 @@ from mpk_spec.planner.report import operators, times
 from mpk_spec.planner.simulate import Simulation, simulate
 
 HEAD = ("spec", "size", "target", "tp", "batch", "context", "num_sms", "ring_bytes", "chunk_bytes",
-        "in_flight_bytes", "in_flight_looking_bytes", "prefetch_bytes", "crossing", "all_reduces")  # fmt: skip
+        "weight_chunk_bytes", "order", "in_flight_bytes", "in_flight_looking_bytes", "prefetch_bytes", "crossing",
+        "all_reduces")  # fmt: skip
 FIELDS = ("task", "grid", "block", "split_k", "kv_splits", "stages", "partition", "launch", "smem_bytes")
 
 

@@ -61,4 +61,6 @@ class Model:
     """Values whose experts are claimed at run time: how many of them may be active."""
     two_shots: frozenset[str] = frozenset()
     """Addends of which each rank adds up its share and sends the sum to the others."""
+    weight_chunk: int = 16 * 1024
+    """Bytes of one copy of weights, at most."""
     notes: list[str] = field(default_factory=list)

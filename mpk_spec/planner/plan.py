@@ -261,6 +261,10 @@ class Plan:
     """The resolved schedule of every group, for `plan --pin`; and `fuse` of each fusion that a rule cuts."""
     ring_bytes: int = 0
     chunk_bytes: int = 0
+    weight_chunk_bytes: int = 16 * 1024
+    """Of one copy of weights, at most; `chunk_bytes` are the largest of all, a block's keys too."""
+    order: Literal["balanced", "in_turn"] = "balanced"
+    """Which SM gets which task, see `planner.assign`."""
     in_flight_bytes: int = 48 * 1024
     """Of copies that an SM's loader has on their way at once."""
     in_flight_looking_bytes: int = 48 * 1024

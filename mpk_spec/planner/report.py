@@ -202,7 +202,7 @@ def pin(plan: Plan) -> str:
 def _whole_kernel(plan: Plan) -> dict[str, Any]:
     """What rules for `*` alone can say."""
     loader = {key: getattr(plan, f"{key}_bytes") for key in ("in_flight", "in_flight_looking", "prefetch")}
-    return {**loader, "crossing": plan.crossing}
+    return {"weight_chunk": plan.weight_chunk_bytes, "order": plan.order, **loader, "crossing": plan.crossing}
 
 
 def rule_lines(when: dict[str, Any], settings: dict[str, dict[str, Any]]) -> list[str]:

@@ -21,7 +21,7 @@ from mpk_spec.schema import Spec
 
 BLOCK = (384, 1, 1)  # one warpgroup that loads and schedules, two that compute
 K_TILE = 512  # columns of a weight: what K splits are counted in
-CHUNK_BYTES = 16 * 1024  # one bulk copy; smaller ones do not reach the ceiling
+CHUNK_BYTES = 16 * 1024  # one bulk copy; smaller ones do not reach the ceiling, larger ones have no room beside them
 SHARE = 4  # features of a published value, or of a rank's share of a sum, that go together
 ROW_FEATURES = 64  # features of a row operator that are worth a task
 

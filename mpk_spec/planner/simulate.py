@@ -446,5 +446,9 @@ class _Machine:
 
 
 def _chance(stage: int, task: ReadyTask) -> float:
-    """A number in [-1, 1] that is the same in every run (Knuth's multiplicative hash)."""
-    return (((stage * 61 + task.group) * 4099 + task.index + 1) * 2654435761 % 2**32) / 2**31 - 1
+    """A number in [-1, 1] that is the same in every run: SplitMix64's last steps (Steele et al. 2014). A hash that is
+    linear in the task's index gives an SM whose tasks have the same one in all operators the same luck in all."""
+    x = ((stage * 61 + task.group) * 4099 + task.index + 1) * 0x9E3779B97F4A7C15 % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return (x ^ x >> 31) / 2**63 - 1

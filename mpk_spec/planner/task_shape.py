@@ -44,7 +44,7 @@ def _chunks_of_a_tile(plan: Plan, group: Group) -> int:
     name = next(n for node in group.nodes if node.op == "linear" for n in node.weights.values())
     weight = plan.weights[name]
     row = weight.shape[-1] * DTYPE_BYTES[weight.storage.get("format", weight.dtype)]
-    return max(1, ceil(ROW_TILE * row / plan.chunk_bytes))
+    return max(1, ceil(ROW_TILE * row / plan.weight_chunk_bytes))
 
 
 def looks(step: Step, task: Task) -> bool:

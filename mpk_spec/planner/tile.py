@@ -15,7 +15,6 @@ from mpk_spec.planner.fuse import Fused
 from mpk_spec.planner.model import BoundOp, Model
 from mpk_spec.planner.plan import DTYPE_BYTES, Group, Node, Span, Task
 from mpk_spec.planner.schedule import (
-    CHUNK_BYTES,
     SHARE,
     Settings,
     in_two_shots,
@@ -106,7 +105,7 @@ def chunk_bytes(group: Fused, model: Model) -> int:
     """The largest bulk copy of a linear group, in whole units of 128 bytes."""
     weight = model.weights[group.body[0].weights["weight"]]
     size = DTYPE_BYTES[weight.storage.get("format", weight.dtype)]
-    return -(-int(ROW_TILE * chunk_columns(weight.shape[-1], size) * size) // 128) * 128
+    return -(-int(ROW_TILE * chunk_columns(weight.shape[-1], model.weight_chunk, size) * size) // 128) * 128
 
 
 def cuts(units: int, parts: int) -> list[tuple[int, int]]:
@@ -222,14 +221,15 @@ def _streams(group: Fused, model: Model, tokens: int, slots: int, task: Task, k:
     tiles = -(-rows // ROW_TILE) * copies
     return replace(
         task, load_bytes=int(rows * width * size) * copies, flops=2 * rows * width * tokens,
-        load_chunks=tiles * -(-width // chunk_columns(weight.shape[-1], size)),
+        load_chunks=tiles * -(-width // chunk_columns(weight.shape[-1], model.weight_chunk, size)),
     )  # fmt: skip
 
 
-def chunk_columns(k: int, size: float = 2) -> int:
-    """Columns of one bulk copy of ROW_TILE rows: as few copies as keep each within CHUNK_BYTES, all alike, in whole
+def chunk_columns(k: int, most: int, size: float = 2) -> int:
+    """Columns of one bulk copy of ROW_TILE rows: as few copies as keep each within `most` bytes, all alike, in whole
     blocks of the columns that one multiplication takes, or pairs of them, whose rows are in different banks."""
-    copies, step = -(-int(ROW_TILE * k * size) // CHUNK_BYTES), K_BLOCK * (2 if k % (2 * K_BLOCK) == 0 else 1)
+    step = K_BLOCK * (2 if k % (2 * K_BLOCK) == 0 else 1)
+    copies = -(-k // (int(most / (ROW_TILE * size)) // step * step))
     return min(k, -(-k // (copies * step)) * step)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpk_spec.ops.linear import K_BLOCK, ROW_TILE
 from mpk_spec.planner.cost import cost_model
+from mpk_spec.planner.schedule import CHUNK_BYTES
 from mpk_spec.planner.weights import layer_bytes
 from mpk_spec.schema.models import WHOLE_KERNEL
 
@@ -16,16 +18,19 @@ if TYPE_CHECKING:
 IN_FLIGHT_BYTES = 48 * 1024  # where a layer fits the ring, and is there long before its values are
 IN_FLIGHT_LOOKING_BYTES = 32 * 1024  # elsewhere; 16 cost Qwen3-8B 1 % on an H200, 48 are the same
 PREFETCH_BYTES = 128 * 1024  # of each SM into L2 while its ring is full
+LEAST_CHUNK = ROW_TILE * 2 * K_BLOCK * 2  # bytes: two blocks of columns of eight rows of bf16
 
 
 @dataclass(frozen=True)
 class WholeKernel:
-    """Bytes of each SM. in_flight: copied to its ring at once; in_flight_looking: the same while its workers look for
-    values; prefetch: brought into L2 while the ring is full.
+    """Bytes of each SM. weight_chunk: one copy of weights, at most; in_flight: copied to its ring at once;
+    in_flight_looking: the same while its workers look for values; prefetch: brought into L2 while the ring is full.
 
-    crossing: "event", "data" or "auto", see `planner.crossing`.
+    order: "balanced" or "in_turn", see `planner.assign`. crossing: "event", "data" or "auto", see `planner.crossing`.
     """
 
+    weight_chunk: int
+    order: str
     in_flight: int
     in_flight_looking: int
     prefetch: int
@@ -58,7 +63,10 @@ def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
     usual = cost_model(target).in_flight(chunk) if wide else IN_FLIGHT_BYTES
     in_flight = _whole_chunks(scheduler, "in_flight", usual, chunk, (chunk, ring), f"the ring's {ring}")
     looking = min(in_flight, IN_FLIGHT_LOOKING_BYTES) if wide else in_flight
+    _check_chunk(scheduler)
     return WholeKernel(
+        weight_chunk(scheduler),
+        scheduler.pins("*").get("order", ("balanced", ()))[0],
         in_flight,
         _whole_chunks(
             scheduler, "in_flight_looking", looking, chunk, (chunk, in_flight), f"the {in_flight} of 'in_flight'"
@@ -69,6 +77,20 @@ def _of(scheduler: Scheduler, chunk: int, slots: int) -> WholeKernel:
         ),
         scheduler.pins("*").get("crossing", ("auto", ()))[0],
     )  # fmt: skip
+
+
+def weight_chunk(scheduler: Scheduler) -> int:
+    """Bytes of one copy of weights, at most: what a rule says, or what is nearest to it and works."""
+    wanted = scheduler.pins("*").get("weight_chunk", (CHUNK_BYTES, ()))[0]
+    return min(max(wanted, LEAST_CHUNK), CHUNK_BYTES)
+
+
+def _check_chunk(scheduler: Scheduler) -> None:
+    wanted, at = scheduler.pins("*").get("weight_chunk", (CHUNK_BYTES, ()))
+    if wanted != (near := weight_chunk(scheduler)):
+        limits = f"at least {LEAST_CHUNK} bytes and at most the {CHUNK_BYTES} that activations have room for"
+        said = f"'weight_chunk' is {limits}, got {wanted}"
+        scheduler.problems.append(scheduler.spec.problem(at, said, f"nearest that works: {near}"))
 
 
 def _usual_prefetch(scheduler: Scheduler, ring: int) -> int:

@@ -215,7 +215,7 @@ class Fusion(Section):
 
 
 # Settings of '*' that no group has of its own.
-WHOLE_KERNEL = ("in_flight", "in_flight_looking", "prefetch", "crossing")
+WHOLE_KERNEL = ("weight_chunk", "order", "in_flight", "in_flight_looking", "prefetch", "crossing")
 
 
 class Settings(Section):
@@ -249,6 +249,14 @@ class Settings(Section):
         default=None,
         description="how ranks add up what the operator makes; one_shot: each all of it; two_shot: each a share that it"
         " sends to the others",
+    )
+    weight_chunk: CountOrAuto | None = Field(
+        default=None, description="for '*' alone: bytes of one copy of weights, at most: eight rows, or a part of them"
+    )
+    order: Literal["balanced", "in_turn", "auto"] | None = Field(
+        default=None,
+        description="for '*' alone: which SM gets which task. balanced: an operator's largest to those with least to "
+        "load in this layer; in_turn: one after the other, the next operator's from the next SM on",
     )
     in_flight: CountOrAuto | None = Field(
         default=None, description="for '*' alone: bytes of copies that each SM has under way, in whole chunks"

@@ -17,7 +17,9 @@ Rules = dict[str, dict[str, Any]]  # settings by group, as under a schedule rule
 KV_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 KV_MERGE = ("auto", "fused", "apart")
 KIB = 1024
+WEIGHT_CHUNK = tuple(n * KIB for n in (8, 12, 16))
 WHOLE_KERNEL: dict[str, tuple[Any, ...]] = {
+    "order": ("balanced", "in_turn"),
     "in_flight": tuple(n * KIB for n in (32, 48, 64, 80, 96)),
     "in_flight_looking": tuple(n * KIB for n in (16, 32, 48)),
     "prefetch": tuple(n * KIB for n in (0, 64, 128, 256)),
@@ -35,10 +37,10 @@ class Knob:
 
 
 def knobs(plan: Plan, spec: Spec) -> list[Knob]:
-    """All of a plan of `spec` for the GPU: limits of the loader and its ring, how values cross, grids of linears (most
-    bytes first), fusions, splits and who merges them.
+    """All of a plan of `spec` for the GPU: which SM gets which task, limits of the loader and its ring, how values
+    cross, grids of linears (most bytes first), bytes of a copy, fusions, splits and who merges them.
 
-    The last three come last: to judge them takes the truth, which is the longest wait of a search.
+    The last four come last: to judge them takes the truth, which is the longest wait of a search.
     """
     groups = _groups(plan)
     attention = [g for g in groups if g.task == "attention"]
@@ -46,6 +48,7 @@ def knobs(plan: Plan, spec: Spec) -> list[Knob]:
     found = [Knob("*", key, tuple({key: n} for n in values)) for key, values in WHOLE_KERNEL.items()]
     found.append(Knob("*", "stages", tuple({"stages": n} for n in _stages(plan))))
     found += [Knob(g.name, "grid", tuple(_grids(plan, g.name))) for g in linears]
+    found.append(Knob("*", "weight_chunk", tuple({"weight_chunk": n} for n in WEIGHT_CHUNK)))
     found += [Knob(name, "fuse", ({"fuse": True}, {"fuse": inseparable(spec, name) or False})) for name in spec.fusions]
     for key, values in (("kv_splits", KV_SPLITS), ("kv_merge", KV_MERGE)):
         found += [Knob(g.name, key, tuple({key: n} for n in values)) for g in attention]

@@ -11,16 +11,17 @@ import torch
 from host_build import ON_HOST, built
 
 from mpk_spec.emit.layout import Packed
+from mpk_spec.planner.schedule import CHUNK_BYTES
 from mpk_spec.planner.tile import chunk_columns
 from mpk_spec.runtime.cuda_weights import pack
 
 MAX_TOKENS = 16
 
 
-def computed(k: int, cuts: tuple[int, ...], epilogue: int, wanted, tmp_path) -> None:
+def computed(k: int, cuts: tuple[int, ...], epilogue: int, wanted, tmp_path, most: int = CHUNK_BYTES) -> None:
     """Holds what the program makes of random numbers against `wanted(products [tokens, rows], residual)`."""
     torch.manual_seed(k)
-    rows, tile_k = cuts[-1], chunk_columns(k)
+    rows, tile_k = cuts[-1], chunk_columns(k, most)
     part = Packed("g", ("w",), "concat", 1, rows, cuts, k, 8, tile_k, 0, 0)
     weight, x = torch.randn(rows, k).bfloat16(), torch.randn(MAX_TOKENS, k).bfloat16()
     residual = torch.randn(MAX_TOKENS, rows)
@@ -55,6 +56,12 @@ def computed(k: int, cuts: tuple[int, ...], epilogue: int, wanted, tmp_path) -> 
 )
 def test_products_are_those_of_the_weight(k, cuts, tmp_path):
     computed(k, cuts, 0, lambda products, residual: products, tmp_path)
+
+
+@pytest.mark.parametrize(("k", "most", "columns"), [(2048, 8192, 512), (2048, 12288, 704), (1024, 1024, 64)])
+def test_of_smaller_copies_too(k, most, columns, tmp_path):
+    assert chunk_columns(k, most) == columns
+    computed(k, (0, 5, 44), 0, lambda products, residual: products, tmp_path, most)
 
 
 def test_a_residual_is_added_to_the_rows_of_a_task(tmp_path):

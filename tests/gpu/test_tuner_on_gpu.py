@@ -8,6 +8,7 @@ CANDIDATES = [
     ({}, "the plan to beat"),
     ({"*": {"in_flight": 32768, "in_flight_looking": 8192, "prefetch": 0}}, "same bits"),
     ({"qkv": {"grid": [7, 1, 1], "partition": "balanced"}, "head": {"grid": [13, 1, 1]}}, "same bits"),
+    ({"*": {"weight_chunk": 1024, "order": "in_turn"}}, "as near the truth as compare asks"),
     ({"attend": {"kv_splits": 2}}, "as near the truth as compare asks"),
     ({"o_add": {"fuse": False}, "attention.o": {"grid": [6, 1, 1]}}, "as near the truth as compare asks"),
     ({"gate_up": {"fuse": False}, "*": {"stages": 8}}, "as near the truth as compare asks"),

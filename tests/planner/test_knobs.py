@@ -300,6 +300,41 @@ def test_loader(key, asked, bytes_, constants, chunks):
     assert f"{key}_bytes: {getattr(auto, f'{key}_bytes')} -> {bytes_}\n" in diff(auto, made)
 
 
+@pytest.mark.parametrize(
+    ("size", "asked", "chunk", "ring", "columns"),
+    [
+        ("0.6b", 16384, 16384, 11, {"qkv": 1024, "o_add": 1024, "down_add": 1024}),
+        ("0.6b", 8192, 16384, 11, {"qkv": 512, "o_add": 512, "down_add": 512}),  # a block's keys have 16 KiB
+        ("1b", 8192, 8192, 22, {"qkv": 512, "o_add": 512, "down_add": 512}),
+        ("1b", 12000, 11264, 16, {"qkv": 704, "o_add": 704, "down_add": 704}),
+    ],
+)
+def test_smaller_copies_of_weights(size, asked, chunk, ring, columns):
+    name = "qwen3" if size == "0.6b" else "llama3"
+    made = planned(ruled(name, "*", spec_of(name).sizes[size].config, weight_chunk=asked), target="h200", context=512)
+    assert (made.weight_chunk_bytes, made.chunk_bytes, made.ring_bytes // made.chunk_bytes) == (asked, chunk, ring)
+    found = {p.group: p.tile_k for p in made.packings}
+    assert {name: found[name] for name in columns} == columns
+    for group in made.steps["decode"].templates[1].groups:
+        if group.name in columns:
+            linear = next(node for node in group.nodes if node.op == "linear")
+            k = made.weights[linear.weights["weight"]].shape[-1]
+            tiles = {-(-(t.out[1] - t.out[0]) // 8) for t in group.tasks}
+            assert {t.load_chunks for t in group.tasks} == {n * -(-k // found[group.name]) for n in tiles}
+
+
+def test_tasks_in_turn():
+    """Each operator goes on where the one before ended, whatever that leaves an SM to load."""
+    made = planned(ruled("qwen3", "*", order="in_turn"), **GPU)
+    template = made.steps["decode"].templates[1]
+    placed = {task: sm for sm, queue in enumerate(template.queues) for task in queue}
+    turns = [placed[n, t.index] for n, group in enumerate(template.groups) for t in group.tasks]
+    assert turns == [n % made.num_sms for n in range(len(turns))]
+    assert planned(spec_of("qwen3"), **GPU).order == "balanced" != made.order
+    again = planned(child("qwen3", schedule=yaml.safe_load(pin(made))["schedule"]), **GPU)
+    assert again.to_json() == made.to_json() and "order: in_turn" in pin(made)
+
+
 def test_the_loader_fits_small_rings():
     """What is usual and does not fit is cut, so that a pinned plan is always accepted again."""
     size = spec_of("qwen3").sizes["0.6b"].config

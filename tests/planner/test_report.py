@@ -132,7 +132,8 @@ def test_a_pin_is_for_what_was_asked(tiny):
         "schedule:",
         "  - when: {target: cpu, size: test, tp: 1, batch: 1}",
         "    set:",
-        '      "*": {in_flight: 49152, in_flight_looking: 49152, prefetch: 131072, crossing: event}',
+        '      "*": {weight_chunk: 16384, order: balanced, in_flight: 49152, in_flight_looking: 49152, '
+        "prefetch: 131072, crossing: event}",
         "      qkv: {grid: [4, 1, 1], block: [384, 1, 1], launch: static}",
     ]
 

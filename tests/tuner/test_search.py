@@ -28,6 +28,8 @@ def test_the_knobs_of_a_plan():
         "kv_splits",
         "kv_merge",
         "grid",
+        "weight_chunk",
+        "order",
         "in_flight",
         "in_flight_looking",
         "prefetch",

@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan b96d56b16472a487: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan c6ed6f25e0c48635: generated, do not edit.
 // 4 stages, 8 kinds of task, 132 blocks, one per SM.
 #define MPK_RANKS 2
 #include "runtime/program.cuh"

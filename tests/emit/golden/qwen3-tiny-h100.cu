@@ -1,4 +1,4 @@
-// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 6e5577481a860bd6: generated, do not edit.
+// qwen3-tiny for NVIDIA H100 80GB SXM sm_90a, plan 0ca135fb6a643242: generated, do not edit.
 // 4 stages, 9 kinds of task, 132 blocks, one per SM.
 #include "runtime/program.cuh"
 
