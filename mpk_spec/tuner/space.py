@@ -19,11 +19,11 @@ KV_MERGE = ("auto", "fused", "apart")
 KIB = 1024
 WEIGHT_CHUNK = tuple(n * KIB for n in (8, 12, 16))
 WHOLE_KERNEL: dict[str, tuple[Any, ...]] = {
-    "order": ("balanced", "in_turn"),
     "in_flight": tuple(n * KIB for n in (32, 48, 64, 80, 96)),
     "in_flight_looking": tuple(n * KIB for n in (16, 32, 48)),
     "prefetch": tuple(n * KIB for n in (0, 64, 128, 256)),
     "crossing": ("event", "data"),
+    "order": ("balanced", "in_turn"),
 }
 
 
@@ -37,8 +37,8 @@ class Knob:
 
 
 def knobs(plan: Plan, spec: Spec) -> list[Knob]:
-    """All of a plan of `spec` for the GPU: which SM gets which task, limits of the loader and its ring, how values
-    cross, grids of linears (most bytes first), bytes of a copy, fusions, splits and who merges them.
+    """All of a plan of `spec` for the GPU: limits of the loader and its ring, how values cross, which SM gets which
+    task, grids of linears (most bytes first), bytes of a copy, fusions, splits and who merges them.
 
     The last four come last: to judge them takes the truth, which is the longest wait of a search.
     """
