@@ -61,8 +61,8 @@ struct AttentionMerge {
     merge_few<Live>(w, panel);
   }
 
-  // One token, few splits: all is asked for at once, or what registers hold. While a split's statistics are missing only those are looked at again:
-  // its values are dozens of times as many bytes, and looks at them, by all SMs, would keep L2 from the weights.
+  // One token, few splits: all is asked for at once, or what registers hold. While a split's statistics are missing only those are
+  // looked at again: its values are dozens of times as many bytes, and looks at them, by all SMs, would keep L2 from the weights.
   template <int Live>
   static __device__ __forceinline__ void merge_few(const Worker& w, const Panel& panel) {
     constexpr int per_thread = ceil_div(Heads * HeadDim / 4, worker_threads);

@@ -5,8 +5,7 @@
 // A weight tile is 8 rows, the last one of a task perhaps less, stored as chunks of `tile_k` columns, row by row. Of a tile's
 // row r the 16 bytes number p lie in place p ^ (r & mix), so that ldmatrix, which reads one piece of each of eight rows, finds
 // them in different banks. What it reads of rows that a tile does not have is of no result. The 8 warps share each chunk by blocks
-// of 32 columns. Several tokens are the 16
-// rows of mma.m16n8k16 and weight rows its 8 columns; of one token it is the other way round, see `run_one`. Order of
+// of 32 columns. Several tokens are the 16 rows of mma.m16n8k16 and weight rows its 8 columns; of one token it is the other way round, see `run_one`. Order of
 // summation of a result, the same bits either way: two chains, of the first and of the second 16 columns of the blocks
 // b, b + 8, ... of every chunk, chunks in order; their sum; then the 8 warps in pairs, pairs of pairs and so on. It does
 // not depend on the number of tokens.

@@ -229,7 +229,7 @@ def chunk_columns(k: int, most: int, size: float = 2) -> int:
     """Columns of one bulk copy of ROW_TILE rows: as few copies as keep each within `most` bytes, all alike, in whole
     blocks of the columns that one multiplication takes, or pairs of them, whose rows are in different banks."""
     step = K_BLOCK * (2 if k % (2 * K_BLOCK) == 0 else 1)
-    copies = -(-k // (int(most / (ROW_TILE * size)) // step * step))
+    copies = -(-k // (max(1, int(most / (ROW_TILE * size)) // step) * step))
     return min(k, -(-k // (copies * step)) * step)
 
 
