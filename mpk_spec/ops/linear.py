@@ -17,6 +17,9 @@ INTERLEAVE = 2
 K_BLOCK = 32
 """Columns of a weight that one warp multiplies at a time."""
 
+WARPS_COLUMNS = 8 * K_BLOCK
+"""Those that the eight warps of an SM multiply together."""
+
 
 @register
 class Linear(Op):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mpk_spec.errors import UserError, VerdictFailed
+from mpk_spec.ops.linear import WARPS_COLUMNS
 from mpk_spec.planner.kv_splits import FUSED_SPLITS
 from mpk_spec.tuner.journal import Measurement, NotJudged
 
@@ -140,7 +141,7 @@ class GpuMeasurer:
             except UserError as error:
                 self.truth = error
         if isinstance(self.truth, UserError):
-            raise NotJudged(f"other splits and fusions cannot be judged: {self.truth.message}", self.truth.hint)
+            raise NotJudged(f"other sums and fusions cannot be judged: {self.truth.message}", self.truth.hint)
         right, output = self._against_truth(self.expected)
         if not right:
             raise VerdictFailed(f"nothing can be tuned: the plan without rules is {output}")
@@ -155,13 +156,21 @@ class GpuMeasurer:
         return False, f"too far from the truth: {'; '.join(wrong) or 'logits are no numbers'}"
 
 
-def roundings(plan: Plan) -> tuple[dict, dict]:
+def roundings(plan: Plan) -> tuple[dict, dict, dict]:
     """What decides a plan's bits: the order of its sums, and the fusions whose values are rounded on their way."""
-    return sum_orders(plan), {name: rule["fuse"] for name, rule in plan.schedule.items() if "fuse" in rule}
+    fusions = {name: rule["fuse"] for name, rule in plan.schedule.items() if "fuse" in rule}
+    return attention_orders(plan), linear_orders(plan), fusions
 
 
-def sum_orders(plan: Plan) -> dict[str, tuple[int, str | None]]:
+def attention_orders(plan: Plan) -> dict[str, tuple[int, str | None]]:
     """By group: what decides the order of attention's sums. Few splits are merged alike by readers and by tasks."""
     groups = [g for t in plan.steps["decode"].templates for g in t.groups if g.task == "attention"]
     merge = {g.name: plan.schedule[g.name].get("kv_merge") for g in groups if g.kv_splits > FUSED_SPLITS}
     return {g.name: (g.kv_splits, merge.get(g.name)) for g in groups}
+
+
+def linear_orders(plan: Plan) -> dict[str, int]:
+    """By group: the columns of a copy after which its warps begin with the first again, 0 where that is their turn."""
+    columns = {name: weight.shape[-1] for name, weight in plan.weights.items()}
+    whole = {p.group: p.tile_k % WARPS_COLUMNS == 0 or columns[p.weights[0]] <= p.tile_k for p in plan.packings}
+    return {p.group: 0 if whole[p.group] else p.tile_k for p in plan.packings}

@@ -14,7 +14,7 @@ from mpk_spec.planner import plan
 from mpk_spec.runtime.cuda_device import OutOfMemory
 from mpk_spec.schema import load_spec
 from mpk_spec.testing.metrics import Metrics, Verdict
-from mpk_spec.tuner.gpu import GpuMeasurer, roundings, sum_orders
+from mpk_spec.tuner.gpu import GpuMeasurer, attention_orders, linear_orders, roundings
 from mpk_spec.tuner.journal import NotJudged
 from mpk_spec.tuner.space import with_rules
 
@@ -99,7 +99,9 @@ def test_other_bits_are_wrong_where_sums_keep_their_order():
     )
 
 
-@pytest.mark.parametrize("rules", [SPLITS, {"o_add": {"fuse": False}}, {"attend": {"fuse": CACHE}}])
+@pytest.mark.parametrize(
+    "rules", [SPLITS, {"*": {"weight_chunk": 1024}}, {"o_add": {"fuse": False}}, {"attend": {"fuse": CACHE}}]
+)
 def test_splits_and_fusions_may_differ_as_far_as_compare_allows(rules):
     assert roundings(planned(rules)) != roundings(planned({}))
     measured = measurer(wrong=1e-3)[0].measure(planned(rules))
@@ -119,7 +121,25 @@ def test_who_merges_decides_the_order_of_many_splits_only(splits, same):
              target="h100", context=512, verified=False)
         for how in ("fused", "apart")
     )  # fmt: skip
-    assert (sum_orders(fused) == sum_orders(apart)) == same
+    assert (attention_orders(fused) == attention_orders(apart)) == same
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "others"),
+    [
+        ("8b", 8192, {}),  # 512 columns: the eight warps take the same blocks of 32, in the same order
+        ("tiny", 4096, {}),  # one copy of 96 or of 256 columns
+        ("tiny", 1024, {"qkv": 64, "o_add": 64, "gate_up": 64, "down_add": 64, "head": 64}),
+        ("8b", 12288, {"qkv": 704, "o_add": 704, "gate_up": 704, "head": 704}),  # of down's 12288, 768
+    ],
+)
+def test_copies_decide_the_order_where_they_end_within_a_round_of_the_warps(size, most, others):
+    def made(rules):
+        return plan(with_rules(load_spec("qwen3"), rules), size=size, target="h100", context=512)
+
+    found = linear_orders(made({"*": {"weight_chunk": most}}))
+    assert set(linear_orders(made({})).values()) == {0}
+    assert {name: columns for name, columns in found.items() if columns} == others
 
 
 def test_no_truth_no_judgement_and_it_is_asked_once():
@@ -127,7 +147,7 @@ def test_no_truth_no_judgement_and_it_is_asked_once():
     truth = yardstick(trouble="the truth needs more memory")
     found, opened = measurer(truth=lambda ids, last: asked.append(last) or truth(ids, last))
     for _ in range(2):
-        with pytest.raises(NotJudged, match="other splits and fusions cannot be judged: the truth needs more memory"):
+        with pytest.raises(NotJudged, match="other sums and fusions cannot be judged: the truth needs more memory"):
             found.measure(planned(SPLITS))
     assert asked == [128] and len(opened) == 1
     assert found.measure(planned(LOADER)).right
