@@ -12,6 +12,7 @@ from mpk_spec.errors import UserError
 from mpk_spec.runtime.cuda_device import free_gpu
 from mpk_spec.runtime.torch_backend import cache_name
 from mpk_spec.testing.metrics import Metrics, Verdict, tally
+from mpk_spec.weights.checkpoint import on_device
 
 if TYPE_CHECKING:
     import torch
@@ -157,10 +158,15 @@ def _last_logits(model, batch: list[list[int]], last: int, device: str) -> torch
 
 
 def fits_here(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str) -> bool:
-    """`fits` on a GPU; the host's memory was looked at before (`need_memory`)."""
+    """Whether the model is run as a whole. On a GPU if it `fits`, and what is read of files before it gets there fits
+    into the host's memory; on the CPU always (`need_memory` was asked before)."""
     import torch
 
-    return not torch.cuda.is_available() or fits(checkpoint, ids, last, dtype)
+    if not torch.cuda.is_available():
+        return True
+    from_files = on_device(checkpoint, "cuda") is checkpoint
+    free = free_memory() if from_files else None
+    return (free is None or count_parameters(checkpoint) * 2 < free) and fits(checkpoint, ids, last, dtype)
 
 
 def fits(checkpoint: Checkpoint, ids: list[list[int]], last: int, dtype: str) -> bool:
@@ -193,11 +199,15 @@ def _each(logits: Callable, ids: list[list[int]], what: str, progress: Callable)
 
 
 def need_memory(checkpoint: Checkpoint, positions: int) -> int:
-    """The number of parameters. Raises UserError where the float32 truth does not fit: weights twice, and logits."""
+    """The number of parameters. Raises UserError where the float32 truth does not fit into the host's memory: its
+    logits, and where no GPU holds the weights, or reads them layer by layer, these as read and in float32."""
+    import torch
+
     from mpk_spec.weights import text_config
 
     parameters = count_parameters(checkpoint)
-    needed = parameters * (4 + 2) + positions * text_config(checkpoint.config)["vocab_size"] * 4
+    weights = 0 if torch.cuda.is_available() else parameters * (4 + 2)
+    needed = weights + positions * text_config(checkpoint.config)["vocab_size"] * 4
     free = free_memory()
     if free is not None and needed > free:
         raise UserError(

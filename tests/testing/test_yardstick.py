@@ -40,6 +40,28 @@ def test_a_truth_that_does_not_fit_is_refused(monkeypatch):
     yardstick.need_memory(checkpoint_of("qwen3"), 10)
 
 
+def test_a_gpu_needs_the_hosts_memory_for_logits_only(monkeypatch):
+    checkpoint = checkpoint_of("qwen3")
+    logits = 10 * 515 * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(yardstick, "free_memory", lambda: logits)
+    assert yardstick.need_memory(checkpoint, 10) == yardstick.count_parameters(checkpoint)
+    with pytest.raises(UserError, match="of memory"):
+        yardstick.need_memory(checkpoint, 11)
+
+
+@pytest.mark.parametrize(("files", "free", "whole"), [(True, 1, False), (True, 4, True), (False, 1, True)])
+def test_on_a_gpu_files_that_the_host_cannot_hold_are_streamed(files, free, whole, monkeypatch):
+    """free: bytes of the host's memory for each parameter, 2 of which are read."""
+    checkpoint = checkpoint_of("qwen3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    monkeypatch.setattr(yardstick, "free_memory", lambda: free * yardstick.count_parameters(checkpoint))
+    if files:
+        monkeypatch.setattr(yardstick, "on_device", lambda same, _: same)
+    assert yardstick.fits_here(checkpoint, [[0] * 12], 6, "float32") == whole
+
+
 def test_free_memory_is_read_from_the_system():
     assert yardstick.free_memory() > 1_000_000
 
