@@ -291,6 +291,12 @@ class Plan:
         return _adapter().validate_json(text)
 
     @property
+    def ring_of_weights(self) -> int:
+        """Bytes of weights that the ring holds: a copy in each of its stages, however small copies are."""
+        stages = self.ring_bytes // self.chunk_bytes if self.chunk_bytes else 0
+        return stages * min(self.chunk_bytes, self.weight_chunk_bytes)
+
+    @property
     def key(self) -> str:
         """A hash of the whole plan, the name of its cache entries."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -313,6 +313,7 @@ def test_smaller_copies_of_weights(size, asked, chunk, ring, columns):
     name = "qwen3" if size == "0.6b" else "llama3"
     made = planned(ruled(name, "*", spec_of(name).sizes[size].config, weight_chunk=asked), target="h200", context=512)
     assert (made.weight_chunk_bytes, made.chunk_bytes, made.ring_bytes // made.chunk_bytes) == (asked, chunk, ring)
+    assert made.ring_of_weights == ring * min(asked, chunk)
     found = {p.group: p.tile_k for p in made.packings}
     assert {name: found[name] for name in columns} == columns
     for group in made.steps["decode"].templates[1].groups:
