@@ -58,7 +58,7 @@ def test_products_are_those_of_the_weight(k, cuts, tmp_path):
     computed(k, cuts, 0, lambda products, residual: products, tmp_path)
 
 
-@pytest.mark.parametrize(("k", "most", "columns"), [(2048, 8192, 512), (2048, 12288, 704), (1024, 1024, 64)])
+@pytest.mark.parametrize(("k", "most", "columns"), [(2048, 8192, 512), (2048, 12288, 704), (256, 1024, 64)])
 def test_of_smaller_copies_too(k, most, columns, tmp_path):
     assert chunk_columns(k, most) == columns
     computed(k, (0, 5, 44), 0, lambda products, residual: products, tmp_path, most)
