@@ -52,12 +52,12 @@ class Run:
 
 
 RUNS = (
-    Run("h200", "smollm2", "135m", 0.282, fitted=True, gbps=4532),
-    Run("h200", "qwen3", "0.6b", 0.433, fitted=True, gbps=4548),
-    Run("h200", "llama3", "1b", 0.592, gbps=4570), Run("h200", "qwen3", "1.7b", 0.839, gbps=4588),
+    Run("h200", "smollm2", "135m", 0.282, fitted=True, gbps=4696),
+    Run("h200", "qwen3", "0.6b", 0.432, fitted=True, gbps=4590),
+    Run("h200", "llama3", "1b", 0.586, gbps=4692), Run("h200", "qwen3", "1.7b", 0.835, gbps=4687),
     Run("h200", "qwen3", "8b", 3.417, fitted=True, gbps=4593),
     Run("h200", "qwen3", "8b", 3.558, position=4096, gbps=4578),
-    Run("h200", "qwen3", "8b", 4.471, position=32768, fitted=True, gbps=4528),
+    Run("h200", "qwen3", "8b", 4.377, position=32768, fitted=True, gbps=4687),
     Run("h200", "qwen3", "32b", 14.345, fitted=True, gbps=4590),
     Run("h200", "qwen3", "8b", 1.900, tp=2), Run("h200", "qwen3", "32b", 7.731, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
