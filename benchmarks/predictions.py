@@ -21,6 +21,7 @@ from mpk_spec.planner import plan
 from mpk_spec.planner.cost import CostModel, cost_model
 from mpk_spec.planner.simulate import simulate
 from mpk_spec.schema import load_spec
+from mpk_spec.tuner.space import with_rules
 
 CEILING_GBPS = {"h100": 3137.0, "h200": 4592.0}  # of most machines of RUNS, measured beside them
 HOPS = ("data_hop_us", "norm_hop_us", "merge_hop_us")
@@ -32,9 +33,10 @@ STEP, MOST = 0.1, 0.3  # of the logarithm: to tell a slope, and in one round
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token: on one H200 the kernel of step 29 in decode.md, 2026-12-01, at 4096 positions and on two
-    that of step 25, 2026-11-30; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md.
-    gbps: the ceiling measured beside it, if it is another. The constants now in use were fitted to step 24."""
+    """Milliseconds a token: on one H200 the kernel of step 29 in decode.md, 2026-12-01, on two that of step 25,
+    2026-11-30; on H100s that of step 16, 2026-11-25. See h100.md, h200.md and tensor_parallel.md. gbps: the ceiling
+    measured beside it, if it is another. copies: bytes of each (`weight_chunk`), if a rule said so. The constants now
+    in use were fitted to step 24."""
 
     target: str
     spec: str
@@ -44,11 +46,13 @@ class Run:
     tp: int = 1
     fitted: bool = False
     gbps: float | None = None
+    copies: int | None = None
 
     @property
     def name(self) -> str:
         degree = f", tp {self.tp}" if self.tp > 1 else ""
-        return f"{self.target} {self.spec} {self.size} at {self.position}{degree}"
+        copies = f", copies of {self.copies // 1024} KiB" if self.copies else ""
+        return f"{self.target} {self.spec} {self.size} at {self.position}{degree}{copies}"
 
 
 RUNS = (
@@ -59,6 +63,7 @@ RUNS = (
     Run("h200", "qwen3", "8b", 3.558, position=4096, gbps=4578),
     Run("h200", "qwen3", "8b", 4.377, position=32768, fitted=True, gbps=4687),
     Run("h200", "qwen3", "32b", 14.345, fitted=True, gbps=4590),
+    Run("h200", "qwen3", "0.6b", 0.486, copies=8192), Run("h200", "qwen3", "8b", 3.830, copies=8192),
     Run("h200", "qwen3", "8b", 1.900, tp=2), Run("h200", "qwen3", "32b", 7.731, tp=2),
     Run("h100", "smollm2", "135m", 0.284), Run("h100", "qwen3", "0.6b", 0.505), Run("h100", "llama3", "1b", 0.828),
     Run("h100", "qwen3", "1.7b", 1.158), Run("h100", "qwen3", "8b", 4.998),
@@ -71,6 +76,8 @@ RUNS = (
 def planned(run: Run):
     context = 512 if run.position < 512 else run.position + 256
     spec = load_spec(run.spec)
+    if run.copies:
+        spec = with_rules(spec, {"*": {"weight_chunk": run.copies}})
     return plan(spec, size=run.size, target=run.target, context=context, tp=run.tp, verified=False)
 
 

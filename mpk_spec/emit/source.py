@@ -122,15 +122,14 @@ def _render(plan: Plan, step: Step, layout: Layout, tasks: list[TaskType], progr
         block_end_string="%)", comment_start_string="(#", comment_end_string="#)", autoescape=False,
     )  # fmt: skip
     ring_slots, slot_bytes = slots(plan, layout)
-    copy = max(p.chunk_bytes for p in layout.packed.values())  # of weights, less than a slot where a rule asks for it
     headers = HEADERS + (HEADERS_OF_RANKS if plan.tp > 1 else ())
     return environment.get_template("megakernel.cu.j2").render(
         plan=plan, target=find_target(plan.target), groups=tasks, num_stages=len(step.stages),
         headers=[f"tasks/{name}.cuh" for name in headers], ring_slots=ring_slots, slot_bytes=slot_bytes,
-        prefetch_chunks=plan.prefetch_bytes // copy, prefetch_every=prefetch_every(plan),
-        prefetch_clocks=round(PREFETCH_CLOCKS * copy * plan.num_sms / find_target(plan.target).stream_gbps),
-        copies_in_flight=max(1, min(ring_slots, plan.in_flight_bytes // copy)),
-        copies_while_looking=max(1, plan.in_flight_looking_bytes // copy), num_events=len(programs.events),
+        prefetch_chunks=plan.prefetch_bytes // plan.copy_bytes, prefetch_every=prefetch_every(plan),
+        prefetch_clocks=round(PREFETCH_CLOCKS * plan.copy_bytes * plan.num_sms / find_target(plan.target).stream_gbps),
+        copies_in_flight=max(1, min(ring_slots, plan.in_flight_bytes // plan.copy_bytes)),
+        copies_while_looking=max(1, plan.in_flight_looking_bytes // plan.copy_bytes), num_events=len(programs.events),
         event_stride=EVENT_STRIDE, sampling_sm=programs.sampling_sm, max_queue=programs.max_queue,
         sizes=programs.sizes, templates=[t.name for t in step.templates],
         stage_template=[s.template for s in step.stages], stage_layer=_layers(step), num_layers=layout.layers,

@@ -255,7 +255,7 @@ def look_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int)
 
 def beside_hop_us(plan: Plan, group: Group, task: Task, cost: CostModel, context: int) -> float:
     """What a look takes beside its hop: the bytes looked at, and weights on their way."""
-    busy = layer_bytes(plan.weights) / plan.num_sms > plan.ring_of_weights
+    busy = layer_bytes(plan.weights) / plan.num_sms > plan.ring_stages * plan.copy_bytes
     behind = cost.busy_look_bytes / cost.sm_gbps if busy else 0.0
     return (loaded_bytes(plan, group, task, context) / cost.look_gbps + behind) / 1e3
 

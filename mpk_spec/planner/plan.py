@@ -291,10 +291,14 @@ class Plan:
         return _adapter().validate_json(text)
 
     @property
-    def ring_of_weights(self) -> int:
-        """Bytes of weights that the ring holds: a copy in each of its stages, however small copies are."""
-        stages = self.ring_bytes // self.chunk_bytes if self.chunk_bytes else 0
-        return stages * min(self.chunk_bytes, self.weight_chunk_bytes)
+    def ring_stages(self) -> int:
+        """Copies that the ring holds, each in a stage of `chunk_bytes`."""
+        return self.ring_bytes // self.chunk_bytes if self.chunk_bytes > 0 else 0
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of one copy of weights, at most: less than a stage where a block's keys need more."""
+        return min(self.chunk_bytes, self.weight_chunk_bytes)
 
     @property
     def key(self) -> str:

@@ -411,7 +411,7 @@ class _Machine:
 
     def _stream(self, number: int, sm: int, task: ReadyTask, ready: float, computed: float, claimed: float | None):
         """Advances the SM's stream over the task's bytes; returns when the workers have consumed them."""
-        size, ring = task.cost.streamed, self.plan.ring_of_weights
+        size, ring = task.cost.streamed, self.plan.ring_stages * self.plan.copy_bytes
         even = size / self.rates[sm]
         per_byte = (even + self.cost.chance_us * sqrt(even) * _chance(number, task)) / size
         lo = self.position[sm]

@@ -170,7 +170,8 @@ def attention_orders(plan: Plan) -> dict[str, tuple[int, str | None]]:
 
 
 def linear_orders(plan: Plan) -> dict[str, int]:
-    """By group: the columns of a copy after which its warps begin with the first again, 0 where that is their turn."""
+    """By group: the columns of a copy, in each of which the warps begin with the first again. 0 where that is its turn
+    anyway, or where a row is one copy: then the size of copies does not matter."""
     columns = {name: weight.shape[-1] for name, weight in plan.weights.items()}
     whole = {p.group: p.tile_k % WARPS_COLUMNS == 0 or columns[p.weights[0]] <= p.tile_k for p in plan.packings}
     return {p.group: 0 if whole[p.group] else p.tile_k for p in plan.packings}

@@ -312,8 +312,12 @@ def test_loader(key, asked, bytes_, constants, chunks):
 def test_smaller_copies_of_weights(size, asked, chunk, ring, columns):
     name = "qwen3" if size == "0.6b" else "llama3"
     made = planned(ruled(name, "*", spec_of(name).sizes[size].config, weight_chunk=asked), target="h200", context=512)
-    assert (made.weight_chunk_bytes, made.chunk_bytes, made.ring_bytes // made.chunk_bytes) == (asked, chunk, ring)
-    assert made.ring_of_weights == ring * min(asked, chunk)
+    assert (made.weight_chunk_bytes, made.chunk_bytes, made.ring_stages, made.copy_bytes) == (
+        asked,
+        chunk,
+        ring,
+        min(asked, chunk),
+    )
     found = {p.group: p.tile_k for p in made.packings}
     assert {name: found[name] for name in columns} == columns
     for group in made.steps["decode"].templates[1].groups:
@@ -322,6 +326,16 @@ def test_smaller_copies_of_weights(size, asked, chunk, ring, columns):
             k = made.weights[linear.weights["weight"]].shape[-1]
             tiles = {-(-(t.out[1] - t.out[0]) // 8) for t in group.tasks}
             assert {t.load_chunks for t in group.tasks} == {n * -(-k // found[group.name]) for n in tiles}
+
+
+def test_the_loader_keeps_as_many_bytes_under_way_in_smaller_copies():
+    """Of Qwen3-0.6B, whose ring has stages of 16 KiB for a block's keys either way."""
+    config, at = spec_of("qwen3").sizes["0.6b"].config, {"target": "h200", "context": 512}
+    usual, small = (_constants(planned(ruled("qwen3", "*", config, weight_chunk=n), **at)) for n in (16384, 8192))
+    assert small["ring_slots"] == usual["ring_slots"] and small["slot_bytes"] == usual["slot_bytes"] == 16384
+    for name in ("copies_in_flight", "copies_while_looking", "prefetch_chunks"):
+        assert small[name] == 2 * usual[name]
+    assert abs(2 * small["prefetch_clocks"] - usual["prefetch_clocks"]) <= 1
 
 
 def test_tasks_in_turn():

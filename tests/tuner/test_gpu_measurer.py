@@ -102,7 +102,7 @@ def test_other_bits_are_wrong_where_sums_keep_their_order():
 @pytest.mark.parametrize(
     "rules", [SPLITS, {"*": {"weight_chunk": 1024}}, {"o_add": {"fuse": False}}, {"attend": {"fuse": CACHE}}]
 )
-def test_splits_and_fusions_may_differ_as_far_as_compare_allows(rules):
+def test_other_sums_and_fusions_may_differ_as_far_as_compare_allows(rules):
     assert roundings(planned(rules)) != roundings(planned({}))
     measured = measurer(wrong=1e-3)[0].measure(planned(rules))
     assert measured.right and measured.output == "as near the truth as compare asks"

@@ -166,8 +166,7 @@ def _valid(template: Template, entry: tuple[int, int]) -> bool:
 
 def _check_loads(plan: Plan, where: str, template: Template, report: Report) -> bool:
     """An SM's loader streams the weights of exactly what its workers will run, pools included."""
-    stages = plan.ring_bytes // plan.chunk_bytes if plan.chunk_bytes > 0 else 0
-    if any(t.load_chunks for g in template.groups for t in g.tasks) and stages < 1:
+    if any(t.load_chunks for g in template.groups for t in g.tasks) and plan.ring_stages < 1:
         report.add(f"{where}: tasks load through a ring of {plan.ring_bytes} bytes, chunks have {plan.chunk_bytes}")
         return False
     sound = True

@@ -19,7 +19,7 @@ from mpk_spec.planner.verify.report import Report
 
 def check_ring(plan: Plan, kind: str, template: Template, report: Report) -> None:
     """Reports SMs whose loader and workers can wait for each other."""
-    stages = plan.ring_bytes // plan.chunk_bytes if plan.chunk_bytes else 0
+    stages = plan.ring_stages
     for sm, loads in enumerate(template.loads):
         place = {entry: i for i, entry in enumerate(template.queues[sm])}
         ends, total = [], 0  # (chunks loaded when the entry's are, entry)

@@ -8,11 +8,11 @@ namespace plan {
 constexpr mpk::u32 shared_limit = 232448;
 constexpr mpk::u32 ring_slots = 54;
 constexpr mpk::u32 slot_bytes = 4096;
-constexpr mpk::u32 copies_in_flight = 24;
-constexpr mpk::u32 copies_while_looking = 24;
-constexpr mpk::u32 prefetch_chunks = 64;
+constexpr mpk::u32 copies_in_flight = 12;
+constexpr mpk::u32 copies_while_looking = 12;
+constexpr mpk::u32 prefetch_chunks = 32;
 constexpr mpk::u32 prefetch_every = 1;
-constexpr mpk::u32 prefetch_clocks = 137;
+constexpr mpk::u32 prefetch_clocks = 275;
 constexpr mpk::u32 num_stages = 4;
 constexpr mpk::u32 num_layers = 3;
 constexpr mpk::u32 num_templates = 3;
